@@ -1,0 +1,1 @@
+"""Pure JAX operations with several bodies behind one signature."""

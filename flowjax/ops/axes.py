@@ -1,0 +1,88 @@
+"""Logical names for the dims of activations.
+
+A model says what a dim is ("batch", "tokens", "heads"); which axes of a mesh
+carry it is decided elsewhere and is active only inside `rules`. Without rules
+every function here is the identity, so a model reads the same on one device
+and on a thousand.
+"""
+
+import collections.abc
+import contextlib
+import contextvars
+import math
+
+import jax
+
+# What carries a name: no axis, one axis of the mesh, or several.
+Axes = str | tuple[str, ...] | None
+
+_rules: contextvars.ContextVar[dict[str, Axes] | None] = contextvars.ContextVar(
+  "flowjax_axes", default=None
+)
+
+
+@contextlib.contextmanager
+def rules(
+  mapping: collections.abc.Mapping[str, Axes],
+) -> collections.abc.Iterator[None]:
+  """Activates `mapping` from logical names to axes of the mesh.
+
+  The names are read while a function is traced, so the context must be open
+  at that time, together with `jax.set_mesh`.
+  """
+  token = _rules.set(dict(mapping))
+  try:
+    yield
+  finally:
+    _rules.reset(token)
+
+
+def name(x: jax.Array, *names: str | None) -> jax.Array:
+  """Returns `x`, laid out as the active rules say for the names of its dims.
+
+  None stands for a dim that is never split.
+  """
+  if _rules.get() is None:
+    return x
+  if len(names) != x.ndim:
+    raise ValueError(f"{names} names {len(names)} dims, x has shape {x.shape}.")
+  for dim, dim_name in zip(x.shape, names, strict=True):
+    if dim % (parts := _parts(dim_name)):
+      raise ValueError(
+        f"A dim of {dim} '{dim_name}' cannot be split over {parts} devices "
+        f"(mesh axes {_axes(dim_name)}). Use a multiple of {parts}, or a mesh "
+        "with smaller axes there."
+      )
+  spec = jax.sharding.PartitionSpec(*(_axes(dim_name) for dim_name in names))
+  return jax.lax.with_sharding_constraint(x, spec)
+
+
+def is_split(dim_name: str) -> bool:
+  """Returns whether more than one device shares the dim of that name."""
+  return _rules.get() is not None and _parts(dim_name) > 1
+
+
+def _axes(dim_name: str | None) -> Axes:
+  mapping = _rules.get()
+  if dim_name is None or mapping is None:
+    return None
+  if dim_name not in mapping:
+    raise ValueError(
+      f"No rule for the dim '{dim_name}'. There are rules for: "
+      f"{', '.join(sorted(mapping))}."
+    )
+  return mapping[dim_name]
+
+
+def _parts(dim_name: str | None) -> int:
+  """Returns over how many devices the dim of that name is split."""
+  axes = _axes(dim_name)
+  if axes is None:
+    return 1
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    raise ValueError(
+      "axes.rules are active without a mesh. Enter jax.set_mesh(mesh) as well."
+    )
+  each = (axes,) if isinstance(axes, str) else axes
+  return math.prod(mesh.shape[axis] for axis in each)
