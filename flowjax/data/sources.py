@@ -1,0 +1,81 @@
+"""Sources: sequences of labelled images, opened by name."""
+
+# Shape suffixes: B batch, H height, W width, C channels.
+
+import importlib
+from typing import Any, Protocol
+
+import numpy as np
+
+from flowjax import errors, schema
+from flowjax.data import config as config_lib
+
+SPLITS = ("train", "held_out")
+KINDS = {"digits": "digits", "tfds": "tfds:<name>", "folder": "folder:<dir>"}
+
+
+class Source(Protocol):
+  """A split of a data set, read by position and in any order.
+
+  `source[i]` is {"image": float32 [H, W, C] in [-1, 1], "label": int32}, the
+  same at every call; it raises `Corrupt` for a record that cannot be decoded.
+  A source that holds its images in memory may also offer `gather(records_B)`,
+  which returns the stacked examples at once.
+  """
+
+  name: str
+  class_names: tuple[str, ...]
+  shape: tuple[int, int, int]
+  on_corrupt: str
+
+  @property
+  def num_classes(self) -> int: ...
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, i: int) -> dict[str, np.ndarray]: ...
+
+  def fingerprint(self) -> dict[str, Any]:
+    """Returns what the order of the records hangs on, as JSON can hold it."""
+
+
+class Corrupt(errors.DataError):
+  """One record that cannot be decoded. The text names its file."""
+
+
+def open(config: config_lib.DataConfig, split: str) -> Source:
+  """Opens `split`, "train" or "held_out", of the source that `config` names."""
+  if split not in SPLITS:
+    raise ValueError(f"split={split!r} must be one of {SPLITS}.")
+  kind, _, place = config.source.partition(":")
+  if kind not in KINDS or bool(place) != ("<" in KINDS[kind]):
+    known = ", ".join(KINDS.values())
+    raise errors.UserError(
+      f"Unknown source {config.source!r}: it must be one of {known}. "
+      f"{schema.closest(kind, KINDS)}"
+    )
+  module = importlib.import_module(f"flowjax.data.{kind}")
+  return module.open(config, split)
+
+
+def check(
+  source: Source,
+  *,
+  num_classes: int,
+  channels: int,
+  image_size: tuple[int, int],
+) -> None:
+  """Refuses a source that a model of these sizes cannot be trained on."""
+  if source.num_classes > num_classes:
+    raise errors.DataError(
+      f"{source.name} has {source.num_classes} classes, so its labels go up to "
+      f"{source.num_classes - 1}, but the model knows {num_classes}: set "
+      f"config.model.num_classes={source.num_classes}."
+    )
+  height, width, depth = source.shape
+  if (height, width) != tuple(image_size) or depth != channels:
+    raise errors.UserError(
+      f"{source.name} gives images of {height}x{width}x{depth}, but the model "
+      f"takes {image_size[0]}x{image_size[1]}x{channels}: make image_size and "
+      "channels of config.data and config.model the same."
+    )
