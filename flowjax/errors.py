@@ -29,12 +29,6 @@ class NumericError(RuntimeError):
   exit_code = 5
 
 
-class HangError(RuntimeError):
-  """A step, a loader or a save that made no progress for too long."""
-
-  exit_code = 6
-
-
 class Preempted(RuntimeError):
   """A run that was asked to stop, saved, and can be started again."""
 

@@ -1,0 +1,44 @@
+"""DiT on ImageNet latents, at the sizes of the paper (arXiv:2212.09748).
+
+  flowjax train --config=configs/imagenet_dit.py:xl_2 --workdir=runs/xl_2 \\
+    --config.data.source=folder:/data/latents_or_images
+
+The argument is SIZE_PATCH: s, b, l or xl, and patch 2, 4 or 8. Parameters at
+patch 2: 33M, 130M, 458M, 675M. The training recipe is that of the paper:
+AdamW at 1e-4, no decay, batch 256, EMA 0.9999, 400,000 steps.
+"""
+
+from flowjax.models import dit
+from flowjax.train import experiment
+
+
+def get_config(variant: str = "xl_2"):
+  """Returns the config of `variant`, such as "s_2" or "xl_4"."""
+  size, _, patch = variant.partition("_")
+  if size not in dit.SIZES or patch not in ("2", "4", "8"):
+    raise ValueError(
+      f"variant {variant!r} must be SIZE_PATCH with a size of "
+      f"{', '.join(dit.SIZES)} and a patch of 2, 4, 8; such as xl_2."
+    )
+  config = experiment.defaults("dit")
+  config.steps = 400_000
+  config.model.update(
+    image_size=(32, 32),
+    channels=4,
+    patch_size=int(patch),
+    num_classes=1000,
+    dtype="bfloat16",
+    **dit.SIZES[size],
+  )
+  config.data.update(
+    source="tfds:imagenet2012",
+    image_size=(32, 32),
+    channels=4,
+    batch_size=256,
+    workers=8,
+    flip=True,
+  )
+  config.optim.update(learning_rate=1e-4)
+  config.sample.update(solver="heun", steps=50, guidance=1.5)
+  config.log.sample_count = 16
+  return config

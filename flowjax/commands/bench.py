@@ -1,0 +1,106 @@
+"""Times the training step of a config on this machine, on random data.
+
+Prints the rate beside that of this machine's own matrix product in the same
+run, and the share of the peak where it is known. The figures are this
+machine's, at this load; `--json` keeps them.
+
+example:
+  flowjax bench --config=configs/imagenet_dit.py:s_2 \\
+    --config.data.batch_size=8 --json=step.json
+"""
+
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flowjax import __version__
+from flowjax.commands import configs
+from flowjax.parallel import mesh as meshes
+from flowjax.train import loop, parts, progress, workdir
+
+
+def add_flags(parser) -> None:
+  """Adds the flags of `bench`."""
+  parser.add_argument("--config", required=True, help=configs.HELP)
+  parser.add_argument(
+    "--seconds", type=float, default=20.0, help="how long to step, about"
+  )
+  parser.add_argument("--json", type=pathlib.Path, help="where to keep it")
+
+
+def run(args, overrides) -> None:
+  """Steps on random data for a while, and prints the rates."""
+  config = configs.load(args.config, overrides)
+  built = parts.build(config)
+  with meshes.use(built.mesh), loop.out_of_memory_advice():
+    result = measure(built, args.seconds)
+  for name, value in result.items():
+    text = f"{value:.4g}" if isinstance(value, float) else value
+    print(f"{name:<26} {text}")
+  if args.json:
+    workdir.write_json(args.json, result)
+    print(f"{'written to':<26} {args.json}")
+
+
+def measure(built: parts.Parts, seconds: float) -> dict:
+  """Returns the compile time, the median step time, and the rates."""
+  config = built.experiment
+  matmul = matmul_flops(config.model.dtype)
+  started = time.monotonic()
+  step = loop.lower_step(built).compile()
+  compile_seconds = time.monotonic() - started
+  state, batch = built.initial_state(), random_batch(built)
+  times: list[float] = []
+  begun = time.monotonic()
+  while len(times) < 4 or time.monotonic() - begun < seconds:
+    before = time.monotonic()
+    state, metrics = step(state, batch)
+    jax.block_until_ready((state, metrics))
+    times.append(time.monotonic() - before)
+  median = float(np.median(times[1:]))
+  count = jax.device_count()
+  flops = 3 * built.network.flops * config.data.batch_size / median / count
+  peak = progress.peak_flops(jax.devices()[0])
+  return {
+    "device": f"{count} x {jax.devices()[0].device_kind}",
+    "versions": f"flowjax {__version__}, jax {jax.__version__}",
+    "parameters": built.parameters,
+    "batch_size": config.data.batch_size,
+    "compile_seconds": compile_seconds,
+    "steps": len(times) - 1,
+    "step_seconds_median": median,
+    "step_seconds_min": min(times[1:]),
+    "images_per_second": config.data.batch_size / median,
+    "tflops_per_device": flops / 1e12,
+    "matmul_tflops_per_device": matmul / 1e12,
+    "share_of_matmul": flops / matmul,
+    "mfu": flops / peak if peak else "peak not known",
+  }
+
+
+def random_batch(built: parts.Parts) -> dict[str, jax.Array]:
+  """Returns a batch of noise with random labels, on the devices."""
+  config, rng = built.experiment, np.random.default_rng(0)
+  size = (config.data.batch_size, *config.model.image_size)
+  image = rng.standard_normal((*size, config.model.channels), np.float32)
+  label = rng.integers(config.model.num_classes, size=size[0], dtype=np.int32)
+  return loop.put_batch(built.mesh)({"image": image, "label": label})
+
+
+def matmul_flops(dtype: str, size: int | None = None) -> float:
+  """Returns the FLOP/s of one device's own square matrix product."""
+  if size is None:
+    size = 2048 if jax.devices()[0].platform == "cpu" else 8192
+  x = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
+  x = jax.device_put(x, jax.devices()[0])
+  product = jax.jit(jnp.matmul)
+  product(x, x).block_until_ready()
+  times = []
+  for _ in range(10):
+    before = time.monotonic()
+    product(x, x).block_until_ready()
+    times.append(time.monotonic() - before)
+  return 2 * size**3 / min(times)

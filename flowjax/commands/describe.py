@@ -1,0 +1,119 @@
+"""Shows what a config builds, without training: nothing is allocated.
+
+A table of parameters with their sharding, the FLOPs of a step, and the memory
+per device. `--devices` imagines that many; `--compile` also compiles the step,
+for the memory of its activations.
+
+example:
+  flowjax describe --config=configs/imagenet_dit.py:xl_2 --devices=8 \\
+    --config.mesh.fsdp=8
+"""
+
+import jax
+import rich.console
+import rich.table
+
+from flowjax import errors
+from flowjax.commands import configs
+from flowjax.parallel import mesh as meshes
+from flowjax.parallel import rules
+from flowjax.train import loop, parts
+
+
+def add_flags(parser) -> None:
+  """Adds the flags of `describe`."""
+  parser.add_argument("--config", required=True, help=configs.HELP)
+  parser.add_argument(
+    "--devices", type=int, help="imagine so many devices (on CPU)"
+  )
+  parser.add_argument(
+    "--compile", action="store_true", help="compile the training step"
+  )
+
+
+def run(args, overrides) -> None:
+  """Prints the tables."""
+  config = configs.load(args.config, overrides)
+  if args.devices is not None:
+    if args.devices < 1:
+      raise errors.UserError(f"--devices={args.devices} must be at least 1.")
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", args.devices)
+  built = parts.build(config)
+  places = rules.places(built.rules, built.abstract.params, built.mesh)
+  console = rich.console.Console(width=None, soft_wrap=True)
+  console.print(_parameters(places))
+  for name, value in _summary(built, places).items():
+    print(f"{name:<34} {value}")
+  if args.compile:
+    for name, value in _compiled(built).items():
+      print(f"{name:<34} {value}")
+
+
+def _parameters(places: dict[str, rules.Placement]) -> rich.table.Table:
+  table = rich.table.Table(title="parameters")
+  for name in ("name", "shape", "size", "sharding", "bytes per device"):
+    left = name in ("name", "sharding", "shape")
+    table.add_column(name, justify="left" if left else "right", no_wrap=True)
+  for place in places.values():
+    size = 1
+    for dim in place.shape:
+      size *= dim
+    spec = ", ".join("-" if axis is None else str(axis) for axis in place.spec)
+    whole = f"  (dim {place.undivided[0]} whole)" if place.undivided else ""
+    table.add_row(
+      place.name,
+      "x".join(map(str, place.shape)),
+      f"{size:,}",
+      (spec or "-") + whole,
+      f"{place.bytes_per_device:,}",
+    )
+  return table
+
+
+def _summary(built: parts.Parts, places: dict) -> dict[str, str]:
+  config = built.experiment
+  forward, batch = built.network.flops, config.data.batch_size
+  params = sum(place.bytes_per_device for place in places.values())
+  state = sum(map(_bytes_here, jax.tree.leaves(built.abstract)))
+  mesh = " x ".join(f"{axis}={n}" for axis, n in built.mesh.shape.items())
+  return {
+    "parameters": f"{built.parameters:,}",
+    "forward FLOPs per image": f"{forward:,}",
+    "training FLOPs per step": f"{3 * forward * batch:,} (3 x forward x batch)",
+    "mesh": mesh,
+    "images per device": f"{batch / meshes.batch_ways(built.mesh):g}",
+    "parameters per device": _size(params),
+    "state per device": f"{_size(state)} (parameters, EMA, optimizer)",
+    "gradients per device": _size(params),
+  }
+
+
+def _bytes_here(leaf: jax.ShapeDtypeStruct) -> int:
+  """Returns the bytes of a leaf on one device."""
+  assert leaf.sharding is not None
+  count = leaf.dtype.itemsize
+  for dim in leaf.sharding.shard_shape(leaf.shape):
+    count *= dim
+  return count
+
+
+def _compiled(built: parts.Parts) -> dict[str, str]:
+  """Compiles the step for these devices and asks for its memory."""
+  memory = loop.lower_step(built).compile().memory_analysis()
+  total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+  kind = jax.devices()[0].platform
+  return {
+    f"compiled for {kind}, not run": "",
+    "  state and batch per device": _size(memory.argument_size_in_bytes),
+    "  activations per device": _size(memory.temp_size_in_bytes),
+    "  in all per device": _size(total),
+  }
+
+
+def _size(count: float) -> str:
+  for unit in ("B", "KiB", "MiB", "GiB"):
+    if count < 1024:
+      return f"{count:.4g} {unit}"
+    count /= 1024
+  return f"{count:.4g} TiB"

@@ -1,0 +1,135 @@
+"""Scores the samples of a workdir against data that training never saw.
+
+Writes `report.json` and `samples.png` into the workdir. For digits: how many
+samples a classifier of real digits recognises, the Fréchet distance in its
+features beside that of real digits among themselves, and how near samples
+come to the training images. For any source: the validation loss.
+
+example:
+  flowjax evaluate --workdir=runs/digits
+"""
+
+import argparse
+
+import numpy as np
+
+from flowjax import errors
+from flowjax.commands import export, restored
+from flowjax.data import loader, sources
+from flowjax.evaluate import digits, pictures, validation
+from flowjax.parallel import mesh as meshes
+from flowjax.train import loop, progress, workdir
+
+
+def add_flags(parser) -> None:
+  """Adds the flags of `evaluate`."""
+  restored.add_workdir(parser)
+  parser.add_argument(
+    "--num", type=int, default=500, help="samples to be recognised"
+  )
+  parser.add_argument("--guidance", type=float, help="guidance scale")
+  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument(
+    "--ema",
+    action=argparse.BooleanOptionalAction,
+    default=True,
+    help="the averaged weights, or the raw ones",
+  )
+
+
+def run(args, words) -> None:
+  """Evaluates, writes the report, and prints it."""
+  restored.refuse_stray(words)
+  if args.num < 1:
+    raise errors.UserError(f"--num={args.num} must be at least 1.")
+  found = restored.open(args.workdir, ema=args.ema)
+  report = {
+    **export.read_report(args.workdir),
+    "step": found.step,
+    "parameters": found.run.parameters,
+    "train_seconds": round(found.extra["train_seconds"], 1),
+    **_validation(found),
+  }
+  if found.config.data.source == "digits":
+    report |= _digits(found, args)
+  path = args.workdir / "report.json"
+  workdir.write_json(path, report)
+  print_report(report)
+  print(f"  {'report':<24} {path}")
+
+
+def print_report(report: dict) -> None:
+  """Prints the numbers of a report, one a line."""
+  for key, value in report.items():
+    if isinstance(value, dict):
+      print(f"  {key}")
+      for name, item in value.items():
+        print(f"    {name:<22} {_number(item)}")
+    else:
+      print(f"  {key:<24} {_number(value)}")
+
+
+def _number(value) -> str:
+  if isinstance(value, float):
+    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
+  return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _validation(found: restored.Restored) -> dict[str, float]:
+  config = found.config
+  source = sources.open(config.data, "held_out")
+  ways = meshes.batch_ways(found.run.mesh)
+  size = -(-min(config.data.batch_size, len(source)) // ways) * ways
+  with meshes.use(found.run.mesh), loop.out_of_memory_advice():
+    scores = validation.Validation(
+      config.flow.validation_loss(found.run.network.apply),
+      lambda: loader.epoch_batches(source, size),
+      seed=config.seed,
+      put=loop.put_batch(found.run.mesh),
+    ).run(found.params)
+  return {"validation_loss": scores["validation_loss"]}
+
+
+def _digits(found: restored.Restored, args) -> dict:
+  """Scores samples of digits, with the guidance of the config and without."""
+  train_images, train_labels = _all(sources.open(found.config.data, "train"))
+  held_images, held_labels = _all(sources.open(found.config.data, "held_out"))
+  judge = digits.Digits(
+    train_images, train_labels, held_images, held_labels, seed=args.seed
+  )
+  labels = np.arange(args.num) % found.config.model.num_classes
+  # As many unguided samples as training images, of the same classes: the two
+  # distances to the held-out images are then estimated alike.
+  total = len(labels) + len(train_labels)
+  changes = {} if args.guidance is None else {"guidance": args.guidance}
+  with progress.counter("samples", total) as done:
+    guided = found.draw(labels, seed=args.seed, done=done, **changes)
+    plain = found.draw(
+      train_labels,
+      seed=args.seed + 1,
+      done=lambda count: done(len(labels) + count),
+      guidance=1.0,
+    )
+  path = found.directory / "samples.png"
+  pictures.save_png(pictures.grid(guided[:100], columns=10), path)
+  with_guidance = judge.score(guided, labels)
+  without = judge.score(plain, train_labels)
+  scale = changes.get("guidance", found.config.sample.guidance)
+  return {
+    "samples": args.num,
+    "guidance": scale,
+    "classifier_accuracy": judge.accuracy,
+    "sample_accuracy": with_guidance["sample_accuracy"],
+    "sample_accuracy_unguided": without["sample_accuracy"],
+    "frechet": with_guidance["frechet"],
+    "frechet_unguided": without["frechet"],
+    "frechet_real": judge.frechet_real,
+    "nearest_neighbour": without["nearest_neighbour"],
+  }
+
+
+def _all(source: sources.Source) -> tuple[np.ndarray, np.ndarray]:
+  """Returns every image and label of a source that fits into memory."""
+  records = [source[i] for i in range(len(source))]
+  images = np.stack([record["image"] for record in records])
+  return images, np.array([record["label"] for record in records])

@@ -1,0 +1,129 @@
+"""A run that is only read: its parts, and its weights on these devices."""
+
+import collections.abc
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from flowjax import errors, schema
+from flowjax.evaluate import sampling
+from flowjax.parallel import mesh as meshes
+from flowjax.train import checkpoint, experiment, loop, parts, workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+  """A workdir's newest sound checkpoint, on a mesh over all devices."""
+
+  directory: pathlib.Path
+  run: parts.Parts
+  step: int
+  params: Any
+  extra: dict[str, Any]
+
+  @property
+  def config(self) -> experiment.Experiment:
+    return self.run.experiment
+
+  def draw(
+    self, labels: np.ndarray, *, seed: int, done=lambda count: None, **changes
+  ) -> np.ndarray:
+    """Draws an image per label as the config says, but for `changes`."""
+    chosen = {**schema.to_dict(self.config.sample), **changes}
+    sample = sampling.build(
+      self.run.network,
+      solver=chosen["solver"],
+      steps=chosen["steps"],
+      scale=chosen["guidance"],
+      interval=tuple(chosen["guidance_interval"]),
+      shift=chosen["shift"],
+    )
+    ways = meshes.batch_ways(self.run.mesh)
+    most = min(len(labels), self.config.data.batch_size)
+    with meshes.use(self.run.mesh), loop.out_of_memory_advice():
+      return sampling.draw(
+        sample,
+        self.params,
+        labels,
+        shape=(*self.config.model.image_size, self.config.model.channels),
+        seed=seed,
+        batch_size=-(-most // ways) * ways,
+        put=loop.put_batch(self.run.mesh),
+        done=done,
+      )
+
+
+def open(directory: pathlib.Path, *, ema: bool = True) -> Restored:
+  """Restores the averaged (or raw) weights of a workdir, and only these.
+
+  The mesh is over all devices of this machine, whatever the run was trained
+  on. Raises UserError if there is no checkpoint, CheckpointError if none is
+  sound.
+  """
+  config = workdir.read_config(directory)
+  here = dataclasses.replace(
+    config,
+    mesh=meshes.MeshConfig(data=1, fsdp=-1),
+    data=dataclasses.replace(config.data, batch_size=jax.device_count()),
+    optim=dataclasses.replace(config.optim, accumulate=1),
+  )
+  run = parts.build(here)
+  run = dataclasses.replace(run, experiment=config)
+  name = "ema" if ema else "params"
+  saved = checkpoint.Checkpoints(
+    directory / "checkpoints", config.checkpoint, read_only=True
+  )
+  try:
+    restored = saved.restore_subtree({name: getattr(run.abstract, name)})
+  finally:
+    saved.close()
+  if restored is None:
+    raise errors.UserError(
+      f"{directory} holds no checkpoint yet. `flowjax train --workdir="
+      f"{directory}` makes one."
+    )
+  return Restored(
+    directory, run, restored.step, restored.state[name], restored.extra
+  )
+
+
+def add_workdir(parser) -> None:
+  """Adds the flag that names a run."""
+  parser.add_argument(
+    "--workdir",
+    type=pathlib.Path,
+    required=True,
+    help="the folder that `flowjax train` wrote",
+  )
+
+
+def parse_labels(text: str | None, count: int, classes: int) -> np.ndarray:
+  """Returns `count` labels: those of `text` in turn, or all classes in turn.
+
+  Raises UserError for a label that is no number or out of range.
+  """
+  if text is None:
+    return np.arange(count) % classes
+  try:
+    labels = [int(word) for word in text.split(",")]
+  except ValueError as error:
+    raise errors.UserError(
+      f"--labels={text!r} must be numbers with commas between them."
+    ) from error
+  outside = [label for label in labels if not 0 <= label < classes]
+  if outside:
+    raise errors.UserError(
+      f"--labels: {outside[0]} is out of range; classes are 0 to {classes - 1}."
+    )
+  return np.resize(labels, count)
+
+
+def refuse_stray(words: collections.abc.Sequence[str]) -> None:
+  """Refuses `--config.*` words where a workdir already has its config."""
+  if words:
+    raise errors.UserError(
+      f"{words[0]} has no meaning here: the config is that of the workdir."
+    )

@@ -1,0 +1,109 @@
+"""Trains a network from a config, into a workdir.
+
+Started again on the same workdir it goes on from the newest checkpoint that is
+sound, exactly as if it had not been stopped.
+
+example:
+  flowjax train --config=configs/digits_dit.py --workdir=runs/digits \\
+    --config.optim.learning_rate=1e-4
+"""
+
+import pathlib
+
+import jax
+import numpy as np
+
+from flowjax.commands import configs
+from flowjax.data import loader, sources
+from flowjax.evaluate import pictures, sampling, validation
+from flowjax.parallel import mesh as meshes
+from flowjax.train import loop, parts
+from flowjax.train import state as states
+
+
+def add_flags(parser) -> None:
+  """Adds the flags of `train`."""
+  parser.add_argument("--config", required=True, help=configs.HELP)
+  parser.add_argument("--workdir", type=pathlib.Path, required=True)
+  parser.add_argument(
+    "--allow_config_change",
+    action="store_true",
+    help="go on in a workdir that was made with another config",
+  )
+
+
+def run(args, overrides) -> None:
+  """Trains, and prints where the results are."""
+  config = configs.load(args.config, overrides)
+  result = loop.train(
+    config,
+    args.workdir,
+    evaluators=lambda built: evaluators(built, args.workdir),
+    allow_config_change=args.allow_config_change,
+  )
+  print(f"Trained to step {int(result.state.step)} in {result.seconds:.0f} s.")
+  for name in ("checkpoints", "samples", "curves.png", "metrics.jsonl"):
+    if (args.workdir / name).exists():
+      print(f"  {name:<14} {args.workdir / name}")
+
+
+def evaluators(
+  built: parts.Parts, directory: pathlib.Path
+) -> list[loop.Evaluator]:
+  """Returns what is looked at while training: held-out loss, and samples."""
+  log = built.experiment.log
+  return [
+    loop.Evaluator(log.validation_every, _validation(built)),
+    loop.Evaluator(log.samples_every, _samples(built, directory)),
+  ]
+
+
+def _validation(built: parts.Parts):
+  config = built.experiment
+  source = sources.open(config.data, "held_out")
+  ways = meshes.batch_ways(built.mesh)
+  size = -(-min(config.data.batch_size, len(source)) // ways) * ways
+  evaluator = validation.Validation(
+    config.flow.validation_loss(built.network.apply),
+    lambda: loader.epoch_batches(source, size),
+    seed=config.seed,
+    put=loop.put_batch(built.mesh),
+  )
+
+  def look(state: states.TrainState):
+    return evaluator.run(state.ema), {}
+
+  return look
+
+
+def _samples(built: parts.Parts, directory: pathlib.Path):
+  config = built.experiment
+  ways = meshes.batch_ways(built.mesh)
+  sample = sampling.build(
+    built.network,
+    solver=config.sample.solver,
+    steps=config.sample.steps,
+    scale=config.sample.guidance,
+    interval=config.sample.guidance_interval,
+    shift=config.sample.shift,
+  )
+  labels = np.arange(config.log.sample_count) % config.model.num_classes
+
+  def look(state: states.TrainState):
+    images = sampling.draw(
+      sample,
+      state.ema,
+      labels,
+      shape=(*config.model.image_size, config.model.channels),
+      seed=config.seed,
+      batch_size=-(-len(labels) // ways) * ways,
+      put=loop.put_batch(built.mesh),
+    )
+    grid = pictures.grid(images, columns=10)
+    if jax.process_index() == 0:
+      folder = directory / "samples"
+      folder.mkdir(exist_ok=True)
+      pictures.save_png(grid, folder / f"step_{int(state.step):07d}.png")
+    return {}, {"samples": grid[None]}
+
+  return look

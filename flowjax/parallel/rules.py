@@ -1,0 +1,168 @@
+"""Where each parameter lives: a list of (regex, dims) over its name.
+
+A rule names a mesh axis, or None, for every dim of the parameter. The first
+rule that matches the whole name decides; a parameter that no rule matches is
+an error that lists it.
+"""
+
+import collections.abc
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+Rules = collections.abc.Sequence[tuple[str, tuple[str | None, ...]]]
+
+# Megatron's division of a transformer block over `tensor` (arXiv:1909.08053):
+# columns going in, rows coming out, so that a block pays one all-reduce after
+# attention and one after the MLP. `fsdp` divides the other dim (ZeRO-3,
+# arXiv:1910.02054). The leading None of a block is its layer.
+DIT: Rules = (
+  (r"patch_embed/kernel", (None, "fsdp")),
+  (r"(time_embed/\w+)/kernel", (None, "fsdp")),
+  (r"label_embed/embedding", (None, "fsdp")),
+  (r"pos_embed/embedding", (None, "fsdp")),
+  (r"blocks/modulation/kernel", (None, "fsdp", None, None)),
+  (r"blocks/attention/qkv/kernel", (None, "fsdp", None, "tensor", None)),
+  (r"blocks/attention/qkv/bias", (None, None, "tensor", None)),
+  (r"blocks/attention/out/kernel", (None, "tensor", None, "fsdp")),
+  (r"blocks/mlp/in/kernel", (None, "fsdp", "tensor")),
+  (r"blocks/mlp/in/bias", (None, "tensor")),
+  (r"blocks/mlp/out/kernel", (None, "tensor", "fsdp")),
+  (r"final/modulation/kernel", ("fsdp", None, None)),
+  (r"final/out/kernel", ("fsdp", None)),
+  # Biases and scales are small: every device holds them whole.
+  (r".*/(bias|scale)", ()),
+)
+
+# SwiGLU keeps its two parts on a dim of their own.
+SWIGLU: Rules = (
+  (r"blocks/mlp/in/kernel", (None, "fsdp", None, "tensor")),
+  (r"blocks/mlp/in/bias", (None, None, "tensor")),
+)
+
+
+def for_model(config: Any) -> Rules:
+  """Returns the rules for the parameters of a model's config."""
+  return (*SWIGLU, *DIT) if config.mlp == "swiglu" else DIT
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+  """What a rule decided for one parameter."""
+
+  name: str
+  shape: tuple[int, ...]
+  dtype: Any
+  rule: str
+  spec: P
+  bytes_per_device: int
+  # Dims that a rule wanted divided and whose size does not allow it.
+  undivided: tuple[int, ...]
+
+
+def name_of(path: tuple) -> str:
+  """Returns the name of a leaf, as rules see it: `blocks/mlp/in/kernel`."""
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def match(rules: collections.abc.Sequence[tuple[str, Any]], tree: Any) -> Any:
+  """Returns a tree with, for each leaf, the value of the first rule to match.
+
+  Raises ValueError listing all the leaves that no rule matches, and all the
+  rules that match none.
+  """
+  missed, used = [], set()
+
+  def find(path, _):
+    name = name_of(path)
+    for i, (pattern, value) in enumerate(rules):
+      if re.fullmatch(pattern, name):
+        used.add(i)
+        return value
+    missed.append(name)
+    return None
+
+  found = jax.tree_util.tree_map_with_path(find, tree)
+  if missed:
+    raise ValueError(
+      f"No rule matches {', '.join(missed)}. Add a (regex, value) for "
+      "each; the last rule may be ('.*', ...)."
+    )
+  return found
+
+
+def places(rules: Rules, tree: Any, mesh: Mesh) -> dict[str, Placement]:
+  """Decides where each leaf of `tree` lives on `mesh`, by name."""
+  found = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    found[name_of(path)] = _place(rules, name_of(path), leaf, mesh)
+  missed = [name for name, place in found.items() if place is None]
+  if missed:
+    raise ValueError(
+      f"No sharding rule matches {', '.join(missed)}. Every parameter must be "
+      "matched: add a (regex, dims) rule to flowjax/parallel/rules.py."
+    )
+  return found  # type: ignore[return-value]
+
+
+def shardings(rules: Rules, tree: Any, mesh: Mesh) -> Any:
+  """Returns the tree of NamedSharding of the leaves of `tree`, by name."""
+  found = places(rules, tree, mesh)
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: NamedSharding(mesh, found[name_of(path)].spec), tree
+  )
+
+
+def like(tree: Any, params: Any, param_shardings: Any, whole: Any) -> Any:
+  """Gives the copies of the parameters inside `tree` the parameters' places.
+
+  An optimizer's moments carry a parameter's name as the end of their own path
+  and have its shape. Whatever is no copy of a parameter is `whole`.
+  """
+  known = {
+    name_of(path): (leaf.shape, sharding)
+    for (path, leaf), sharding in zip(
+      jax.tree_util.tree_leaves_with_path(params),
+      jax.tree.leaves(param_shardings),
+      strict=True,
+    )
+  }
+
+  def find(path, leaf):
+    parts = name_of(path).split("/")
+    for i in range(len(parts)):
+      name = "/".join(parts[i:])
+      if name in known and known[name][0] == leaf.shape:
+        return known[name][1]
+    return whole
+
+  return jax.tree_util.tree_map_with_path(find, tree)
+
+
+def _place(rules: Rules, name: str, leaf: Any, mesh: Mesh) -> Placement | None:
+  for pattern, dims in rules:
+    if not re.fullmatch(pattern, name):
+      continue
+    if dims and len(dims) != len(leaf.shape):
+      raise ValueError(
+        f"Rule ({pattern!r}, {dims}) names {len(dims)} dims, and {name} has "
+        f"shape {leaf.shape}."
+      )
+    wanted = dims or (None,) * len(leaf.shape)
+    undivided = tuple(
+      i
+      for i, axis in enumerate(wanted)
+      if axis is not None and leaf.shape[i] % mesh.shape[axis]
+    )
+    kept = [None if i in undivided else axis for i, axis in enumerate(wanted)]
+    ways = math.prod(mesh.shape[axis] for axis in kept if axis is not None)
+    size = math.prod(leaf.shape) * leaf.dtype.itemsize
+    return Placement(
+      name, leaf.shape, leaf.dtype, pattern, P(*kept), size // ways, undivided
+    )
+  return None

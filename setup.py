@@ -1,0 +1,76 @@
+"""FlowJAX: training flow and diffusion transformers."""
+
+import pathlib
+
+import setuptools
+
+HERE = pathlib.Path(__file__).parent
+VERSION = (
+  (HERE / "flowjax/__init__.py")
+  .read_text()
+  .split('__version__ = "')[1]
+  .split('"')[0]
+)
+
+# jax 0.10 is the last for Python 3.11; 0.12 needs 3.12. Both are tested.
+JAX = "jax>=0.10,<0.13"
+
+TFDS = [
+  "tensorflow-datasets>=4.9.10,<5",
+  "array_record>=0.8",
+  # tensorflow-datasets imports it without declaring it.
+  "importlib_resources",
+]
+# The local file `make` finds first may be a build for CPUs only.
+TORCH = ["torch>=2.6,<2.14"]
+DIGITS = ["scikit-learn>=1.5,<2"]
+
+EXTRAS = {
+  "demo": DIGITS,
+  "tfds": TFDS,
+  "torch": TORCH,
+  "gpu": ["jax[cuda13]>=0.10,<0.13"],
+  "tpu": ["jax[tpu]>=0.10,<0.13"],
+  "test": [
+    *DIGITS,
+    *TFDS,
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "scipy>=1.13",
+    "ruff==0.17.*",
+    "mypy>=1.15,<3",
+  ],
+  # Independent implementations that tests compare with.
+  "oracles": [*TORCH, "diffusers>=0.36,<0.43", "torchcfm>=1.0.7,<2"],
+}
+
+setuptools.setup(
+  name="flowjax",
+  version=VERSION,
+  description="Training flow and diffusion transformers in JAX",
+  long_description=(HERE / "README.md").read_text(),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=setuptools.find_packages(include=["flowjax", "flowjax.*"]),
+  package_data={"flowjax": ["py.typed"]},
+  install_requires=[
+    JAX,
+    "flax>=0.12,<0.13",
+    "optax>=0.2.5,<0.3",
+    "orbax-checkpoint>=0.12,<0.13",
+    "grain>=0.2.18,<0.3",
+    "einops>=0.8,<1",
+    "ml_collections>=1.1,<2",
+    "absl-py>=2",
+    "clu>=0.0.12,<0.1",
+    "numpy>=2",
+    "pillow>=11",
+    "safetensors>=0.5,<1",
+    "tensorboardX>=2.6,<3",
+    "rich>=13",
+    "matplotlib>=3.9",
+  ],
+  extras_require=EXTRAS,
+  entry_points={"console_scripts": ["flowjax = flowjax.__main__:entry"]},
+)
