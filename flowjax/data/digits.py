@@ -23,7 +23,6 @@ class Digits:
   label_N: np.ndarray
   name: str = "digits"
   class_names: tuple[str, ...] = tuple("0123456789")
-  on_corrupt: str = "stop"  # Nothing in memory can be.
 
   @property
   def num_classes(self) -> int:

@@ -3,13 +3,15 @@
 # Shape suffixes: B batch of one process, H height, W width, C channels.
 
 import dataclasses
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
+from flowjax import errors, schema
 from flowjax.data import config as config_lib
-from flowjax.data import sources
+from flowjax.data import order, prefetch, reading, sources, workers
 
 Batch = dict[str, np.ndarray]
 
@@ -22,65 +24,145 @@ def batches(
   process_index: int = 0,
   process_count: int = 1,
 ) -> Iterator[Batch]:
-  """Yields this process's part of the batches from `start_step` on, for ever.
+  """Iterates over this process's part of the batches from `start_step` on.
 
-  Step s takes the global positions s * batch_size ... (s + 1) * batch_size - 1,
-  each process a contiguous part of them. Position p is record
-  shuffle(p mod N; seed, epoch p // N) of the N records.
+  There is no end.
+  Step s takes the positions s * batch_size ... (s + 1) * batch_size - 1, each
+  process a contiguous part of them; `order` says which record each one is.
+
+  Under on_corrupt="skip" the batches of a source that reads its records one by
+  one carry "skipped", int32 [B]: 1 where the record was corrupt and the next
+  sound one stands in its place. It is for counting, not for the model. Close
+  the generator to end the workers.
   """
   import grain
 
-  local = _local_size(config.batch_size, process_count)
-  indices = grain.MapDataset.range(len(source))
-  indices = indices.shuffle(_mix(config.shuffle_seed) % 2**32).repeat()
-  read = _Read(source, config.shuffle_seed, config.flip, local)
-  batch = indices.batch(local).map_with_index(read)
-  batch = batch[start_step * process_count + process_index :: process_count]
-  iterator = iter(
-    batch.to_iter_dataset(grain.ReadOptions(0, prefetch_buffer_size=0))
+  local = _share(config.batch_size, process_count)
+  parts = grain.MapDataset.range(sys.maxsize).map(_Read(source, config, local))
+  mine = parts[start_step * process_count + process_index :: process_count]
+  # `to_device` reads ahead; a thread of Grain's beside it would gain nothing.
+  dataset = mine.to_iter_dataset(
+    grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
   )
+  if config.workers:
+    workers.let_grain_read_its_flags()
+    dataset = dataset.mp_prefetch(
+      grain.MultiprocessingOptions(config.workers, config.prefetch),
+      worker_init_fn=workers.start,
+    )
+  return _closing(iter(dataset))
+
+
+def _closing(iterator: Any) -> Iterator[Batch]:
   try:
-    yield from iterator
+    with workers.deaths_explained():
+      yield from iterator
   finally:
     iterator.close()
 
 
+def epoch_batches(
+  source: sources.Source,
+  batch_size: int,
+  *,
+  process_index: int = 0,
+  process_count: int = 1,
+  on_corrupt: str = "skip",
+) -> Iterator[Batch]:
+  """Yields this process's part of every record once, in order.
+
+  Each batch has a float32 "mask" [B]: 1 for a record, 0 for what pads the last
+  batch, and for a corrupt record under on_corrupt="skip".
+  """
+  local = _share(batch_size, process_count)
+  blank = {"image": np.zeros(source.shape, np.float32), "label": np.int32(0)}
+  tried = sound = 0
+  for step_start in range(0, len(source), batch_size):
+    start = step_start + process_index * local
+    records = range(start, min(start + local, len(source)))
+    read = reading.each(source, records, on_corrupt)
+    read += [None] * (local - len(read))
+    batch = reading.stack([blank if e is None else e for e in read])
+    mask_B = np.array([e is not None for e in read], np.float32)
+    tried, sound = tried + len(records), sound + int(mask_B.sum())
+    yield batch | {"mask": mask_B}
+  if tried and not sound:
+    raise errors.DataError(f"All {tried} records of {source.name} are corrupt.")
+
+
+def to_device(
+  iterator: Iterator[Batch], put: Callable[[Batch], Any], size: int
+) -> prefetch.Prefetch:
+  """Places batches by `put` in a thread, at most `size` ahead of their use."""
+  return prefetch.Prefetch(iterator, put, size)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Read:
-  """Reads the records of one batch, and flips those whose position says so."""
+  """Reads the records of a part, and flips those whose position says so."""
 
   source: Any
-  seed: int
-  flip: bool
+  config: config_lib.DataConfig
   local: int
 
-  def __call__(self, index: int, records_B: np.ndarray) -> Batch:
-    batch = self.source.gather(records_B)
-    if self.flip:
-      position_B = index * self.local + np.arange(self.local)
-      flip_B111 = _coin(self.seed, position_B)[:, None, None, None]
+  def __call__(self, part: int) -> Batch:
+    seed = self.config.shuffle_seed
+    position_B = part * self.local + np.arange(self.local)
+    records_B = order.records(seed, len(self.source), position_B)
+    if hasattr(self.source, "gather"):
+      batch = self.source.gather(records_B)
+    else:
+      batch = reading.sound(
+        self.source, records_B.tolist(), self.config.on_corrupt
+      )
+    if self.config.flip:
+      flip_B111 = order.coins(seed, position_B)[:, None, None, None]
       image_BHWC = batch["image"]
       batch["image"] = np.where(flip_B111, image_BHWC[:, :, ::-1], image_BHWC)
     return batch
 
 
-def _local_size(batch_size: int, process_count: int) -> int:
+def state(
+  config: config_lib.DataConfig,
+  step: int,
+  source: sources.Source | None = None,
+) -> dict[str, Any]:
+  """Returns what the batches after `step` hang on, as JSON can hold it.
+
+  Without `source` the training split is opened to take its fingerprint.
+  """
+  source = source or sources.open(config, "train")
+  return {
+    "step": step,
+    "seed": config.shuffle_seed,
+    "batch_size": config.batch_size,
+    "flip": config.flip,
+    "source": source.name,
+    "fingerprint": source.fingerprint(),
+  }
+
+
+def check_state(
+  saved: dict[str, Any],
+  config: config_lib.DataConfig,
+  source: sources.Source | None = None,
+) -> None:
+  """Refuses to go on from `saved` if the batches would be others."""
+  step = saved.get("step", 0)
+  rows = schema.difference(saved, state(config, step, source), "data")
+  if rows:
+    cut = [row if len(row) < 200 else row[:200] + " ..." for row in rows]
+    raise errors.DataError(
+      f"The data is not that of the checkpoint at step {step}, so training "
+      "would not see each image once per epoch:\n  " + "\n  ".join(cut) + "\n"
+      "Restore config.data and the files, or begin in a new workdir."
+    )
+
+
+def _share(batch_size: int, process_count: int) -> int:
   if batch_size % process_count:
-    raise ValueError(
+    raise errors.UserError(
       f"batch_size={batch_size} must be a multiple of the {process_count} "
       "processes that share it."
     )
   return batch_size // process_count
-
-
-def _mix(value: int) -> int:
-  """Returns 64 well mixed bits of `value` (the finalizer of SplitMix64)."""
-  value = (value + 0x9E3779B97F4A7C15) % 2**64
-  value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-  value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
-  return value ^ (value >> 31)
-
-
-def _coin(seed: int, position_B: np.ndarray) -> np.ndarray:
-  """Tosses a coin for each global position."""
-  return np.array([_mix(_mix(seed) ^ int(p)) & 1 for p in position_B], bool)

@@ -19,14 +19,13 @@ class Source(Protocol):
 
   `source[i]` is {"image": float32 [H, W, C] in [-1, 1], "label": int32}, the
   same at every call; it raises `Corrupt` for a record that cannot be decoded.
-  A source that holds its images in memory may also offer `gather(records_B)`,
-  which returns the stacked examples at once.
+  A source that holds its images in memory, where none can be corrupt, also
+  offers `gather(records_B)`, which returns the stacked examples at once.
   """
 
   name: str
   class_names: tuple[str, ...]
   shape: tuple[int, int, int]
-  on_corrupt: str
 
   @property
   def num_classes(self) -> int: ...

@@ -1,0 +1,80 @@
+"""From the bytes of an image file to float32 [H, W, C] in [-1, 1]."""
+
+# Shape suffixes: H height, W width, C channels.
+
+import io
+
+import numpy as np
+
+from flowjax import errors
+from flowjax.data import sources
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+
+
+def decode(
+  content: bytes, *, image_size: tuple[int, int], channels: int, name: str
+) -> np.ndarray:
+  """Decodes an image, turns it upright and cuts it to `image_size`.
+
+  The short side is resized to fit and the long side cropped around the centre.
+  What is transparent becomes white. Raises `sources.Corrupt` with `name`.
+  """
+  PIL = _pillow()
+  try:
+    with PIL.Image.open(io.BytesIO(content), formats=FORMATS) as image:
+      upright = PIL.ImageOps.exif_transpose(image)
+      pixels = np.asarray(_cover(_opaque(upright, channels), image_size))
+  # Decoders answer to broken bytes with errors of a dozen types.
+  except Exception as error:
+    raise sources.Corrupt(f"{name} is corrupt: {_reason(error)}.") from error
+  image_HWC = pixels.astype(np.float32) / 127.5 - 1.0
+  return image_HWC.reshape(*image_size, channels)
+
+
+def check_channels(channels: int) -> None:
+  """Refuses, before anything is read, what image files cannot give."""
+  _pillow()
+  if channels not in (1, 3):
+    raise errors.UserError(
+      f"channels={channels} does not suit image files: 1 for grey, 3 for RGB."
+    )
+
+
+def _opaque(image, channels: int):
+  PIL = _pillow()
+  if image.mode.startswith("I"):  # 16 bits a pixel; `convert` would clip them.
+    image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+  if image.has_transparency_data:
+    image = image.convert("RGBA")
+    white = PIL.Image.new("RGBA", image.size, "white")
+    image = PIL.Image.alpha_composite(white, image)
+  return image.convert("L" if channels == 1 else "RGB")
+
+
+def _cover(image, image_size: tuple[int, int]):
+  """Resizes the largest centred box that has the proportions asked for."""
+  height, width = image_size
+  scale = min(image.height / height, image.width / width)
+  left = (image.width - width * scale) / 2
+  top = (image.height - height * scale) / 2
+  box = (left, top, left + width * scale, top + height * scale)
+  bicubic = _pillow().Image.Resampling.BICUBIC
+  return image.resize((width, height), bicubic, box=box)
+
+
+def _reason(error: Exception) -> str:
+  if type(error).__name__ == "UnidentifiedImageError":
+    return "its bytes are none of " + ", ".join(FORMATS)
+  return str(error).rstrip(".") or type(error).__name__
+
+
+def _pillow():
+  try:
+    import PIL.Image
+    import PIL.ImageOps
+  except ImportError as error:
+    raise errors.UserError(
+      "Image files need pillow, which is not installed: pip install pillow"
+    ) from error
+  return PIL

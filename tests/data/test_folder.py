@@ -1,0 +1,253 @@
+import os
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from flowjax import errors
+from flowjax.data import config as config_lib
+from flowjax.data import images, sources
+
+WHITE, BLACK = 1.0, -1.0
+
+
+def config_of(root, **changes) -> config_lib.DataConfig:
+  values = {"image_size": (8, 8), "channels": 3, "held_out": 0.0}
+  return config_lib.DataConfig(source=f"folder:{root}", **(values | changes))
+
+
+def save(root, name: str, pixels, mode=None, **options) -> None:
+  path = root / name
+  path.parent.mkdir(parents=True, exist_ok=True)
+  image = PIL.Image.fromarray(np.asarray(pixels, np.uint8), None)
+  (image.convert(mode) if mode else image).save(path, **options)
+
+
+def fill(root, classes: dict[str, int]) -> None:
+  rng = np.random.default_rng(0)
+  for name, count in classes.items():
+    for i in range(count):
+      save(root, f"{name}/{i:03d}.png", rng.integers(0, 256, (8, 8, 3)))
+
+
+def read_one(root, **changes) -> np.ndarray:
+  source = sources.open(config_of(root, **changes), "train")
+  (example,) = [source[i] for i in range(len(source))]
+  return example["image"]
+
+
+def test_the_pixels_of_a_png_come_through_unchanged(tmp_path):
+  pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3))
+  save(tmp_path, "a/x.png", pixels)
+
+  image_HWC = read_one(tmp_path)
+
+  assert image_HWC.dtype == np.float32
+  np.testing.assert_allclose(image_HWC, pixels / 127.5 - 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "jpeg", "webp", "PNG"])
+@pytest.mark.parametrize("size", [(8, 8), (7, 31), (64, 20), (1, 1)])
+def test_every_format_and_size_gives_the_same_shape(tmp_path, ending, size):
+  save(tmp_path, f"a/x.{ending}", np.full((*size, 3), 102))
+
+  image_HWC = read_one(tmp_path, image_size=(8, 12))
+
+  assert image_HWC.shape == (8, 12, 3)
+  np.testing.assert_allclose(image_HWC, 102 / 127.5 - 1, atol=0.03)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "LA", "1", "CMYK"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_mode_becomes_grey_or_rgb(tmp_path, mode, channels):
+  ending = "jpg" if mode == "CMYK" else "png"
+  pixels = np.zeros((8, 8, 3))
+  pixels[:4] = 255
+  save(tmp_path, f"a/x.{ending}", pixels, mode)
+
+  image_HWC = read_one(tmp_path, channels=channels)
+
+  assert image_HWC.shape == (8, 8, channels)
+  np.testing.assert_allclose(image_HWC[:3], WHITE, atol=0.02)
+  np.testing.assert_allclose(image_HWC[5:], BLACK, atol=0.02)
+
+
+def test_what_is_transparent_becomes_white(tmp_path):
+  pixels = np.zeros((8, 8, 4))
+  pixels[:4, :, 3] = 255  # The upper half is black, the lower one clear.
+  save(tmp_path, "a/x.png", pixels)
+
+  image_HWC = read_one(tmp_path)
+
+  np.testing.assert_array_equal(image_HWC[:4], BLACK)
+  np.testing.assert_array_equal(image_HWC[4:], WHITE)
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
+  (tmp_path / "a").mkdir()
+  ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+  PIL.Image.fromarray(ramp).save(tmp_path / "a/x.png")
+
+  image_HWC = read_one(tmp_path, channels=1)
+
+  np.testing.assert_allclose(
+    image_HWC.ravel(), np.linspace(-1, 1, 64), atol=0.01
+  )
+
+
+def test_the_crop_is_the_middle_of_the_long_side(tmp_path):
+  pixels = np.zeros((8, 24, 3))
+  pixels[:, 8:16] = 255
+  save(tmp_path, "a/wide.png", pixels)
+  np.testing.assert_array_equal(read_one(tmp_path), WHITE)
+
+  save(tmp_path, "a/wide.png", np.swapaxes(pixels, 0, 1))  # Now it is tall.
+  np.testing.assert_array_equal(read_one(tmp_path), WHITE)
+
+
+def test_a_photograph_is_turned_upright(tmp_path):
+  pixels = np.zeros((8, 8, 3))
+  pixels[:, :4] = 255  # The left half is white.
+  exif = PIL.Image.Exif()
+  exif[0x0112] = 6  # To be seen, turn by 90 degrees clockwise.
+  save(tmp_path, "a/x.png", pixels, exif=exif)
+
+  image_HWC = read_one(tmp_path)
+
+  np.testing.assert_array_equal(image_HWC[:4], WHITE)
+  np.testing.assert_array_equal(image_HWC[4:], BLACK)
+
+
+def test_labels_follow_the_sorted_class_names(tmp_path):
+  for name, value in (("b", 200), ("a", 100), ("C", 0)):
+    for file in ("2.png", "10.png"):
+      save(tmp_path, f"{name}/{file}", np.full((8, 8, 3), value))
+  (tmp_path / ".hidden").mkdir()
+  (tmp_path / "a/notes.txt").write_text("not an image")
+
+  source = sources.open(config_of(tmp_path), "train")
+
+  assert source.class_names == ("C", "a", "b") and source.num_classes == 3
+  order = ("C/10.png", "C/2.png", "a/10.png", "a/2.png", "b/10.png", "b/2.png")
+  assert source.files == order
+  assert [int(source[i]["label"]) for i in range(6)] == [0, 0, 1, 1, 2, 2]
+  seen = [
+    round(float((source[i]["image"][0, 0, 0] + 1) * 127.5)) for i in (0, 2, 4)
+  ]
+  assert seen == [0, 100, 200]
+
+
+def test_the_splits_are_disjoint_complete_and_stable(tmp_path):
+  fill(tmp_path, {"a": 40, "b": 40})
+  config = config_of(tmp_path, held_out=0.25)
+
+  def files():
+    return [set(sources.open(config, split).files) for split in sources.SPLITS]
+
+  train, held = files()
+  assert not train & held and len(train | held) == 80
+  assert 10 <= len(held) <= 30
+
+  fill(tmp_path, {"c": 20, "a": 41})
+  more_train, more_held = files()
+  assert train < more_train and held <= more_held
+
+
+def test_the_fingerprint_changes_with_the_list_of_files(tmp_path):
+  fill(tmp_path, {"a": 3, "b": 3})
+  before = sources.open(config_of(tmp_path), "train").fingerprint()
+  assert before == sources.open(config_of(tmp_path), "train").fingerprint()
+
+  os.rename(tmp_path / "a/001.png", tmp_path / "a/009.png")
+  after = sources.open(config_of(tmp_path), "train").fingerprint()
+
+  assert after["records"] == before["records"] == 6
+  assert after["hash"] != before["hash"]
+
+
+def refused(root, **changes) -> str:
+  with pytest.raises(errors.DataError) as caught:
+    sources.open(config_of(root, **changes), "train")
+  return str(caught.value)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+  assert str(tmp_path / "nowhere") in refused(tmp_path / "nowhere")
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+  assert "is empty" in refused(tmp_path)
+
+
+def test_images_without_a_class_are_refused(tmp_path):
+  save(tmp_path, "x.png", np.zeros((8, 8, 3)))
+  assert "no label" in refused(tmp_path) and "x.png" in refused(tmp_path)
+
+  save(tmp_path, "a/y.png", np.zeros((8, 8, 3)))
+  assert "no label" in refused(tmp_path)
+
+
+def test_a_class_without_images_is_refused(tmp_path):
+  fill(tmp_path, {"a": 2})
+  (tmp_path / "b").mkdir()
+  assert "'b'" in refused(tmp_path)
+
+
+def test_splits_taken_for_classes_are_refused_with_the_remedy(tmp_path):
+  fill(tmp_path / "train", {"a": 2, "b": 2})
+  fill(tmp_path / "val", {"a": 2, "b": 2})
+  assert f"folder:{tmp_path / 'train'}" in refused(tmp_path)
+
+
+def test_a_split_that_gets_nothing_is_refused(tmp_path):
+  fill(tmp_path, {"a": 2})
+  with pytest.raises(errors.DataError, match="held_out=0.0"):
+    sources.open(config_of(tmp_path), "held_out")
+
+
+def test_channels_that_files_do_not_have_are_refused(tmp_path):
+  with pytest.raises(errors.UserError, match="channels=4"):
+    sources.open(config_of(tmp_path, channels=4), "train")
+
+
+@pytest.mark.parametrize(
+  "spoil",
+  [
+    lambda content: b"",
+    lambda content: b"no image at all",
+    lambda content: content[: len(content) // 2],
+    lambda content: content[:60] + bytes(20) + content[80:],
+  ],
+)
+def test_a_corrupt_file_is_named(tmp_path, spoil):
+  fill(tmp_path, {"a": 1})
+  path = tmp_path / "a/000.png"
+  path.write_bytes(spoil(path.read_bytes()))
+  source = sources.open(config_of(tmp_path), "train")
+  with pytest.raises(sources.Corrupt) as caught:
+    source[0]
+  assert str(path) in str(caught.value)
+  assert "0x" not in str(caught.value)  # No address of an object.
+
+
+def test_a_file_that_cannot_be_read_is_no_corrupt_one(tmp_path):
+  fill(tmp_path, {"a": 1})
+  source = sources.open(config_of(tmp_path), "train")
+  os.remove(tmp_path / "a/000.png")
+  with pytest.raises(errors.DataError, match="000.png") as caught:
+    source[0]
+  assert not isinstance(caught.value, sources.Corrupt)
+
+
+def test_an_image_is_never_larger_than_a_decoder_should_trust(
+  tmp_path, monkeypatch
+):
+  fill(tmp_path, {"a": 1})
+  monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 10)
+  with pytest.raises(sources.Corrupt, match="decompression bomb"):
+    images.decode(
+      (tmp_path / "a/000.png").read_bytes(),
+      image_size=(8, 8),
+      channels=3,
+      name="x",
+    )
