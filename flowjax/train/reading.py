@@ -1,0 +1,245 @@
+"""Reading checkpoints that are proved before they are used.
+
+Orbax trusts directory names and array bytes. Here a step is believed when its
+commit marker, its manifest, and the fingerprints of its loaded arrays agree;
+otherwise it is unsound, is named with the reason, and the one before it is
+tried. Nothing on disk is changed.
+"""
+
+import collections.abc
+import contextlib
+import dataclasses
+import logging
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from flowjax import errors
+from flowjax.train import manifest
+
+# The marker that Orbax writes last into a step.
+COMMITTED = "commit_success.txt"
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+  """A sound checkpoint, and why each newer one was passed over, by step."""
+
+  step: int
+  state: Any
+  extra: Any
+  passed_over: dict[int, str]
+
+
+class Reader:
+  """Reads the steps in a folder, which need not exist.
+
+  `unsound` collects the steps that were passed over, with the reason.
+  """
+
+  def __init__(self, directory: pathlib.Path):
+    self.directory = directory
+    self.unsound: dict[int, str] = {}
+    self._orbax = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+
+  def close(self) -> None:
+    """Lets go of all threads."""
+    self._orbax.close()
+
+  def steps(self) -> list[int]:
+    """Returns the committed steps, sound or not, oldest first."""
+    return [number for number in self._folders() if self._committed(number)]
+
+  def extra(self, step: int | None) -> Any:
+    """Returns the extra data of the newest step whose manifest is sound."""
+    found = self._walk(step, lambda number: self._inspect(number)[1])
+    return None if found is None else found[1]
+
+  def restore(
+    self, abstract: Any, step: int | None, *, whole: bool
+  ) -> Restored | None:
+    """Returns the newest sound step, or the given one, shaped as `abstract`.
+
+    If `whole`, the checkpoint may hold nothing besides.
+    """
+    named = manifest.named_leaves(abstract)
+    wanted = {path: _placed(leaf) for path, leaf in named.items()}
+
+    def look(number: int) -> tuple[Any, Any]:
+      leaves, extra = self._inspect(number)
+      self._require_fit(number, leaves, wanted, whole)
+      arrays = self._load(number, leaves, wanted)
+      return jax.tree.unflatten(jax.tree.structure(abstract), arrays), extra
+
+    found = self._walk(step, look)
+    if found is None:
+      return None
+    number, (state, extra), passed_over = found
+    return Restored(number, state, extra, passed_over)
+
+  def _walk(
+    self, step: int | None, look: collections.abc.Callable[[int], Any]
+  ) -> tuple[int, Any, dict[int, str]] | None:
+    """Returns what `look` finds in the newest step it does not call unsound."""
+    numbers = self._folders()
+    if step is not None and step not in numbers:
+      raise errors.CheckpointError(
+        f"There is no checkpoint of step {step} in {self.directory}. There "
+        f"are: {', '.join(map(str, numbers)) or 'none'}."
+      )
+    passed_over: dict[int, str] = {}
+    for number in reversed(numbers) if step is None else [step]:
+      try:
+        found = look(number)
+      except _Unsound as reason:
+        passed_over[number] = self.unsound[number] = str(reason)
+        logging.warning("Checkpoint %d is passed over: %s.", number, reason)
+      else:
+        return number, found, passed_over
+    if not passed_over:
+      return None
+    rows = [f"\n  {number}: {text}" for number, text in passed_over.items()]
+    raise errors.CheckpointError(
+      f"No checkpoint in {self.directory} is sound:{''.join(rows)}\n"
+      "Nothing was changed. Bring back a copy of one of them, or start over in "
+      "another --workdir."
+    )
+
+  def _inspect(self, number: int) -> tuple[dict[str, manifest.Leaf], Any]:
+    """Returns the leaves a step's manifest lists, and its extra data."""
+    with _agreement():
+      if not self._committed(number):
+        raise _Unsound(f"it was never committed: it has no {COMMITTED}")
+      with _damage("its manifest"):
+        items = self._read(
+          number, manifest=ocp.args.JsonRestore(), extra=ocp.args.JsonRestore()
+        )
+      leaves, reason = manifest.read(number, items.manifest, items.extra)
+      if reason is not None:
+        raise _Unsound(reason)
+    return leaves, items.extra
+
+  def _require_fit(
+    self,
+    number: int,
+    leaves: dict[str, manifest.Leaf],
+    wanted: dict[str, jax.ShapeDtypeStruct],
+    whole: bool,
+  ) -> None:
+    """Refuses a template that is not what the manifest says was saved."""
+    saved = {path: str(leaf) for path, leaf in leaves.items()}
+    asked = {path: str(manifest.leaf(item)) for path, item in wanted.items()}
+    paths = sorted(saved.keys() | asked.keys())
+    if not whole:
+      tops = {path.partition("/")[0] for path in asked}
+      paths = [path for path in paths if path.partition("/")[0] in tops]
+    rows = [
+      f"\n  {path}: {saved.get(path, 'nothing')} was saved, "
+      f"{asked.get(path, 'nothing')} is wanted"
+      for path in paths
+      if saved.get(path) != asked.get(path)
+    ]
+    if rows:
+      more = f"\n  and {len(rows) - 10} more" if len(rows) > 10 else ""
+      raise errors.CheckpointError(
+        f"Checkpoint {number} in {self.directory} does not fit this config in "
+        f"{len(rows)} of its arrays:{''.join(rows[:10])}{more}\n"
+        "Use the config it was made with, or another --workdir."
+      )
+
+  def _load(
+    self,
+    number: int,
+    leaves: dict[str, manifest.Leaf],
+    wanted: dict[str, jax.ShapeDtypeStruct],
+  ) -> list[jax.Array]:
+    """Returns the arrays of a step, each proved by its fingerprint."""
+    item = manifest.nested(wanted)
+    arguments = ocp.args.PyTreeRestore(
+      item=item,
+      restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+      partial_restore=True,
+    )
+    with _agreement(), _damage("its data", wanted):
+      state = self._read(number, state=arguments).state
+      found = manifest.named_leaves(state)
+      found = {path: found[path] for path in wanted}
+    prints = manifest.fingerprints(found)
+    bad = [path for path in wanted if prints[path] != leaves[path].fingerprint]
+    if bad:
+      raise _Unsound(f"the bits of {_some(bad)} are not those that were saved")
+    return list(found.values())
+
+  def _read(self, number: int, **arguments: Any) -> Any:
+    return self._orbax.restore(
+      self.directory / str(number), args=ocp.args.Composite(**arguments)
+    )
+
+  def _folders(self) -> list[int]:
+    """Returns the numbers of all step folders, committed or not."""
+    if not self.directory.is_dir():
+      return []
+    names = [path.name for path in self.directory.iterdir() if path.is_dir()]
+    return sorted(
+      int(name) for name in names if name.isdecimal() and str(int(name)) == name
+    )
+
+  def _committed(self, number: int) -> bool:
+    return (self.directory / str(number) / COMMITTED).is_file()
+
+
+class _Unsound(Exception):
+  """Why a step is passed over."""
+
+
+@contextlib.contextmanager
+def _damage(what: str, paths: collections.abc.Iterable[str] = ()):
+  """Turns whatever damaged files raise into a reason to pass a step over."""
+  try:
+    yield
+  except (jax.errors.JaxRuntimeError, MemoryError):
+    raise  # Too little memory is no damage.
+  except Exception as error:
+    # On disk an array's name has dots, and a file or a chunk behind it.
+    bad = [p for p in paths if f'"{p.replace("/", ".")}/' in str(error)]
+    where = f" at {_some(bad)}" if bad else ""
+    raise _Unsound(f"{what} cannot be read{where}: {brief(error)}") from error
+
+
+@contextlib.contextmanager
+def _agreement():
+  """Makes a step unsound for every process if it is so for one."""
+  reason = None
+  try:
+    yield
+  except _Unsound as error:
+    reason = error
+  if jax.process_count() > 1:
+    refusals = multihost_utils.process_allgather(np.array(reason is not None))
+    if refusals.any() and reason is None:
+      reason = _Unsound(f"process {refusals.argmax()} cannot read it")
+  if reason is not None:
+    raise reason
+
+
+def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+  """Returns a template whose array lives somewhere: by default, device 0."""
+  default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return jax.ShapeDtypeStruct(
+    leaf.shape, leaf.dtype, sharding=leaf.sharding or default
+  )
+
+
+def _some(paths: list[str]) -> str:
+  more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+  return ", ".join(paths[:3]) + more
+
+
+def brief(error: Exception) -> str:
+  """Returns the first 300 characters of an error, in one line."""
+  text = " ".join(f"{type(error).__name__}: {error}".split())
+  return text if len(text) <= 300 else text[:300] + "..."
