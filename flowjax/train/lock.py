@@ -84,7 +84,7 @@ class WorkdirLock:
   def _acquire(self) -> None:
     first_beat = None
     while not self._create() and (seen := _read(self.path)) != self._text:
-      beat = self._last_beat()
+      beat = _time_of(self.path)
       if seen is None or beat is None:
         continue  # Released between two looks.
       age = self._now() - beat
@@ -113,8 +113,9 @@ class WorkdirLock:
     try:
       open(claim, "x").close()
     except FileExistsError:
-      if self._now() - claim.stat().st_mtime > self._silence:
-        claim.unlink(missing_ok=True)
+      made = _time_of(claim)
+      if made is not None and self._now() - made > self._silence:
+        claim.unlink(missing_ok=True)  # Whoever made it died over it.
       time.sleep(min(self._beat, 1.0) / 4)
       return
     try:
@@ -153,12 +154,6 @@ class WorkdirLock:
     now = probe.stat().st_mtime
     probe.unlink()
     return now
-
-  def _last_beat(self) -> float | None:
-    try:
-      return self.path.stat().st_mtime
-    except FileNotFoundError:
-      return None
 
   def _announce_watch(self, seen: str, age: float, first: float | None) -> None:
     if first is None:
@@ -244,7 +239,14 @@ def _is_alive(owner: dict[str, Any]) -> bool | None:
 
 def _read(path: pathlib.Path) -> str | None:
   try:
-    return path.read_text()
+    return path.read_text(errors="replace")
+  except FileNotFoundError:
+    return None
+
+
+def _time_of(path: pathlib.Path) -> float | None:
+  try:
+    return path.stat().st_mtime
   except FileNotFoundError:
     return None
 
@@ -262,4 +264,4 @@ def _name(owner: dict[str, Any]) -> str:
   if not owner:
     return "an unknown process (its lock.json cannot be read)"
   since = f" since {owner['since']}" if "since" in owner else ""
-  return f"process {owner['pid']} on host {owner['host']}{since}"
+  return f"process {owner.get('pid')} on host {owner.get('host')}{since}"
