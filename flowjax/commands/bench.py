@@ -18,7 +18,6 @@ import numpy as np
 
 from flowjax import __version__
 from flowjax.commands import configs
-from flowjax.parallel import mesh as meshes
 from flowjax.train import loop, parts, progress, workdir
 
 
@@ -35,7 +34,7 @@ def run(args, overrides) -> None:
   """Steps on random data for a while, and prints the rates."""
   config = configs.load(args.config, overrides)
   built = parts.build(config)
-  with meshes.use(built.mesh), loop.out_of_memory_advice():
+  with loop.out_of_memory_advice():
     result = measure(built, args.seconds)
   for name, value in result.items():
     text = f"{value:.4g}" if isinstance(value, float) else value

@@ -1,0 +1,208 @@
+"""What a config says: one frozen dataclass per group, checked as a whole.
+
+A file in `configs/` starts from `defaults()`, which has every key there is,
+changes some, and returns it. The door turns the result into an `Experiment`;
+after that nothing is looked up by string and nothing has a second default.
+"""
+
+import collections.abc
+import dataclasses
+import typing
+from typing import Any
+
+import ml_collections
+
+from flowjax import errors, models, schema
+from flowjax.data import config as data_config
+from flowjax.flow import losses, paths, times
+from flowjax.flow import solvers as solver_table
+from flowjax.parallel import mesh as meshes
+from flowjax.train import checkpoint as checkpoints
+from flowjax.train import ema as averages
+from flowjax.train import optim as optimizers
+
+PATHS = {"straight": paths.straight}
+TIME_LAWS = ("logit_normal", "uniform")
+
+
+def _group(kind: Any) -> Any:
+  return dataclasses.field(default_factory=kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowConfig:
+  """The path from data to noise and the law of t that training draws from.
+
+  `time_mean` and `time_std` are those of logit t (arXiv:2403.03206, section
+  3.1): a mean above 0 trains more towards noise. `shift` is the resolution
+  shift of eq. 23, applied after the law; 1 is none.
+  """
+
+  path: str = "straight"
+  time_law: str = "logit_normal"
+  time_mean: float = 0.0
+  time_std: float = 1.0
+  shift: float = 1.0
+
+  def __post_init__(self):
+    _member("path", self.path, PATHS)
+    _member("time_law", self.time_law, TIME_LAWS)
+    _above_zero(self, "time_std", "shift")
+
+  def law(self) -> times.TimeLaw:
+    """Returns the law of t that training draws from."""
+    if self.time_law == "uniform":
+      return times.shifted(times.uniform(), self.shift)
+    return times.shifted(
+      times.logit_normal(self.time_mean, self.time_std), self.shift
+    )
+
+  def loss(self, velocity: losses.Velocity) -> losses.Loss:
+    """Returns the training loss of a velocity network."""
+    return losses.flow_matching(velocity, PATHS[self.path](), self.law())
+
+  def validation_loss(self, velocity: losses.Velocity) -> losses.Loss:
+    """Returns the loss at eight fixed timesteps, t = (i + 0.5) / 8."""
+    return losses.fixed_time(velocity, PATHS[self.path](), losses.EIGHTHS)
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+  """How samples are drawn: solver, steps, guidance, and the grid of times.
+
+  Guidance scale 1 is the plain conditional field; it acts for t inside
+  `guidance_interval`.
+  """
+
+  solver: str = "heun"
+  steps: int = 50
+  guidance: float = 1.0
+  guidance_interval: tuple[float, float] = (0.0, 1.0)
+  shift: float = 1.0
+
+  def __post_init__(self):
+    _member("solver", self.solver, solver_table.SOLVERS)
+    _above_zero(self, "steps", "shift")
+    low, high = self.guidance_interval
+    if not 0 <= low <= high <= 1:
+      raise ValueError(
+        f"guidance_interval = {self.guidance_interval} must be two times, "
+        "0 <= low <= high <= 1."
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+  """How often what is seen, in steps; 0 is never."""
+
+  metrics_every: int = 50
+  validation_every: int = 1000
+  samples_every: int = 5000
+  sample_count: int = 64
+  tensorboard: bool = True
+
+  def __post_init__(self):
+    _above_zero(self, "metrics_every")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """A whole run: what is trained on what, how, where, and what is seen."""
+
+  steps: int = 400_000
+  seed: int = 0
+  model: Any = None
+  data: data_config.DataConfig = _group(data_config.DataConfig)
+  flow: FlowConfig = _group(FlowConfig)
+  optim: optimizers.OptimConfig = _group(optimizers.OptimConfig)
+  ema: averages.EmaConfig = _group(averages.EmaConfig)
+  mesh: meshes.MeshConfig = _group(meshes.MeshConfig)
+  checkpoint: checkpoints.CheckpointConfig = _group(
+    checkpoints.CheckpointConfig
+  )
+  sample: SampleConfig = _group(SampleConfig)
+  log: LogConfig = _group(LogConfig)
+
+  def __post_init__(self):
+    _above_zero(self, "steps")
+    if self.data.batch_size % self.optim.accumulate:
+      raise ValueError(
+        f"data.batch_size = {self.data.batch_size} is not divisible by "
+        f"optim.accumulate = {self.optim.accumulate}."
+      )
+    for key in ("image_size", "channels"):
+      ours, theirs = getattr(self.model, key), getattr(self.data, key)
+      if ours != theirs:
+        raise ValueError(
+          f"model.{key} = {ours} and data.{key} = {theirs} must be the same."
+        )
+    if self.model.out_channels not in (None, self.model.channels):
+      raise ValueError(
+        f"model.out_channels = {self.model.out_channels}: a velocity has the "
+        f"{self.model.channels} channels of the image; set None."
+      )
+
+
+def defaults(model: str = "dit") -> ml_collections.ConfigDict:
+  """Returns a locked config with every key there is, for a kind of model."""
+  groups = {
+    field.name: field.default
+    if field.default_factory is dataclasses.MISSING
+    else field.default_factory()
+    for field in dataclasses.fields(Experiment)
+  }
+  return _config_dict({**groups, "model": models.CONFIGS[model]()})
+
+
+def build(values: collections.abc.Mapping) -> Experiment:
+  """Builds the experiment of a config, or of the dict saved in a workdir.
+
+  Raises UserError with the key, the value and what would do.
+  """
+  if isinstance(values, ml_collections.ConfigDict):
+    values = values.to_dict()
+  values = dict(values)
+  model = dict(values.pop("model", None) or {})
+  name = model.get("name")
+  if name not in models.CONFIGS:
+    raise errors.UserError(
+      f"Unknown config.model.name {name!r}. "
+      f"{schema.closest(str(name), models.CONFIGS)}"
+    )
+  network = schema.build(models.CONFIGS[name], model, "config.model")
+  return schema.build(Experiment, {**values, "model": network}, "config")
+
+
+def _config_dict(groups: dict[str, Any]) -> ml_collections.ConfigDict:
+  config = ml_collections.ConfigDict()
+  for key, value in groups.items():
+    if dataclasses.is_dataclass(value):
+      hints = typing.get_type_hints(type(value))
+      config[key] = _config_dict(
+        {
+          field.name: _placeholder(hints[field.name])
+          if getattr(value, field.name) is None
+          else getattr(value, field.name)
+          for field in dataclasses.fields(value)
+        }
+      )
+    else:
+      config[key] = value
+  return config.lock()
+
+
+def _placeholder(hint: Any) -> Any:
+  """Returns a None that a value of the optional type can replace."""
+  (kind,) = [k for k in typing.get_args(hint) if k is not type(None)]
+  return ml_collections.config_dict.placeholder(kind)
+
+
+def _member(name: str, value: str, table: collections.abc.Iterable[str]):
+  if value not in table:
+    raise ValueError(f"{name} = {value!r}. {schema.closest(value, table)}")
+
+
+def _above_zero(config: Any, *names: str) -> None:
+  for name in names:
+    if not getattr(config, name) > 0:
+      raise ValueError(f"{name} = {getattr(config, name)} must be above 0.")

@@ -1,0 +1,311 @@
+"""The story of a run: claim the workdir, restore or begin, step, save, end."""
+
+import collections.abc
+import contextlib
+import dataclasses
+import logging
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from flowjax import errors, schema
+from flowjax.data import loader, sources
+from flowjax.parallel import mesh as meshes
+from flowjax.train import (
+  checkpoint,
+  curves,
+  experiment,
+  lock,
+  metrics,
+  optim,
+  parts,
+  progress,
+  signals,
+  workdir,
+)
+from flowjax.train import state as states
+from flowjax.train import step as steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+  """Something to look at every so many steps, and at the last.
+
+  `run(state)` returns scalars and images [N, H, W, C] in uint8, by name.
+  """
+
+  every: int
+  run: collections.abc.Callable[
+    [states.TrainState], tuple[dict[str, float], dict[str, np.ndarray]]
+  ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """How a run ended: its state, and the seconds it has trained in all."""
+
+  state: states.TrainState
+  seconds: float
+
+
+def train(
+  config: experiment.Experiment,
+  directory: pathlib.Path,
+  *,
+  evaluators: collections.abc.Callable[[parts.Parts], list[Evaluator]],
+  allow_config_change: bool = False,
+) -> Result:
+  """Trains until `config.steps`, from the newest sound checkpoint if any.
+
+  Raises Preempted after a signal, NumericError after too many updates in a row
+  that were not finite, CheckpointError if no checkpoint is sound, and
+  UserError before any work for what cannot be trained.
+  """
+  source = sources.open(config.data, "train")
+  sources.check(
+    source,
+    num_classes=config.model.num_classes,
+    channels=config.model.channels,
+    image_size=config.model.image_size,
+  )
+  run = parts.build(config)
+  with lock.WorkdirLock(directory), contextlib.ExitStack() as stack:
+    workdir.claim(directory, config, allow_config_change)
+    saved = checkpoint.Checkpoints(directory / "checkpoints", config.checkpoint)
+    stack.callback(saved.close)
+    state, seconds = _restore_or_begin(run, saved, source, allow_config_change)
+    stack.enter_context(meshes.use(run.mesh))
+    first = int(state.step)
+    writer = metrics.Writer(
+      directory, tensorboard=config.log.tensorboard, resume_step=first
+    )
+    stack.callback(writer.close)
+    session = _Session(
+      run, directory, source, saved, writer, evaluators(run), seconds
+    )
+    with out_of_memory_advice():
+      state = session.go(state, first)
+    curves.draw(directory / "metrics.jsonl", directory / "curves.png")
+    return Result(state, session.seconds)
+
+
+@contextlib.contextmanager
+def out_of_memory_advice():
+  """Says what to turn down when a device has too little memory."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    cause = str(error).splitlines()[0]
+    raise errors.UserError(
+      f"A device ran out of memory: {cause}\nTurn down "
+      "config.data.batch_size, or turn up config.optim.accumulate, "
+      "config.mesh.fsdp, or config.model.remat ('dots', then 'full'). "
+      "`flowjax describe` shows the memory per device before a run."
+    ) from error
+
+
+def put_batch(mesh: jax.sharding.Mesh):
+  """Returns what places this process's part of a batch on the devices."""
+  sharding = meshes.batch_sharding(mesh)
+
+  def put(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    return {
+      key: jax.make_array_from_process_local_data(sharding, value)
+      for key, value in batch.items()
+    }
+
+  return put
+
+
+def jit_step(run: parts.Parts):
+  """Returns the step, jitted with its shardings and donating its state."""
+  config = run.experiment
+  step = steps.build(
+    config.flow.loss(run.network.apply),
+    run.optimizer,
+    seed=config.seed,
+    ema_config=config.ema,
+    accumulate=config.optim.accumulate,
+  )
+  return jax.jit(
+    step,
+    donate_argnums=0,
+    out_shardings=(
+      parts.shardings_of(run.abstract),
+      meshes.replicated(run.mesh),
+    ),
+  )
+
+
+def lower_step(run: parts.Parts):
+  """Lowers the step for a batch of the config's shapes; nothing is run."""
+  config, sharding = run.experiment, meshes.batch_sharding(run.mesh)
+  count, size = config.data.batch_size, config.model.image_size
+  shapes = {
+    "image": ((count, *size, config.model.channels), np.float32),
+    "label": ((count,), np.int32),
+  }
+  batch = {
+    key: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    for key, (shape, dtype) in shapes.items()
+  }
+  with meshes.use(run.mesh):
+    return jit_step(run).lower(run.abstract, batch)
+
+
+def _restore_or_begin(run, saved, source, allow_change):
+  """Returns the state to go on from, and the seconds trained before."""
+  restored = saved.restore(run.abstract)
+  if restored is None:
+    return run.initial_state(), 0.0
+  if not allow_change:
+    loader.check_state(restored.extra["data"], run.experiment.data, source)
+  logging.info("Going on from step %d.", restored.step)
+  state = restored.state
+  if int(state.skipped_in_row) >= run.experiment.optim.max_skipped:
+    # The user started again after the stop: give it as many tries anew.
+    state = state._replace(skipped_in_row=state.skipped_in_row * 0)
+  return state, restored.extra["train_seconds"]
+
+
+class _Session:
+  """One sitting of a run, from restore to end, stop or signal."""
+
+  def __init__(
+    self, run, directory, source, saved, writer, evaluators, seconds
+  ):
+    self.run, self.saved, self.writer = run, saved, writer
+    self.config = run.experiment
+    self.source, self.evaluators = source, evaluators
+    self.directory = directory
+    self.seconds_before, self.started = seconds, time.monotonic()
+    self.behind = metrics.Behind()
+    self.corrupt, self.stuck = 0, False
+    self.rate = optim.schedule(self.config.optim, self.config.steps)
+
+  @property
+  def seconds(self) -> float:
+    """Seconds trained, over all sittings."""
+    return self.seconds_before + time.monotonic() - self.started
+
+  def go(self, state: states.TrainState, first: int) -> states.TrainState:
+    """Steps from `first` to the end, or until a signal."""
+    if first >= self.config.steps:
+      logging.info("Nothing to do: step %d is the last.", first)
+      return state
+    step = jit_step(self.run)
+    bar = progress.Progress(
+      self.config.steps,
+      self.config.data.batch_size,
+      flops_per_step=3 * self.run.network.flops * self.config.data.batch_size,
+      peak_flops=progress.peak_flops(jax.devices()[0]),
+      device_count=self.run.mesh.size,
+      start_step=first,
+    )
+    with signals.watch() as stop, self._batches(first) as batches, bar:
+      for number in range(first + 1, self.config.steps + 1):
+        state, values = step(state, next(batches))
+        self._report(number, values, bar)
+        if self.stuck:
+          self._give_up(number, state)
+        self._look(number, state, bar)
+        if stop:
+          self._save_for_good(number, state)
+          raise errors.Preempted(
+            f"{stop.signal.name}: saved at step {number}. The same command "
+            "goes on from there."
+          )
+        if number % self.config.checkpoint.every == 0:
+          self._save(number, state)
+      self._finish(state, bar)
+    return state
+
+  @contextlib.contextmanager
+  def _batches(self, first: int):
+    """Yields batches on the devices, counting records that were corrupt."""
+    count = jax.process_count()
+    host = loader.batches(
+      self.source,
+      self.config.data,
+      start_step=first,
+      process_index=jax.process_index(),
+      process_count=count,
+    )
+
+    def counted():
+      for batch in host:
+        self.corrupt += int(np.sum(batch.pop("skipped", 0)))
+        yield batch
+
+    place = put_batch(self.run.mesh)
+    with contextlib.closing(
+      loader.to_device(counted(), place, self.config.data.prefetch)
+    ) as batches:
+      yield batches
+
+  def _report(self, number: int, values: dict, bar) -> None:
+    """Writes the metrics of earlier steps, whose values have arrived."""
+    self.behind.push(number, values)
+    for done, scalars in self.behind.ready():
+      self._note(done, scalars, bar)
+
+  def _note(self, number: int, scalars: dict[str, float], bar) -> None:
+    bar.update(number, scalars["loss"])
+    last = number == self.config.steps
+    if number % self.config.log.metrics_every == 0 or last:
+      extra = {"learning_rate": float(self.rate(number - 1)), **bar.rates()}
+      if self.corrupt:
+        extra["corrupt_records"] = float(self.corrupt)
+      self.writer.write_scalars(number, {**scalars, **extra})
+    self.stuck |= scalars["skipped_in_row"] >= self.config.optim.max_skipped
+
+  def _look(self, number: int, state: states.TrainState, bar) -> None:
+    """Runs the evaluators that are due."""
+    last = number == self.config.steps
+    for evaluator in self.evaluators:
+      if not evaluator.every or not (last or number % evaluator.every == 0):
+        continue
+      with bar.paused():
+        scalars, images = evaluator.run(state)
+      if scalars:
+        self.writer.write_scalars(number, scalars)
+      if images:
+        self.writer.write_images(number, images)
+
+  def _save(self, number: int, state: states.TrainState) -> bool:
+    extra: dict[str, Any] = {
+      "config": schema.to_dict(self.config),
+      "data": loader.state(self.config.data, number, self.source),
+      "train_seconds": self.seconds,
+    }
+    return self.saved.save(number, state, extra)
+
+  def _save_for_good(self, number: int, state: states.TrainState) -> None:
+    """Saves what must not be lost, and waits until it is on disk."""
+    if not (self._save(number, state) and self.saved.wait()):
+      raise errors.CheckpointError(
+        f"The state of step {number} could not be saved, for the reason above. "
+        f"The checkpoints {self.saved.steps()} stand; mend the disk and run "
+        "the same command again."
+      )
+
+  def _give_up(self, number: int, state: states.TrainState):
+    """Saves the last good state, which no skipped step has touched."""
+    self._save_for_good(number, state)
+    raise errors.NumericError(
+      f"The last {self.config.optim.max_skipped} updates were not finite, and "
+      f"none was applied; the last good state is saved at step {number}. Try a "
+      "lower config.optim.learning_rate, config.optim.clip_norm=1.0, a longer "
+      "config.optim.warmup_steps, config.model.qk_norm=True, or "
+      "config.model.dtype='float32'."
+    )
+
+  def _finish(self, state: states.TrainState, bar) -> None:
+    for done, scalars in self.behind.rest():
+      self._note(done, scalars, bar)
+    self._save_for_good(self.config.steps, state)

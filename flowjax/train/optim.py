@@ -1,0 +1,111 @@
+"""The optimizer: AdamW, its schedule, and which parameters decay."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+
+from flowjax.parallel import rules
+
+SCHEDULES = ("constant", "cosine", "linear")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+  """AdamW (arXiv:1711.05101), a warm-up, and what follows it.
+
+  `weight_decay_rules` are (regex, multiplier) over parameter names; the first
+  that matches decides. `accumulate` splits each batch into so many parts
+  whose gradients are summed in float32. A step whose loss or gradient is not
+  finite is skipped; after `max_skipped` in a row training stops.
+  """
+
+  learning_rate: float = 1e-4
+  schedule: str = "constant"
+  warmup_steps: int = 0
+  final_learning_rate: float = 0.0
+  beta1: float = 0.9
+  beta2: float = 0.999
+  epsilon: float = 1e-8
+  weight_decay: float = 0.0
+  weight_decay_rules: tuple[tuple[str, float], ...] = (
+    (r".*/kernel", 1.0),
+    (r".*", 0.0),
+  )
+  clip_norm: float | None = None
+  accumulate: int = 1
+  max_skipped: int = 10
+
+  def __post_init__(self):
+    if self.schedule not in SCHEDULES:
+      raise ValueError(
+        f"schedule = {self.schedule!r} is none of {', '.join(SCHEDULES)}."
+      )
+    positive = ("learning_rate", "epsilon", "accumulate", "max_skipped")
+    for name in positive:
+      if not getattr(self, name) > 0:
+        raise ValueError(f"{name} = {getattr(self, name)} must be above 0.")
+    for name in ("warmup_steps", "weight_decay", "final_learning_rate"):
+      if not getattr(self, name) >= 0:
+        raise ValueError(f"{name} = {getattr(self, name)} must not be below 0.")
+    for name in ("beta1", "beta2"):
+      if not 0 <= getattr(self, name) < 1:
+        raise ValueError(f"{name} = {getattr(self, name)} must be in [0, 1).")
+    if self.clip_norm is not None and not self.clip_norm > 0:
+      raise ValueError(
+        f"clip_norm = {self.clip_norm} must be above 0, or None for no "
+        "clipping."
+      )
+
+
+def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
+  """Returns the learning rate as a function of the number of updates."""
+  peak, last = config.learning_rate, config.final_learning_rate
+  rest = max(1, steps - config.warmup_steps)
+  after = {
+    "constant": lambda: optax.constant_schedule(peak),
+    "cosine": lambda: optax.cosine_decay_schedule(peak, rest, last / peak),
+    "linear": lambda: optax.linear_schedule(peak, last, rest),
+  }[config.schedule]()
+  if not config.warmup_steps:
+    return after
+  # The first update already moves: it counts from 1 / warmup_steps.
+  ramp = optax.linear_schedule(
+    peak / config.warmup_steps, peak, max(1, config.warmup_steps - 1)
+  )
+  return optax.join_schedules([ramp, after], [config.warmup_steps])
+
+
+def build(
+  config: OptimConfig, steps: int, abstract_params: Any
+) -> optax.GradientTransformation:
+  """Builds the optimizer for parameters of these names and shapes."""
+  decay = rules.match(config.weight_decay_rules, abstract_params)
+  clip = (
+    optax.identity()
+    if config.clip_norm is None
+    else optax.clip_by_global_norm(config.clip_norm)
+  )
+  return optax.chain(
+    clip,
+    optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+    add_scaled_weights(config.weight_decay, decay),
+    optax.scale_by_learning_rate(schedule(config, steps)),
+  )
+
+
+def add_scaled_weights(
+  weight_decay: float, multipliers: Any
+) -> optax.GradientTransformation:
+  """Adds `weight_decay` times each parameter's own multiplier of itself."""
+
+  def update(updates, params):
+    return jax.tree.map(
+      lambda u, p, m: u + weight_decay * m * p if m else u,
+      updates,
+      params,
+      multipliers,
+    )
+
+  return optax.stateless(update)

@@ -1,0 +1,111 @@
+"""One step of training: state and batch in, state and metrics out.
+
+Shape suffixes: A parts of an accumulated batch, B batch.
+"""
+
+import collections.abc
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flowjax.train import ema
+from flowjax.train import state as states
+
+Loss = collections.abc.Callable[
+  [Any, dict[str, jax.Array], jax.Array], tuple[jax.Array, dict[str, Any]]
+]
+Step = collections.abc.Callable[
+  [states.TrainState, dict[str, jax.Array]],
+  tuple[states.TrainState, dict[str, jax.Array]],
+]
+
+
+def build(
+  loss: Loss,
+  optimizer: optax.GradientTransformation,
+  *,
+  seed: int,
+  ema_config: ema.EmaConfig,
+  accumulate: int = 1,
+) -> Step:
+  """Returns the pure step of training with `loss` and `optimizer`.
+
+  Randomness is fold_in(seed, step), so that a resumed run draws what the
+  straight run would have drawn. A loss or gradient that is not finite leaves
+  parameters, average and optimizer as they were, and is counted.
+  """
+  gradient = accumulated(loss, accumulate)
+
+  def step(state, batch):
+    rng = jax.random.fold_in(jax.random.key(seed), state.step)
+    value, grads = gradient(state.params, batch, rng)
+    norm = optax.global_norm(grads)
+    finite = jnp.isfinite(value) & jnp.isfinite(norm)
+
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    average = ema.update(
+      state.ema, params, ema.decay_at(ema_config, state.step)
+    )
+
+    def keep(new, old):
+      return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+    bad = jnp.logical_not(finite).astype(jnp.int32)
+    new_state = states.TrainState(
+      state.step + 1,
+      keep(params, state.params),
+      keep(average, state.ema),
+      keep(opt_state, state.opt_state),
+      state.skipped + bad,
+      (state.skipped_in_row + bad) * bad,
+    )
+    metrics = {
+      "loss": value,
+      "grad_norm": norm,
+      "skipped": new_state.skipped,
+      "skipped_in_row": new_state.skipped_in_row,
+    }
+    return new_state, metrics
+
+  return step
+
+
+def accumulated(loss: Loss, parts: int):
+  """Returns `(params, batch, rng) -> (loss, gradient)`, over `parts` in turn.
+
+  The gradient of the mean is the mean of the gradients: the sums are kept in
+  float32, and the peak of memory is that of one part.
+  """
+
+  def mean_loss(params, batch, rng):
+    value, _ = loss(params, batch, rng)
+    return value
+
+  value_and_grad = jax.value_and_grad(mean_loss)
+  if parts == 1:
+    return value_and_grad
+
+  def split(x_B):
+    # Each part takes every parts-th example, so that a batch divided over
+    # devices stays divided the same way.
+    x_BA = x_B.reshape((x_B.shape[0] // parts, parts) + x_B.shape[1:])
+    return jnp.swapaxes(x_BA, 0, 1)
+
+  def gradient(params, batch, rng):
+    def add(total, part_and_rng):
+      part, part_rng = part_and_rng
+      found = value_and_grad(params, part, part_rng)
+      return jax.tree.map(
+        lambda a, b: a + b.astype(jnp.float32) / parts, total, found
+      ), None
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    start = (jnp.zeros((), jnp.float32), zeros)
+    xs = (jax.tree.map(split, batch), jax.random.split(rng, parts))
+    total, _ = jax.lax.scan(add, start, xs)
+    return total
+
+  return gradient

@@ -1,0 +1,120 @@
+"""The door: help, mistakes that name the remedy, and exit codes."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+
+from flowjax import __main__ as door
+from flowjax import errors
+from flowjax.commands import configs, restored
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+DIGITS = str(CONFIGS / "digits_dit.py")
+
+
+def _run(capsys, *words):
+  code = door.main(list(map(str, words)))
+  return code, capsys.readouterr()
+
+
+@pytest.mark.parametrize("command", door.COMMANDS)
+def test_help_says_what_a_command_does_with_an_example(command, capsys):
+  with pytest.raises(SystemExit) as done:
+    door.main([command, "--help"])
+  assert done.value.code == 0
+  text = capsys.readouterr().out
+  assert f"flowjax {command} --" in text.split("example:")[1]
+  assert "42" in text
+
+
+def test_help_comes_at_once():
+  started = time.monotonic()
+  done = subprocess.run(
+    [sys.executable, "-X", "importtime", "-m", "flowjax", "--help"],
+    capture_output=True,
+    text=True,
+    env=dict(os.environ),
+  )
+  assert time.monotonic() - started < 60
+  assert done.returncode == 0
+  for name in door.COMMANDS:
+    assert f"  {name} " in done.stdout
+  # What makes it fast: nothing heavy is imported.
+  imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+  assert imported.isdisjoint({"jax", "numpy", "flax"})
+
+
+@pytest.mark.parametrize(
+  ("words", "text"),
+  [
+    (["trian"], "'train'"),
+    (["train", "--confg=x", "--workdir=y"], "'--config'"),
+    (["sample", "--workdir=x", "--guidence=2"], "'--guidance'"),
+    (["train", "--config=nowhere.py", "--workdir=x"], "nowhere.py"),
+    (["sample", "--workdir=/nowhere"], "no workdir"),
+    (["sample", "--workdir=/nowhere", "--config.steps=3"], "no meaning"),
+    (["sample", "--workdir=x", "--num=0"], "--num=0"),
+    (["sample", "--workdir=x", "--out=grid.jpg"], ".png"),
+    (
+      ["describe", f"--config={DIGITS}", "--config.optim.learnin_rate=1"],
+      "'learning_rate'",
+    ),
+    (
+      ["describe", f"--config={DIGITS}", "--config.optim.learning_rate=x"],
+      "learning_rate",
+    ),
+    (["describe", f"--config={DIGITS}", "--config.modl.depth=1"], "'model'"),
+    (["describe", f"--config={DIGITS}", "--config.steps.x=1"], "is a value"),
+    (["describe", f"--config={DIGITS}", "--config.model.depth=None"], "None"),
+    (
+      ["describe", f"--config={DIGITS}", "--config.model.patch_size=3"],
+      "patch_size",
+    ),
+    (
+      ["describe", f"--config={DIGITS}", "--config.mesh.fsdp=16"],
+      "Nearest that do",
+    ),
+    (
+      ["describe", f"--config={DIGITS}", "--config.data.batch_size=12"],
+      "Sizes that are: 8, 16",
+    ),
+    (["describe", f"--config={CONFIGS}/imagenet_dit.py:xxl_2"], "xl_2"),
+  ],
+)
+def test_a_mistake_exits_with_2_and_names_the_remedy(words, text, capsys):
+  code, out = _run(capsys, *words)
+  assert code == 2
+  assert text in out.err
+  assert "Traceback" not in out.err
+
+
+def test_overrides_reach_the_experiment():
+  config = configs.load(
+    DIGITS,
+    [
+      "--config.optim.learning_rate=3e-4",
+      "--config.model.image_size=(16, 16)",
+      "--config.data.image_size=(16, 16)",
+      "--config.checkpoint.keep_every=7",
+      "--config.optim.clip_norm=None",
+      "--config.sample.solver=euler",
+    ],
+  )
+  assert config.optim.learning_rate == 3e-4
+  assert config.model.image_size == (16, 16)
+  assert config.checkpoint.keep_every == 7
+  assert config.optim.clip_norm is None
+  assert config.sample.solver == "euler"
+
+
+def test_labels():
+  assert list(restored.parse_labels(None, 4, 3)) == [0, 1, 2, 0]
+  assert list(restored.parse_labels("2,1", 3, 3)) == [2, 1, 2]
+  with pytest.raises(errors.UserError, match="classes are 0 to 2"):
+    restored.parse_labels("3", 1, 3)
+  with pytest.raises(errors.UserError, match="numbers"):
+    restored.parse_labels("a", 1, 3)

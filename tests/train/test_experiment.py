@@ -1,0 +1,75 @@
+"""A config is refused before anything is built, with key, value, remedy."""
+
+import json
+
+import pytest
+
+from flowjax import errors, schema
+from flowjax.train import experiment
+
+
+def _config(**model):
+  config = experiment.defaults("dit")
+  config.model.update(
+    image_size=(8, 8), channels=1, num_classes=10, width=32, heads=2, **model
+  )
+  return config
+
+
+def test_the_defaults_have_every_key_there_is():
+  config = _config()
+  built = experiment.build(config)
+  assert set(schema.to_dict(built)) == set(config)
+  for group in ("model", "data", "optim", "flow", "sample"):
+    assert set(schema.to_dict(built)[group]) == set(config[group])
+
+
+def test_a_saved_config_builds_the_same_experiment():
+  built = experiment.build(_config(mlp="swiglu"))
+  saved = json.loads(json.dumps(schema.to_dict(built)))
+  assert experiment.build(saved) == built
+
+
+@pytest.mark.parametrize(
+  ("group", "key", "value", "text"),
+  [
+    ("model", "patch_size", 3, "patch_size"),
+    ("model", "heads", 5, "heads"),
+    ("model", "heads", 16, "head"),
+    ("model", "out_channels", 2, "out_channels"),
+    ("model", "image_size", (16, 16), "data.image_size"),
+    ("flow", "time_law", "lognormal", "logit_normal"),
+    ("flow", "time_std", 0.0, "time_std"),
+    ("sample", "solver", "huen", "heun"),
+    ("sample", "guidance_interval", (0.5, 0.1), "guidance_interval"),
+    ("optim", "accumulate", 3, "accumulate"),
+    ("data", "batch_size", 0, "batch_size"),
+  ],
+)
+def test_impossible_values_are_refused(group, key, value, text):
+  values = _config().to_dict()
+  values[group][key] = value
+  with pytest.raises(errors.UserError, match=text):
+    experiment.build(values)
+
+
+def test_unknown_keys_and_wrong_types_name_the_remedy():
+  values = _config().to_dict()
+  values["optim"]["learnin_rate"] = 1.0
+  with pytest.raises(errors.UserError, match="'learning_rate'"):
+    experiment.build(values)
+  values = _config().to_dict()
+  values["steps"] = "many"
+  with pytest.raises(errors.UserError, match="config.steps must be of type"):
+    experiment.build(values)
+  with pytest.raises(errors.UserError, match="'dit'"):
+    experiment.build({**_config().to_dict(), "model": {"name": "dti"}})
+
+
+def test_a_difference_names_each_leaf():
+  a = {"x": {"y": 1, "z": 2}, "w": [1]}
+  b = {"x": {"y": 1, "z": 3}, "w": [2]}
+  assert schema.difference(a, b) == [
+    "config.w: [1] -> [2]",
+    "config.x.z: 2 -> 3",
+  ]

@@ -1,0 +1,225 @@
+"""A run that is stopped, killed or moved ends where the straight run ends."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from flowjax import errors, schema
+from flowjax.data import config as data_config
+from flowjax.models import dit
+from flowjax.parallel import mesh as meshes
+from flowjax.train import checkpoint, experiment, loop, optim, parts
+
+TINY = experiment.Experiment(
+  steps=7,
+  model=dit.DiTConfig(
+    image_size=(8, 8),
+    channels=1,
+    patch_size=4,
+    width=16,
+    depth=1,
+    heads=2,
+    num_classes=10,
+  ),
+  data=data_config.DataConfig(batch_size=16),
+  optim=optim.OptimConfig(learning_rate=1e-2, warmup_steps=2),
+  checkpoint=checkpoint.CheckpointConfig(every=2),
+  log=experiment.LogConfig(metrics_every=1, tensorboard=False),
+)
+
+# A run of TINY that sends itself a signal after step N.
+SCRIPT = """
+import json, os, pathlib, sys
+from flowjax import errors
+from flowjax.train import experiment, loop
+config, directory, number, at = sys.argv[1:]
+def act(state):
+  if int(state.step) == int(at):
+    os.kill(os.getpid(), int(number))
+  return {}, {}
+try:
+  loop.train(
+    experiment.build(json.loads(config)), pathlib.Path(directory),
+    evaluators=lambda run: [loop.Evaluator(1, act)])
+except errors.Preempted as error:
+  print(error)
+  sys.exit(error.exit_code)
+"""
+
+
+def _train(config, directory, look=None, **options):
+  found = [] if look is None else [loop.Evaluator(1, look)]
+  return loop.train(
+    config, directory, evaluators=lambda run: found, **options
+  ).state
+
+
+def _train_and_signal(config, directory, number, at):
+  text = json.dumps(schema.to_dict(config))
+  words = [sys.executable, "-c", SCRIPT, text, directory, str(number), str(at)]
+  return subprocess.run(list(map(str, words)), capture_output=True, text=True)
+
+
+def _losses(directory):
+  lines = (directory / "metrics.jsonl").read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def _assert_same(a, b):
+  for (path, x), y in zip(
+    jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
+  ):
+    name = jax.tree_util.keystr(path)
+    np.testing.assert_array_equal(np.asarray(x), np.asarray(y), name)
+
+
+@pytest.fixture(name="straight", scope="module")
+def _straight(tmp_path_factory):
+  directory = tmp_path_factory.mktemp("straight")
+  return _train(TINY, directory), _losses(directory)
+
+
+def test_the_loss_is_written_for_every_step(straight):
+  assert sorted(straight[1]) == list(range(1, 8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [3, 4])
+def test_kill_9_then_the_same_command_is_the_straight_run(
+  straight, tmp_path, at
+):
+  """At 4 the kill comes while the checkpoint of step 4 is being written."""
+  done = _train_and_signal(TINY, tmp_path, signal.SIGKILL, at)
+  assert done.returncode == -signal.SIGKILL, done.stderr
+  state = _train(TINY, tmp_path)
+  _assert_same(state, straight[0])
+  assert _losses(tmp_path) == straight[1]
+
+
+@pytest.mark.slow
+def test_sigterm_saves_says_so_and_exits_with_its_own_code(straight, tmp_path):
+  done = _train_and_signal(TINY, tmp_path, signal.SIGTERM, 5)
+  assert done.returncode == errors.Preempted.exit_code == 42, done.stderr
+  assert "saved at step 5" in done.stdout
+  _assert_same(_train(TINY, tmp_path), straight[0])
+  assert _losses(tmp_path) == straight[1]
+
+
+def test_sigterm_is_caught_in_this_process_too(straight, tmp_path):
+  def act(state):
+    if int(state.step) == 3:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return {}, {}
+
+  before = signal.getsignal(signal.SIGTERM)
+  with pytest.raises(errors.Preempted, match="step 3"):
+    _train(TINY, tmp_path, act)
+  assert signal.getsignal(signal.SIGTERM) is before
+  _assert_same(_train(TINY, tmp_path), straight[0])
+
+
+def test_a_finished_run_is_left_as_it_is(straight, tmp_path):
+  first = _train(TINY, tmp_path)
+  _assert_same(_train(TINY, tmp_path), first)
+  assert _losses(tmp_path) == straight[1]
+
+
+@pytest.mark.slow
+def test_another_mesh_goes_on_with_the_same_loss(straight, tmp_path):
+  def act(state):
+    if int(state.step) == 4:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return {}, {}
+
+  here = dataclasses.replace(TINY, mesh=meshes.MeshConfig(data=2, fsdp=4))
+  with pytest.raises(errors.Preempted):
+    _train(here, tmp_path, act)
+  other = dataclasses.replace(TINY, mesh=meshes.MeshConfig(data=1, fsdp=8))
+  state = _train(other, tmp_path)
+  kernel = state.params["blocks"]["mlp"]["in"]["kernel"]
+  assert kernel.addressable_shards[0].data.size * 8 == kernel.size
+  losses = _losses(tmp_path)
+  np.testing.assert_allclose(
+    [losses[i] for i in range(1, 8)],
+    [straight[1][i] for i in range(1, 8)],
+    rtol=1e-5,
+  )
+
+
+def test_another_config_is_refused_with_the_difference(tmp_path):
+  short = dataclasses.replace(TINY, steps=2)
+  _train(short, tmp_path)
+  other = dataclasses.replace(
+    short, optim=dataclasses.replace(TINY.optim, learning_rate=0.5), steps=3
+  )
+  with pytest.raises(errors.UserError, match=r"learning_rate: 0\.01 -> 0\.5"):
+    _train(other, tmp_path)
+  state = _train(other, tmp_path, allow_config_change=True)
+  assert int(state.step) == 3
+  kept = json.loads((tmp_path / "config.0.json").read_text())
+  assert kept["optim"]["learning_rate"] == 0.01
+
+
+def test_training_that_is_never_finite_stops_with_the_last_good_state(
+  tmp_path,
+):
+  config = dataclasses.replace(
+    TINY,
+    steps=40,
+    optim=dataclasses.replace(
+      TINY.optim, learning_rate=1e30, warmup_steps=0, max_skipped=3
+    ),
+  )
+  with pytest.raises(errors.NumericError, match="learning_rate") as caught:
+    _train(config, tmp_path)
+  assert caught.value.exit_code == 5
+  run = parts.build(config)
+  saved = checkpoint.Checkpoints(
+    tmp_path / "checkpoints", config.checkpoint, read_only=True
+  )
+  restored = saved.restore(run.abstract)
+  saved.close()
+  assert int(restored.state.skipped) >= 3
+  for leaf in jax.tree.leaves(restored.state.params):
+    assert np.all(np.isfinite(leaf))
+
+
+def test_no_sound_checkpoint_stops_and_never_starts_over(tmp_path):
+  short = dataclasses.replace(TINY, steps=2)
+  _train(short, tmp_path)
+  files = [
+    path
+    for path in (tmp_path / "checkpoints").rglob("*")
+    if path.is_file() and "/d/" in str(path)
+  ]
+  assert files
+  for path in files:
+    path.write_bytes(b"")
+  with pytest.raises(errors.CheckpointError):
+    _train(short, tmp_path)
+
+
+def test_a_data_set_of_other_sizes_is_refused_before_any_work(tmp_path):
+  config = dataclasses.replace(
+    TINY, model=dataclasses.replace(TINY.model, num_classes=9)
+  )
+  with pytest.raises(errors.DataError, match="num_classes=10"):
+    _train(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+def test_out_of_memory_says_what_to_turn_down():
+  with pytest.raises(errors.UserError, match="batch_size"):
+    with loop.out_of_memory_advice():
+      raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 12 GiB")
+  with pytest.raises(jax.errors.JaxRuntimeError):
+    with loop.out_of_memory_advice():
+      raise jax.errors.JaxRuntimeError("INTERNAL: other")

@@ -1,0 +1,204 @@
+"""The step: the same on every mesh, exact in its sums, deaf to NaN."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from flowjax.data import config as data_config
+from flowjax.models import dit
+from flowjax.parallel import mesh as meshes
+from flowjax.train import ema, experiment, loop, parts
+from flowjax.train import state as states
+from flowjax.train import step as steps
+
+MODEL = dit.DiTConfig(
+  image_size=(8, 8),
+  channels=1,
+  width=32,
+  depth=2,
+  heads=2,
+  num_classes=10,
+)
+EXPERIMENT = experiment.Experiment(
+  model=MODEL, data=data_config.DataConfig(batch_size=16)
+)
+
+
+def _batch(step, size=16):
+  rng = np.random.default_rng(step)
+  return {
+    "image": rng.standard_normal((size, 8, 8, 1), np.float32),
+    "label": rng.integers(10, size=size, dtype=np.int32),
+  }
+
+
+def _losses(mesh, devices, count=20, **optim):
+  config = dataclasses.replace(
+    EXPERIMENT,
+    mesh=mesh,
+    optim=dataclasses.replace(
+      EXPERIMENT.optim, learning_rate=1e-2, clip_norm=1.0, **optim
+    ),
+  )
+  run = parts.build(config, devices)
+  losses = []
+  state = run.initial_state()
+  with meshes.use(run.mesh):
+    step = loop.jit_step(run)
+    put = loop.put_batch(run.mesh)
+    for i in range(count):
+      state, values = step(state, put(_batch(i)))
+      losses.append(float(values["loss"]))
+  return losses, state
+
+
+@pytest.fixture(name="alone", scope="module")
+def _alone():
+  return _losses(meshes.MeshConfig(), jax.devices()[:1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "mesh",
+  [
+    {"data": 8},
+    {"data": 1, "fsdp": 8},
+    {"data": 2, "fsdp": 4},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"data": 1, "fsdp": 2, "tensor": 2, "context": 2},
+  ],
+  ids=str,
+)
+def test_one_device_is_eight(alone, mesh):
+  losses, state = _losses(meshes.MeshConfig(**mesh), jax.devices())
+  np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
+  assert losses[-1] < losses[0]
+  kernel = state.params["blocks"]["mlp"]["in"]["kernel"]
+  moment = state.opt_state[1].mu["blocks"]["mlp"]["in"]["kernel"]
+  shard = kernel.addressable_shards[0].data.size
+  ways = mesh.get("fsdp", 1) * mesh.get("tensor", 1)
+  assert shard * ways == kernel.size
+  average = state.ema["blocks"]["mlp"]["in"]["kernel"]
+  assert kernel.sharding == moment.sharding == average.sharding
+
+
+def test_parameters_are_born_divided():
+  config = dataclasses.replace(
+    EXPERIMENT, mesh=meshes.MeshConfig(data=1, fsdp=8)
+  )
+  run = parts.build(config)
+  make = jax.jit(
+    lambda: states.initial(run.network.init, run.optimizer, 0),
+    out_shardings=parts.shardings_of(run.abstract),
+  )
+  memory = make.lower().compile().memory_analysis()
+  whole = sum(x.size * 4 for x in jax.tree.leaves(run.abstract))
+  assert memory.output_size_in_bytes < whole / 4
+  # The largest leaf whole would be seen here.
+  assert memory.temp_size_in_bytes < whole / 4
+
+
+def _quadratic(params, batch, rng):
+  del rng
+  error_B = batch["x"] @ params["w"] - batch["y"]
+  return jnp.mean(jnp.square(error_B)), {}
+
+
+def _quadratic_state(optimizer):
+  def init(rng):
+    return {"w": jax.random.normal(rng, (3,))}
+
+  return states.initial(init, optimizer, 0)
+
+
+def _points(count=12):
+  rng = np.random.default_rng(0)
+  return {
+    "x": rng.standard_normal((count, 3)).astype(np.float32),
+    "y": rng.standard_normal(count).astype(np.float32),
+  }
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 12])
+def test_accumulated_gradients_are_the_gradient(accumulate):
+  params, rng = {"w": jnp.arange(3.0)}, jax.random.key(0)
+  whole = steps.accumulated(_quadratic, 1)(params, _points(), rng)
+  split = steps.accumulated(_quadratic, accumulate)(params, _points(), rng)
+  np.testing.assert_allclose(split[0], whole[0], rtol=1e-6)
+  np.testing.assert_allclose(split[1]["w"], whole[1]["w"], rtol=1e-5)
+  assert split[1]["w"].dtype == jnp.float32
+
+
+def test_each_accumulated_part_draws_its_own_randomness():
+  def noise(params, batch, rng):
+    return jnp.sum(params["w"]) * jax.random.normal(rng), {"batch": batch}
+
+  rng, params = jax.random.key(1), {"w": jnp.ones(3)}
+  _, grads = steps.accumulated(noise, 2)(params, _points(), rng)
+  draws = [float(jax.random.normal(key)) for key in jax.random.split(rng, 2)]
+  np.testing.assert_allclose(grads["w"], np.full(3, np.mean(draws)), rtol=1e-6)
+
+
+def _step(optimizer, loss=_quadratic, **options):
+  return jax.jit(
+    steps.build(
+      loss,
+      optimizer,
+      seed=0,
+      ema_config=ema.EmaConfig(decay=0.9, warmup=False),
+      **options,
+    )
+  )
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(poison):
+  optimizer = optax.adam(0.1)
+  step, state = _step(optimizer), _quadratic_state(optimizer)
+  state, _ = step(state, _points())
+  bad = _points()
+  bad["x"][3, 1] = poison
+  after, values = step(state, bad)
+  for name in ("params", "ema", "opt_state"):
+    jax.tree.map(
+      np.testing.assert_array_equal, getattr(after, name), getattr(state, name)
+    )
+  assert (int(after.step), int(after.skipped)) == (2, 1)
+  after, values = step(after, bad)
+  assert (int(values["skipped"]), int(values["skipped_in_row"])) == (2, 2)
+  after, values = step(after, _points())
+  assert (int(values["skipped"]), int(values["skipped_in_row"])) == (2, 0)
+  assert not np.array_equal(after.params["w"], state.params["w"])
+
+
+def test_the_average_follows_the_parameters():
+  optimizer = optax.sgd(0.1)
+  step, state = _step(optimizer), _quadratic_state(optimizer)
+  expected = state.params["w"]
+  for _ in range(3):
+    state, _ = step(state, _points())
+    expected = 0.9 * expected + 0.1 * state.params["w"]
+  np.testing.assert_allclose(state.ema["w"], expected, rtol=1e-6)
+
+
+def test_the_decay_of_the_average_warms_up():
+  config = ema.EmaConfig(decay=0.99, warmup=True)
+  decays = [float(ema.decay_at(config, jnp.int32(n))) for n in (0, 8, 10**4)]
+  np.testing.assert_allclose(decays, [0.1, 0.5, 0.99], rtol=1e-6)
+
+
+def test_randomness_is_that_of_the_step():
+  def loss(params, batch, rng):
+    return jnp.sum(params["w"]) + jax.random.normal(rng), {"batch": batch}
+
+  optimizer = optax.sgd(0.0)
+  step, state = _step(optimizer, loss), _quadratic_state(optimizer)
+  seen = [float(step(state._replace(step=i), _points())[1]["loss"])
+          for i in (0, 1, 1)]  # fmt: skip
+  key = jax.random.fold_in(jax.random.key(0), 1)
+  expected = float(jnp.sum(state.params["w"]) + jax.random.normal(key))
+  assert seen[0] != seen[1] == seen[2] == pytest.approx(expected, rel=1e-6)
