@@ -1,0 +1,1 @@
+"""Weights in and out: key tables, safetensors, exports to PyTorch."""
