@@ -1,0 +1,79 @@
+"""Folders that are either complete or untouched."""
+
+import collections.abc
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+
+from flowjax import errors
+
+# Its presence marks a folder in which an export of ours was cut short.
+_STAGING = ".flowjax-export"
+
+
+@contextlib.contextmanager
+def export_folder(
+  directory: pathlib.Path, *, format: str, marker: str
+) -> collections.abc.Iterator[pathlib.Path]:
+  """Yields a folder whose files move into `directory` when all are written.
+
+  An earlier export stays as it was if anything goes wrong before that. The
+  file `marker`, JSON whose "format" is `format`, goes first and comes last:
+  a folder that has it is complete, and only such a folder is written over.
+  """
+  _refuse_stranger(directory, format=format, marker=marker)
+  staging = directory / _STAGING
+  is_new = not directory.exists()
+  try:
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    yield staging
+    for path in staging.iterdir():
+      with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+  except BaseException as error:
+    shutil.rmtree(directory if is_new else staging, ignore_errors=True)
+    if isinstance(error, OSError):
+      raise errors.UserError(
+        f"Cannot write the export {directory}: {error}. Free some space or "
+        "choose another folder."
+      ) from error
+    raise
+  _publish(staging, directory, marker)
+
+
+def _publish(staging: pathlib.Path, directory: pathlib.Path, marker: str):
+  """Moves the files, without a moment in which the marker tells a lie."""
+  (directory / marker).unlink(missing_ok=True)
+  names = sorted(path.name for path in staging.iterdir())
+  for name in sorted(names, key=lambda name: name == marker):
+    os.replace(staging / name, directory / name)
+  staging.rmdir()
+
+
+def _refuse_stranger(directory: pathlib.Path, *, format: str, marker: str):
+  if not directory.exists():
+    return
+  if not directory.is_dir():
+    raise errors.UserError(
+      f"{directory} is a file. Choose a folder for the export."
+    )
+  names = {path.name for path in directory.iterdir()}
+  if not names or _STAGING in names:
+    return
+  if format_of(directory / marker) != format:
+    raise errors.UserError(
+      f"{directory} holds files that are no earlier export "
+      f"({', '.join(sorted(names)[:3])}). Choose another folder or empty it."
+    )
+
+
+def format_of(path: pathlib.Path) -> str | None:
+  """Returns the "format" of a JSON file, None if there is no such thing."""
+  try:
+    content = json.loads(path.read_text())
+  except (OSError, ValueError):
+    return None
+  return content.get("format") if isinstance(content, dict) else None
