@@ -1,0 +1,118 @@
+"""The model card of an export: what is known of its weights and what is not."""
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import flowjax
+from flowjax.interop import tables
+
+_UNKNOWN = "Not recorded."
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+  """What a model card tells beyond the weights themselves."""
+
+  name: str | None = None
+  data: str | None = None
+  step: int | None = None
+  weights: str | None = None  # averaged (EMA) or raw
+  scores: dict = dataclasses.field(default_factory=dict)
+  config: dict = dataclasses.field(default_factory=dict)
+  licence: str | None = None
+
+
+def render(card: Card, table: tables.Table, config: Any, dtype: str) -> str:
+  """Returns the text of a README.md in Markdown."""
+  parameters = sum(map(math.prod, table.keys.values()))
+  height, width = config.image_size
+  data = card.data or card.config.get("data", {}).get("source")
+  name = card.name or f"DiT trained on {data or 'data not recorded'}"
+  licence = card.licence or (
+    "Not chosen yet. Whoever publishes these weights states it here; what the\n"
+    "data allows counts too."
+  )
+  return f"""\
+---
+library_name: pytorch
+tags: [diffusion, flow-matching, {config.name}]
+---
+
+# {name}
+
+A diffusion transformer (DiT, arXiv:2212.09748) that predicts the velocity
+eps - x on the straight path from data (t = 0) to noise (t = 1), conditioned on
+one of {config.num_classes} labels. Exported by FlowJAX {flowjax.__version__}.
+
+- Images: {height} x {width}; channels in: {config.channels}, out: \
+{config.channels_out}
+- Parameters: {parameters:,}, stored as {dtype}
+- Weights: {card.weights or _UNKNOWN}
+- Training step: {_UNKNOWN if card.step is None else f"{card.step:,}"}
+- Training data: {data or _UNKNOWN}
+
+## Load
+
+`model.py` needs torch and safetensors, nothing else.
+
+```python
+import torch
+import model  # this folder must be on sys.path
+
+dit = model.load(".")
+images_BCHW = model.sample(dit, torch.tensor([0]){_settings(card.config)})
+```
+
+{_drawing(config)}
+## Scores
+
+{_rows("score", card.scores) or "None were recorded with these weights."}
+
+## Known and not known
+
+The scores above are all that is recorded. Nothing is known of bias, of safety,
+or of how closely samples follow single training images, except where a score
+says so.
+
+## Licence
+
+{licence}
+
+## Network
+
+{_rows("key", dataclasses.asdict(config))}
+{_training(card.config)}"""
+
+
+def _settings(config: dict) -> str:
+  """Returns the arguments of `sample` with which the run drew its samples."""
+  chosen = config.get("sample", {})
+  names = [n for n in ("steps", "guidance", "shift") if n in chosen]
+  return "".join(f", {name}={chosen[name]}" for name in names)
+
+
+def _drawing(config: Any) -> str:
+  if config.channels not in (1, 3):
+    return "The images are latents, to be decoded by their autoencoder.\n"
+  return "Or `python model.py --labels=0,1,2 --out=grid.png`.\n"
+
+
+def _rows(heading: str, values: dict) -> str:
+  """Returns a table, or nothing for no values."""
+  if not values:
+    return ""
+  rows = [f"| `{key}` | {_text(value)} |" for key, value in values.items()]
+  return "\n".join([f"| {heading} | value |", "| --- | --- |", *rows])
+
+
+def _text(value: Any) -> str:
+  return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _training(config: dict) -> str:
+  if not config:
+    return ""
+  text = json.dumps(config, indent=2)
+  return f"\n## The whole config\n\n```json\n{text}\n```\n"

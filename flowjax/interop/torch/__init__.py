@@ -1,0 +1,1 @@
+"""PyTorch sources that exports carry with them; nothing here imports ours."""

@@ -1,0 +1,169 @@
+"""Exports that PyTorch opens without FlowJAX, and the way back.
+
+A folder of four files: the weights in `model.safetensors`, `config.json`, the
+network and its sampler in `model.py`, and a model card in `README.md`.
+"""
+
+import dataclasses
+import importlib.resources
+import importlib.util
+import json
+import pathlib
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import flowjax
+from flowjax import errors, models, schema
+from flowjax.interop import cards, dit, files, safetensors, tables
+
+FORMAT = "flowjax-torch"
+
+# By the name of the network: the table, and beside it torch/<name>.py.
+_LAYOUTS = {"dit": dit.torch_layout}
+
+
+def export(
+  params: dict,
+  config: Any,
+  out_dir: str | pathlib.Path,
+  *,
+  card: dict | str | None = None,
+  dtype: str = "float32",
+):
+  """Writes the weights, the config, the PyTorch source and the model card.
+
+  All four files appear together or not at all. `card` is the text of the
+  README, or what `cards.Card` asks for. Only an earlier export is replaced.
+  """
+  if dtype not in safetensors.DTYPES:
+    raise errors.UserError(
+      f"Cannot export weights as {dtype!r}. "
+      f"{schema.closest(dtype, safetensors.DTYPES)}"
+    )
+  table = _table(config)
+  if isinstance(card, str):
+    text = card
+  else:
+    known = schema.build(cards.Card, card or {}, "card")
+    text = cards.render(known, table, config, dtype)
+  description = {
+    "format": FORMAT,
+    "flowjax": flowjax.__version__,
+    "dtype": dtype,
+    "model": schema.to_dict(config),
+  }
+  out_dir = pathlib.Path(out_dir)
+  with files.export_folder(out_dir, marker="config.json", format=FORMAT) as new:
+    safetensors.write(
+      new / "model.safetensors",
+      table.keys,
+      table.to_theirs(params),
+      dtype=dtype,
+    )
+    (new / "model.py").write_text(_source(config))
+    (new / "README.md").write_text(text)
+    (new / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def read_config(directory: str | pathlib.Path) -> Any:
+  """Returns the model config of an export."""
+  path = pathlib.Path(directory) / "config.json"
+  if files.format_of(path) != FORMAT:
+    raise errors.UserError(
+      f"{path.parent} is not a finished export of FlowJAX for PyTorch: "
+      f"there is no config.json with format '{FORMAT}' in it."
+    )
+  values = json.loads(path.read_text())["model"]
+  return schema.build(models.CONFIGS[values["name"]], values, str(path))
+
+
+def load(directory: str | pathlib.Path) -> dict:
+  """Returns the parameters of an export in our tree, as float32.
+
+  Bit for bit those that were exported, rounded to the dtype of the export.
+  """
+  table = _table(read_config(directory))
+  path = pathlib.Path(directory) / "model.safetensors"
+  params = table.to_ours(safetensors.read(path))
+  return jax.tree.map(lambda leaf: leaf.astype(np.float32), params)
+
+
+def verify(
+  directory: str | pathlib.Path,
+  network: models.Network,
+  params: dict,
+  *,
+  seed: int = 0,
+) -> float:
+  """Returns the largest difference between the outputs of torch and of ours.
+
+  Noise goes through both networks, in float32, at nine times from data to
+  noise, with labels and without. An export that was rounded to a smaller
+  dtype differs from `params` by that rounding, and not from `load`'s.
+  """
+  torch = require_torch()
+  theirs = load_module(directory).load(directory)
+  config = dataclasses.replace(
+    network.config, dtype="float32", attention="auto"
+  )
+  network = models.build(config)
+
+  rng = np.random.default_rng(seed)
+  t_B = np.linspace(0.0, 1.0, 9, dtype=np.float32)
+  shape = (len(t_B), *config.image_size, config.channels)
+  x_BHWC = rng.standard_normal(shape, np.float32)
+  label_B = rng.integers(0, config.num_classes, len(t_B), np.int32)
+
+  apply = jax.jit(network.apply)
+  params = jax.tree.map(np.asarray, params)
+  x_BCHW = torch.from_numpy(x_BHWC).permute(0, 3, 1, 2)
+  difference = 0.0
+  for cond in (
+    {"label": jnp.asarray(label_B)},
+    network.unconditional({"label": jnp.asarray(label_B)}),
+  ):
+    # Accelerators round the inputs of float32 products unless told not to.
+    with jax.default_matmul_precision("highest"):
+      ours_BHWC = np.asarray(apply(params, x_BHWC, t_B, cond))
+    with torch.no_grad():
+      label = torch.from_numpy(np.array(cond["label"]))
+      out_BCHW = theirs(x_BCHW, torch.from_numpy(t_B), label)
+    out_BHWC = out_BCHW.permute(0, 2, 3, 1).numpy()
+    difference = max(difference, float(np.abs(out_BHWC - ours_BHWC).max()))
+  return difference
+
+
+def require_torch() -> types.ModuleType:
+  """Returns torch, or says how to install it."""
+  try:
+    import safetensors.torch  # noqa: F401
+    import torch
+  except ImportError as error:
+    raise errors.UserError(
+      f"Comparing with PyTorch needs {error.name}: "
+      "pip install 'flowjax[torch]'."
+    ) from error
+  return torch
+
+
+def load_module(directory: str | pathlib.Path) -> types.ModuleType:
+  """Returns the `model.py` of an export as a module."""
+  path = pathlib.Path(directory) / "model.py"
+  spec = importlib.util.spec_from_file_location("flowjax_exported", path)
+  assert spec is not None and spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def _table(config: Any) -> tables.Table:
+  return _LAYOUTS[config.name](config)
+
+
+def _source(config: Any) -> str:
+  folder = importlib.resources.files("flowjax.interop.torch")
+  return (folder / f"{config.name}.py").read_text()
