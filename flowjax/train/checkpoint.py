@@ -6,6 +6,7 @@ and `extra` (JSON: data state, config). The folder is on a POSIX file system
 that all processes share.
 """
 
+import collections.abc
 import contextlib
 import dataclasses
 import json
@@ -144,6 +145,7 @@ class _Writer:
   ):
     self.failures = 0
     self._directory, self._reader = directory, reader
+    self._failed: set[int] = set()
     self._watch: threading.Thread | None = None
     self._orbax = ocp.CheckpointManager(
       directory,
@@ -154,7 +156,7 @@ class _Writer:
       ),
     )
     if lock.is_ours(directory):
-      self._remove_temporaries()
+      self._remove_temporaries(lambda step: True)
 
   def save(self, step: int, state: Any, extra: Any) -> bool:
     if jax.process_index() == 0:
@@ -206,11 +208,11 @@ class _Writer:
     """Lets Orbax raise in this thread what has been reported already."""
     if self.failures:
       for ask in (
-        self._orbax.wait_until_finished,
-        self._orbax.check_for_errors,
-      ):
+        self._orbax.wait_until_finished, self._orbax.check_for_errors,
+      ):  # fmt: skip
         with contextlib.suppress(Exception):
           ask()
+    self._remove_temporaries(self._failed.__contains__)
 
   def _make_way(self, step: int) -> None:
     """Deletes an unsound step that is to be saved again."""
@@ -233,7 +235,16 @@ class _Writer:
 
   def _note_failure(self, step: int, error: Exception) -> None:
     self.failures += 1
-    self._remove_temporaries(step)
+    self._failed.add(step)
+    # Orbax gives up at the first error, with other files still being written:
+    # those bring their folders back for a moment.
+    calm = 0
+    for _ in range(100):
+      found = self._remove_temporaries(self._failed.__contains__)
+      calm = 0 if found else calm + 1
+      if calm == 5:
+        break
+      time.sleep(0.05)
     free = shutil.disk_usage(self._directory).free
     logging.error(
       "CHECKPOINT %d WAS NOT SAVED (failure %d in a row): %s. %.1f MB are free "
@@ -243,15 +254,21 @@ class _Writer:
       self._reader.steps(),
     )  # fmt: skip
 
-  def _remove_temporaries(self, step: int | None = None) -> None:
-    """Removes what saves (or that of one step) left without committing it."""
+  def _remove_temporaries(
+    self, chosen: collections.abc.Callable[[int], bool]
+  ) -> bool:
+    """Removes what saves of some steps left uncommitted, if there is any."""
     if jax.process_index() != 0:
-      return
-    for path in self._directory.glob(f"*{TEMPORARY}*"):
-      number = path.name.partition(TEMPORARY)[0]
-      if number.isdecimal() and step in (None, int(number)):
-        logging.info("Removing %s, which an interrupted save left.", path)
-        shutil.rmtree(path, ignore_errors=True)
+      return False
+    paths = [
+      path
+      for path in self._directory.glob(f"*{TEMPORARY}*")
+      if (number := path.name.partition(TEMPORARY)[0]).isdecimal()
+      and chosen(int(number))
+    ]
+    for path in paths:
+      shutil.rmtree(path, ignore_errors=True)
+    return bool(paths)
 
 
 @dataclasses.dataclass

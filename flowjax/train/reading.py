@@ -9,8 +9,11 @@ tried. Nothing on disk is changed.
 import collections.abc
 import contextlib
 import dataclasses
+import inspect
 import logging
 import pathlib
+import re
+import sys
 from typing import Any
 
 import jax
@@ -44,6 +47,7 @@ class Reader:
   def __init__(self, directory: pathlib.Path):
     self.directory = directory
     self.unsound: dict[int, str] = {}
+    hush_orbax()
     self._orbax = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
 
   def close(self) -> None:
@@ -167,12 +171,15 @@ class Reader:
     with _agreement(), _damage("its data", wanted):
       state = self._read(number, state=arguments).state
       found = manifest.named_leaves(state)
-      found = {path: found[path] for path in wanted}
-    prints = manifest.fingerprints(found)
+      # Where its own metadata are damaged, Orbax may hand the template back.
+      bad = [p for p in wanted if not isinstance(found.get(p), jax.Array)]
+      if bad:
+        raise _Unsound(f"it has no {_some(bad)}")
+    prints = manifest.fingerprints({path: found[path] for path in wanted})
     bad = [path for path in wanted if prints[path] != leaves[path].fingerprint]
     if bad:
       raise _Unsound(f"the bits of {_some(bad)} are not those that were saved")
-    return list(found.values())
+    return [found[path] for path in wanted]
 
   def _read(self, number: int, **arguments: Any) -> Any:
     return self._orbax.restore(
@@ -192,6 +199,31 @@ class Reader:
     return (self.directory / str(number) / COMMITTED).is_file()
 
 
+def hush_orbax() -> None:
+  """Drops what Orbax prints, hundreds of lines, about what it also raises.
+
+  It logs a failure once per thread that hears of it; and as it closes the event
+  loop at the first one, whatever is still under way complains when it ends.
+  """
+  for name in ("absl", "asyncio"):
+    logging.getLogger(name).addFilter(_is_no_echo)
+  if sys.unraisablehook is not _drop_stragglers:
+    _drop_stragglers.before = sys.unraisablehook  # type: ignore[attr-defined]
+    sys.unraisablehook = _drop_stragglers
+
+
+def _is_no_echo(record: logging.LogRecord) -> bool:
+  if record.name == "asyncio":
+    return "exception was never retrieved" not in record.getMessage()
+  return not (record.exc_info and "orbax" in record.pathname)
+
+
+def _drop_stragglers(report: Any) -> None:
+  closed = str(report.exc_value) == "Event loop is closed"
+  if not closed and not inspect.iscoroutine(report.object):
+    _drop_stragglers.before(report)  # type: ignore[attr-defined]
+
+
 class _Unsound(Exception):
   """Why a step is passed over."""
 
@@ -201,11 +233,12 @@ def _damage(what: str, paths: collections.abc.Iterable[str] = ()):
   """Turns whatever damaged files raise into a reason to pass a step over."""
   try:
     yield
-  except (jax.errors.JaxRuntimeError, MemoryError):
+  except (_Unsound, jax.errors.JaxRuntimeError, MemoryError):
     raise  # Too little memory is no damage.
   except Exception as error:
     # On disk an array's name has dots, and a file or a chunk behind it.
-    bad = [p for p in paths if f'"{p.replace("/", ".")}/' in str(error)]
+    names = set(re.findall(r"[\"']([^\"'/]+)/", str(error)))
+    bad = [path for path in paths if path.replace("/", ".") in names]
     where = f" at {_some(bad)}" if bad else ""
     raise _Unsound(f"{what} cannot be read{where}: {brief(error)}") from error
 
@@ -239,7 +272,10 @@ def _some(paths: list[str]) -> str:
   return ", ".join(paths[:3]) + more
 
 
-def brief(error: Exception) -> str:
-  """Returns the first 300 characters of an error, in one line."""
+def brief(error: BaseException) -> str:
+  """Returns the first cause of an error, in one line of 200 characters."""
+  while error.__cause__ is not None:
+    error = error.__cause__
   text = " ".join(f"{type(error).__name__}: {error}".split())
-  return text if len(text) <= 300 else text[:300] + "..."
+  text = re.sub(r" \[\w+(\[\d+\])?=.*", "", text)  # What TensorStore appends.
+  return text if len(text) <= 200 else f"{text[:40]} ... {text[-160:]}"
