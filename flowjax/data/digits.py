@@ -21,6 +21,7 @@ class Digits:
 
   image_NHWC: np.ndarray
   label_N: np.ndarray
+  hash: str  # Of the stored pixels: enlarged ones differ by processor.
   name: str = "digits"
   class_names: tuple[str, ...] = tuple("0123456789")
 
@@ -42,12 +43,10 @@ class Digits:
     return self[records_B]  # type: ignore[index]
 
   def fingerprint(self) -> dict[str, Any]:
-    content = hashlib.blake2b(self.image_NHWC.tobytes(), digest_size=8)
-    content.update(self.label_N.tobytes())
     return {
       "records": len(self),
       "classes": list(self.class_names),
-      "hash": content.hexdigest(),
+      "hash": self.hash,
     }
 
 
@@ -72,7 +71,9 @@ def open(config: config_lib.DataConfig, split: str) -> Digits:
     )
   image_NHW = _enlarge(image_NIJ[keep_N], config.image_size)
   image_NHWC = np.repeat(image_NHW[..., None], config.channels, axis=-1)
-  return Digits(image_NHWC, label_N[keep_N])
+  return Digits(
+    image_NHWC, label_N[keep_N], _hash(image_NIJ[keep_N], label_N[keep_N])
+  )
 
 
 def held_out(
@@ -105,6 +106,12 @@ def _load() -> tuple[np.ndarray, np.ndarray]:
   digits = datasets.load_digits()
   image_NIJ = digits.images.astype(np.float32) / 8.0 - 1.0  # From 0..16.
   return image_NIJ, digits.target.astype(np.int32)
+
+
+def _hash(image_NIJ: np.ndarray, label_N: np.ndarray) -> str:
+  content = hashlib.blake2b(image_NIJ.tobytes(), digest_size=8)
+  content.update(label_N.tobytes())
+  return content.hexdigest()
 
 
 def _enlarge(image_NIJ: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -56,7 +56,7 @@ def batches(
 def _closing(iterator: Any) -> Iterator[Batch]:
   try:
     with workers.deaths_explained():
-      yield from iterator
+      yield from map(workers.own, iterator)
   finally:
     iterator.close()
 

@@ -8,6 +8,8 @@ import sys
 import threading
 from collections.abc import Iterator
 
+import numpy as np
+
 from flowjax import errors
 
 
@@ -33,6 +35,18 @@ def let_grain_read_its_flags() -> None:
 
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
+
+
+def own(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Copies what lies in memory that Grain shares with a worker.
+
+  Grain unmaps it when the array goes, though a device may still read it: on a
+  CPU jax takes over an aligned array without a copy.
+  """
+  return {
+    key: array if type(array) is np.ndarray else np.array(array)
+    for key, array in batch.items()
+  }
 
 
 @contextlib.contextmanager

@@ -151,6 +151,24 @@ def test_it_survives_the_way_to_a_worker(data_dir):
   assert shade(copy[11]) == 11 and copy.fingerprint() == source.fingerprint()
 
 
+def test_what_goes_to_a_worker_needs_no_code_of_the_data_set(data_dir):
+  class HouseShades(tfds.core.GeneratorBasedBuilder):  # Now it is registered.
+    VERSION = tfds.core.Version("1.2.0")
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="usual")]
+
+    def _info(self):
+      return tfds.core.DatasetInfo(builder=self)
+
+    def _split_generators(self, dl_manager): ...
+    def _generate_examples(self): ...
+
+  try:
+    source = sources.open(config_of(data_dir, "usual"), "train")
+  finally:
+    del tfds.core.registered._DATASET_REGISTRY["house_shades"]
+  assert shade(pickle.loads(pickle.dumps(source))[11]) == 11
+
+
 def test_batches_hold_each_record_once_an_epoch(data_dir):
   config = config_of(data_dir, batch_size=10)
   batches = loader.batches(sources.open(config, "train"), config)

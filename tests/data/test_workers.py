@@ -69,6 +69,7 @@ def test_the_number_of_workers_changes_nothing_and_a_dead_one_is_told(folder):
       assert set(found) == set(expected)
       for key in expected:
         np.testing.assert_array_equal(found[key], expected[key])
+        assert type(found[key]) is np.ndarray  # Not memory that is unmapped.
   assert skipped  # The corrupt image was among them.
 
   children = multiprocessing.active_children()
