@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 
 from flowjax import errors
@@ -48,7 +49,9 @@ class Reader:
     self.directory = directory
     self.unsound: dict[int, str] = {}
     hush_orbax()
-    self._orbax = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+    # The handler alone: a Checkpointer ends in a barrier, where the others
+    # would wait for a process that could not read its part.
+    self._orbax = ocp.CompositeCheckpointHandler()
 
   def close(self) -> None:
     """Lets go of all threads."""
@@ -183,7 +186,8 @@ class Reader:
 
   def _read(self, number: int, **arguments: Any) -> Any:
     return self._orbax.restore(
-      self.directory / str(number), args=ocp.args.Composite(**arguments)
+      epath.Path(self.directory / str(number)),
+      args=ocp.args.Composite(**arguments),
     )
 
   def _folders(self) -> list[int]:

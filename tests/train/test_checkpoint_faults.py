@@ -11,6 +11,7 @@ import os
 import pathlib
 import random
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -377,3 +378,85 @@ def test_killed_at_any_moment_the_newest_commit_is_restored(tmp_path):
   began = [int(line) for line in run.stdout.split()]
   assert len(began) == 6 and began[0] == 0
   assert began == sorted(began) and began[-1] > 3
+
+
+PAIR = """
+import pathlib, sys
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from flowjax.train import checkpoint, lock, manifest
+
+folder, port, process = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
+mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+
+
+def make(step):
+  w = np.random.default_rng(step).normal(size=(512, 64)).astype(np.float32)
+  sharding = NamedSharding(mesh, PartitionSpec("data"))
+  array = jax.make_array_from_callback(w.shape, sharding, lambda at: w[at])
+  return {"w": array}
+
+
+def biggest(step, process):
+  state = folder / "checkpoints" / str(step) / "state"
+  data = state / f"ocdbt.process_{process}" / "d"
+  return max(data.iterdir(), key=lambda path: path.stat().st_size)
+
+
+with lock.WorkdirLock(folder):
+  store = checkpoint.Checkpoints(folder / "checkpoints")
+  for step in (1, 2, 3):
+    assert store.save(step, make(step), {}) and store.wait()
+  if process == 0:
+    biggest(2, 1).unlink()  # The other process alone will miss it.
+    raw = bytearray(biggest(3, 1).read_bytes())
+    raw[1000] ^= 1
+    biggest(3, 1).write_bytes(raw)
+  multihost_utils.sync_global_devices("damaged")
+  like = make(0)["w"]
+  like = jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=like.sharding)
+  restored = store.restore({"w": like})
+  assert restored.step == 1, restored.passed_over
+  assert manifest.fingerprints(restored.state) == manifest.fingerprints(make(1))
+  assert "bits of w" in restored.passed_over[3]
+  said = ("process 1 cannot read it", "its data cannot be read at w")[process]
+  assert said in restored.passed_over[2]
+  assert store.save(3, make(3), {}) and store.wait()
+  assert store.restore({"w": like}).step == 3
+  store.close()
+print("done", process)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_agree_on_what_is_sound(tmp_path):
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    port = str(probe.getsockname()[1])
+  flags = "--xla_force_host_platform_device_count=2"
+  root = str(pathlib.Path(__file__).parents[2])
+  environment = {**os.environ, "PYTHONPATH": root, "XLA_FLAGS": flags}
+  pair = [
+    subprocess.Popen(
+      [sys.executable, "-c", PAIR, str(tmp_path), port, str(process)],
+      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+      env=environment,
+    )
+    for process in (0, 1)
+  ]  # fmt: skip
+  try:
+    said = [process.communicate(timeout=120)[0] for process in pair]
+  finally:
+    for process in pair:
+      process.kill()
+  for number, text in enumerate(said):
+    assert f"done {number}" in text, text[-2000:]
+  assert not (tmp_path / lock.NAME).exists()
+  whole = jax.ShapeDtypeStruct((512, 64), np.float32)
+  alone = checkpoint.Checkpoints(tmp_path / "checkpoints", read_only=True)
+  restored = alone.restore({"w": whole})
+  expected = np.random.default_rng(3).normal(size=(512, 64)).astype(np.float32)
+  assert np.array_equal(restored.state["w"], expected)
