@@ -1,0 +1,101 @@
+"""Pictures of images: sheets of samples, as PNG files."""
+
+# Shape suffixes: N images, H height, W width, C channels.
+
+import collections.abc
+import os
+import pathlib
+
+import numpy as np
+
+PAPER, INK = 255, 40
+GAP = 2
+TEXT_HEIGHT, LETTER_WIDTH = 14, 7
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+  """Returns images as a PNG stores them: [-1, 1] is clipped to 0..255."""
+  images = np.asarray(images)
+  if images.dtype == np.uint8:
+    return images
+  # What is not a number is shown as the middle grey.
+  clipped = np.clip(np.nan_to_num(images, nan=0.0), -1.0, 1.0)
+  return np.round((clipped + 1.0) * 127.5).astype(np.uint8)
+
+
+def grid(
+  images_NHWC: np.ndarray,
+  *,
+  columns: int = 10,
+  scale: int | None = None,
+  labels: collections.abc.Sequence[str] | None = None,
+  row_titles: collections.abc.Sequence[str] | None = None,
+) -> np.ndarray:
+  """Returns one uint8 RGB image [H, W, 3] of many, in rows of `columns`.
+
+  Images are float in [-1, 1] or uint8. Of more than three channels the first
+  three are shown, of two the first. Each pixel becomes `scale` by `scale`, by
+  default as large as makes the shorter side 32. `labels` stand under their
+  images and `row_titles` on the left of their rows.
+  """
+  if images_NHWC.ndim != 4 or not len(images_NHWC):
+    raise ValueError(
+      f"A grid is made of images [N, H, W, C], not {images_NHWC.shape}."
+    )
+  tiles_NHWC = _rgb(to_uint8(images_NHWC))
+  side = min(tiles_NHWC.shape[1:3])
+  scale = scale or max(1, -(-32 // side))
+  tiles_NHWC = tiles_NHWC.repeat(scale, axis=1).repeat(scale, axis=2)
+  below = TEXT_HEIGHT if labels else GAP
+  tiles_NHWC = np.pad(
+    tiles_NHWC,
+    ((0, -len(tiles_NHWC) % columns), (GAP, below), (GAP, GAP), (0, 0)),
+    constant_values=PAPER,
+  )
+  for tile_HWC, label in zip(tiles_NHWC, labels or (), strict=False):
+    tile_HWC[-below:] = _text(label, below, tile_HWC.shape[1], centred=True)
+  rows, (height, width) = len(tiles_NHWC) // columns, tiles_NHWC.shape[1:3]
+  sheet_HWC = (
+    tiles_NHWC.reshape(rows, columns, height, width, 3)
+    .transpose(0, 2, 1, 3, 4)
+    .reshape(rows * height, columns * width, 3)
+  )
+  if not row_titles:
+    return sheet_HWC
+  margin = max(map(len, row_titles)) * LETTER_WIDTH + 2 * GAP
+  titles = [*row_titles, *[""] * (rows - len(row_titles))]
+  left = [_text(title, height, margin) for title in titles]
+  return np.concatenate([np.concatenate(left), sheet_HWC], axis=1)
+
+
+def save_png(image_HWC: np.ndarray, path: pathlib.Path | str) -> None:
+  """Writes a picture; whoever looks sees the old file or the whole new one."""
+  from PIL import Image
+
+  path = pathlib.Path(path)
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  image_HWC = to_uint8(image_HWC)
+  if image_HWC.shape[-1] == 1:
+    image_HWC = image_HWC[..., 0]
+  Image.fromarray(image_HWC).save(temporary, format="PNG")
+  os.replace(temporary, path)
+
+
+def _rgb(images_NHWC: np.ndarray) -> np.ndarray:
+  if images_NHWC.shape[-1] < 3:
+    return np.repeat(images_NHWC[..., :1], 3, axis=-1)
+  return images_NHWC[..., :3]
+
+
+def _text(
+  text: str, height: int, width: int, centred: bool = False
+) -> np.ndarray:
+  """Returns a uint8 RGB image of one line of text."""
+  from PIL import Image, ImageDraw
+
+  image = Image.new("RGB", (width, height), (PAPER,) * 3)
+  at, anchor = ((width // 2, height // 2), "mm")
+  if not centred:
+    at, anchor = ((GAP, height // 2), "lm")
+  ImageDraw.Draw(image).text(at, text, fill=(INK,) * 3, anchor=anchor)
+  return np.asarray(image)
