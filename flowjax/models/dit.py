@@ -1,45 +1,36 @@
 """The diffusion transformer with adaLN-Zero (DiT, arXiv:2212.09748)."""
 
 # Shape suffixes: B batch, H height, W width, C channels of the image;
-# T tokens, D width, P flattened patch, K parts; N heads, h head size.
+# T tokens, P one flattened patch, D width, K parts of a modulation.
 
 import dataclasses
-import math
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.ad_checkpoint
 import jax.numpy as jnp
 
 from flowjax import schema
-from flowjax.models import layers, positions
+from flowjax.models import blocks, layers, patches, positions
 from flowjax.ops import attention, axes
 
-# The sizes of the paper, table 1.
-SIZES = {
+# Table 1 of the paper. "xl" at patch size 2 is the DiT-XL/2 that people mean.
+SIZES: dict[str, dict[str, int]] = {
   "s": dict(depth=12, width=384, heads=6),
   "b": dict(depth=12, width=768, heads=12),
   "l": dict(depth=24, width=1024, heads=16),
   "xl": dict(depth=28, width=1152, heads=16),
 }
-
-_policies = jax.checkpoint_policies
-REMAT = {
-  "none": None,
-  "full": _policies.nothing_saveable,
-  "dots": _policies.dots_with_no_batch_dims_saveable,
-  "save_attention": _policies.save_only_these_names("qkv", "attention"),
-}
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-MLPS = ("gelu", "swiglu")
 POSITIONS = ("rope2d", "sincos2d", "learned")
-TIME_FREQUENCIES = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class DiTConfig:
-  """What a DiT is made of."""
+  """What a DiT is made of.
+
+  `out_channels` is `channels` unless given. `timestep_scale` multiplies t in
+  [0, 1] before its sinusoid. `remat` is a key of `blocks.REMAT`.
+  """
 
   name: str = "dit"
   image_size: tuple[int, int] = (32, 32)
@@ -62,6 +53,12 @@ class DiTConfig:
   attention: str = "auto"
   dtype: str = "float32"
 
+  def __post_init__(self):
+    _check_choices(self)
+    _check_ranges(self)
+    _check_patches(self.image_size, self.patch_size)
+    _check_heads(self)
+
   @property
   def head_size(self) -> int:
     return self.width // self.heads
@@ -71,200 +68,143 @@ class DiTConfig:
     return self.channels if self.out_channels is None else self.out_channels
 
   @property
+  def grid(self) -> tuple[int, int]:
+    """Rows and columns of patches."""
+    height, width = self.image_size
+    return height // self.patch_size, width // self.patch_size
+
+  @property
   def mlp_width(self) -> int:
-    """The hidden width F of the MLP; SwiGLU's third matrix is paid for."""
+    """The hidden width; two thirds for SwiGLU, which has a third matrix."""
     if self.mlp == "gelu":
       return int(self.mlp_ratio * self.width)
-    return -8 * (-int(2 / 3 * self.mlp_ratio * self.width) // 8)
-
-
-class Attention(nn.Module):
-  config: DiTConfig
-
-  @nn.compact
-  def __call__(self, x_BTD, rope):
-    config = self.config
-    dtype = DTYPES[config.dtype]
-    heads = (config.heads, config.head_size)
-    qkv = layers.Dense((3, *heads), dtype=dtype, name="qkv")(x_BTD)
-    qkv = axes.name(qkv, "batch", "tokens", None, "heads", None)
-    qkv = jax.ad_checkpoint.checkpoint_name(qkv, "qkv")
-    q_BTNh, k_BTNh, v_BTNh = (qkv[:, :, part] for part in range(3))
-    if config.qk_norm:
-      q_BTNh = layers.RMSNorm(name="query_norm")(q_BTNh)
-      k_BTNh = layers.RMSNorm(name="key_norm")(k_BTNh)
-    if rope is not None:
-      q_BTNh = positions.rotate(q_BTNh, *rope)
-      k_BTNh = positions.rotate(k_BTNh, *rope)
-    y_BTNh = attention.attention(q_BTNh, k_BTNh, v_BTNh, body=config.attention)
-    y_BTNh = axes.name(y_BTNh, "batch", "tokens", "heads", None)
-    y_BTNh = jax.ad_checkpoint.checkpoint_name(y_BTNh, "attention")
-    return layers.Dense((config.width,), contract=2, dtype=dtype, name="out")(
-      y_BTNh
-    )
-
-
-class Mlp(nn.Module):
-  config: DiTConfig
-
-  @nn.compact
-  def __call__(self, x_BTD):
-    config = self.config
-    dtype = DTYPES[config.dtype]
-    parts = () if config.mlp == "gelu" else (2,)
-    hidden = layers.Dense((*parts, config.mlp_width), dtype=dtype, name="in")(
-      x_BTD
-    )
-    hidden = jax.ad_checkpoint.checkpoint_name(hidden, "mlp")
-    if config.mlp == "gelu":
-      hidden = nn.gelu(hidden, approximate=True)
-    else:
-      hidden = nn.silu(hidden[:, :, 0]) * hidden[:, :, 1]
-    hidden = axes.name(hidden, "batch", "tokens", "mlp")
-    return layers.Dense((config.width,), dtype=dtype, name="out")(hidden)
+    return -(-int(2 / 3 * self.mlp_ratio * self.width) // 8) * 8
 
 
 class Block(nn.Module):
-  """One transformer block, steered by the condition c."""
+  """One block: attention and MLP, each modulated and gated by c."""
 
   config: DiTConfig
 
   @nn.compact
   def __call__(self, x_BTD, c_BD, rope):
     config = self.config
+    dtype = blocks.DTYPES[config.dtype]
     modulation_BKD = layers.Dense(
       (6, config.width),
-      dtype=DTYPES[config.dtype],
+      dtype=dtype,
       init_kernel=layers.zeros,
       name="modulation",
     )(c_BD)
-    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
-      modulation_BKD[:, part] for part in range(6)
+    shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (
+      jnp.unstack(blocks.saved(modulation_BKD, "modulation"), axis=1)
     )
-    y_BTD = layers.modulated_norm(x_BTD, shift_a, scale_a)
-    y_BTD = Attention(config, name="attention")(y_BTD, rope)
-    x_BTD = x_BTD + gate_a[:, None] * y_BTD
-    y_BTD = layers.modulated_norm(x_BTD, shift_m, scale_m)
-    y_BTD = Mlp(config, name="mlp")(y_BTD)
-    x_BTD = x_BTD + gate_m[:, None] * y_BTD
+
+    y_BTD = layers.modulated_norm(x_BTD, shift_msa, scale_msa)
+    y_BTD = blocks.Attention(
+      config.heads,
+      config.head_size,
+      config.qk_norm,
+      config.attention,
+      dtype,
+      name="attention",
+    )(y_BTD, rope)
+    x_BTD = layers.add_gated(x_BTD, gate_msa, y_BTD)
+    x_BTD = axes.name(x_BTD, "batch", "tokens", "width")
+
+    y_BTD = layers.modulated_norm(x_BTD, shift_mlp, scale_mlp)
+    y_BTD = blocks.Mlp(config.mlp, config.mlp_width, dtype, name="mlp")(y_BTD)
+    x_BTD = layers.add_gated(x_BTD, gate_mlp, y_BTD)
     return axes.name(x_BTD, "batch", "tokens", "width"), None
 
 
-class LabelEmbed(nn.Module):
-  """A table of labels, the last of which stands for no label."""
-
-  labels: int
-  width: int
-
-  @nn.compact
-  def __call__(self, label_B):
-    table = self.param("embedding", layers.normal, (self.labels, self.width), 1)
-    return jnp.take(table, label_B, axis=0)
-
-
-class PositionTable(nn.Module):
-  tokens: int
-  width: int
-
-  @nn.compact
-  def __call__(self):
-    return self.param("embedding", layers.normal, (self.tokens, self.width), 1)
-
-
 class Final(nn.Module):
-  config: DiTConfig
+  """The last modulated norm and the map to patches, in float32."""
+
+  features: int
 
   @nn.compact
   def __call__(self, x_BTD, c_BD):
-    config = self.config
     modulation_BKD = layers.Dense(
-      (2, config.width), init_kernel=layers.zeros, name="modulation"
+      (2, x_BTD.shape[-1]), init_kernel=layers.zeros, name="modulation"
     )(c_BD)
-    x_BTD = layers.modulated_norm(
-      x_BTD.astype(jnp.float32), modulation_BKD[:, 0], modulation_BKD[:, 1]
-    )
-    features = config.patch_size**2 * config.channels_out
-    return layers.Dense((features,), init_kernel=layers.zeros, name="out")(
-      x_BTD
+    shift_BD, scale_BD = jnp.unstack(modulation_BKD, axis=1)
+    y_BTD = layers.modulated_norm(x_BTD.astype(jnp.float32), shift_BD, scale_BD)
+    return layers.Dense((self.features,), init_kernel=layers.zeros, name="out")(
+      y_BTD
     )
 
 
 class DiT(nn.Module):
+  """From a noisy image, its time and its label to a velocity."""
+
   config: DiTConfig
 
   @nn.compact
   def __call__(self, x_BHWC, t_B, label_B):
     config = self.config
-    dtype = DTYPES[config.dtype]
-    rows, columns = (size // config.patch_size for size in x_BHWC.shape[1:3])
-    x_BTP = patchify(x_BHWC.astype(dtype), config.patch_size)
-    x_BTD = layers.Dense((config.width,), dtype=dtype, name="patch_embed")(
-      x_BTP
-    )
-    rope = None
-    if config.position == "rope2d":
-      rope = positions.rope2d(
-        rows, columns, config.head_size, config.rope_theta
-      )
-    elif config.position == "sincos2d":
-      table_TD = positions.sincos2d(rows, columns, config.width)
-      x_BTD = x_BTD + jnp.asarray(table_TD, dtype)[None]
-    else:
-      table_TD = PositionTable(rows * columns, config.width, name="pos_embed")()
-      x_BTD = x_BTD + table_TD.astype(dtype)[None]
+    patch = config.patch_size
+    rows, columns = (size // patch for size in x_BHWC.shape[1:3])
+
+    x_BTP = patches.patchify(x_BHWC, patch)
+    x_BTD = layers.Dense(
+      (config.width,), dtype=blocks.DTYPES[config.dtype], name="patch_embed"
+    )(x_BTP)
+    x_BTD, rope = self._place(x_BTD, rows, columns)
     x_BTD = axes.name(x_BTD, "batch", "tokens", "width")
 
     time_BD = layers.TimeEmbed(config.width, name="time_embed")(
-      t_B * config.timestep_scale
+      config.timestep_scale * t_B.astype(jnp.float32)
     )
-    label_BD = LabelEmbed(
+    # The last row of the table stands for no label.
+    labels = layers.Table(
       config.num_classes + 1, config.width, name="label_embed"
-    )(label_B)
-    c_BD = nn.silu(time_BD + label_BD)
+    )()
+    c_BD = nn.silu(time_BD + jnp.take(labels, label_B, axis=0))
 
-    block = Block
-    if REMAT[config.remat] is not None:
-      # Inside a loop XLA cannot merge the second computation with the first.
-      block = nn.remat(
-        Block, policy=REMAT[config.remat], prevent_cse=not config.scan
-      )
-    blocks = nn.scan(
-      block,
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
-      in_axes=nn.broadcast,
-      length=config.depth,
-      unroll=1 if config.scan else config.depth,
+    x_BTD, _ = _stacked(config)(config, name="blocks")(x_BTD, c_BD, rope)
+    x_BTP = Final(patch * patch * config.channels_out, name="final")(
+      x_BTD, c_BD
     )
-    x_BTD, _ = blocks(config, name="blocks")(x_BTD, c_BD, rope)
-    x_BTP = Final(config, name="final")(x_BTD, c_BD)
-    return unpatchify(x_BTP, rows, columns, config.patch_size)
+    return patches.unpatchify(x_BTP, rows, columns, patch)
+
+  def _place(self, x_BTD, rows, columns):
+    """Adds the position to each token, or returns how heads are to turn."""
+    config = self.config
+    if config.position == "rope2d":
+      return x_BTD, positions.rope2d(
+        rows, columns, config.head_size, config.rope_theta
+      )
+    if config.position == "sincos2d":
+      table_TD = jnp.asarray(positions.sincos2d(rows, columns, config.width))
+    else:
+      table_TD = layers.Table(rows * columns, config.width, name="pos_embed")()
+    return x_BTD + table_TD.astype(x_BTD.dtype)[None], None
 
 
-def patchify(x_BHWC: jax.Array, patch: int) -> jax.Array:
-  """Cuts images into rows of patches, each flattened as (p_h, p_w, C)."""
-  batch, height, width, channels = x_BHWC.shape
-  rows, columns = height // patch, width // patch
-  x = x_BHWC.reshape(batch, rows, patch, columns, patch, channels)
-  return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)
-
-
-def unpatchify(
-  x_BTP: jax.Array, rows: int, columns: int, patch: int
-) -> jax.Array:
-  """Puts patches back together: the inverse of `patchify`."""
-  x = x_BTP.reshape(len(x_BTP), rows, columns, patch, patch, -1)
-  x = x.transpose(0, 1, 3, 2, 4, 5)
-  return x.reshape(len(x_BTP), rows * patch, columns * patch, -1)
+def _stacked(config: DiTConfig):
+  """Returns `depth` blocks, whose parameters share a leading dim."""
+  block: Any = Block
+  if blocks.REMAT[config.remat] is not None:
+    # In a loop the compiler cannot merge the second computation with the first.
+    block = nn.remat(
+      Block, policy=blocks.REMAT[config.remat], prevent_cse=not config.scan
+    )
+  return nn.scan(
+    block,
+    variable_axes={"params": 0},
+    split_rngs={"params": True},
+    in_axes=nn.broadcast,
+    length=config.depth,
+    unroll=1 if config.scan else config.depth,
+  )
 
 
 def init(config: DiTConfig, rng: jax.Array) -> dict[str, Any]:
   """Draws the parameters, float32."""
-  height, width = config.image_size
-  x_BHWC = jnp.zeros((1, height, width, config.channels), jnp.float32)
-  return DiT(config).init(rng, x_BHWC, jnp.zeros(1), jnp.zeros(1, jnp.int32))[
-    "params"
-  ]
+  x_BHWC = jnp.zeros((1, *config.image_size, config.channels), jnp.float32)
+  t_B, label_B = jnp.zeros(1, jnp.float32), jnp.zeros(1, jnp.int32)
+  return DiT(config).init(rng, x_BHWC, t_B, label_B)["params"]
 
 
 def apply(
@@ -275,7 +215,11 @@ def apply(
   cond: dict[str, jax.Array],
   rng: jax.Array | None = None,
 ) -> jax.Array:
-  """Returns the velocity at (x, t) given the label, float32."""
+  """Returns the velocity at (x, t) given cond["label"], in float32.
+
+  With an rng, each label is dropped with probability `label_dropout`.
+  """
+  _check_inputs(config, x_BHWC, t_B, cond)
   label_B = cond["label"]
   if rng is not None:
     drop_B = jax.random.bernoulli(rng, config.label_dropout, label_B.shape)
@@ -286,21 +230,126 @@ def apply(
 def unconditional(
   config: DiTConfig, cond: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
-  """Returns `cond` with every label replaced by the one for no label."""
+  """Returns `cond` with the label that stands for none."""
   return {**cond, "label": jnp.full_like(cond["label"], config.num_classes)}
 
 
 def flops(config: DiTConfig) -> int:
-  """Counts the forward pass per example; a multiply-add is two."""
-  height, width = config.image_size
-  d, p = config.width, config.patch_size
-  tokens = (height // p) * (width // p)
+  """Counts the arithmetic of a forward pass per example.
+
+  A multiply-add is two; norms, activations and softmax are left out. For
+  width D, T tokens and a GELU MLP of ratio r, a block has
+  T 2 (4 + 2r) D^2 + 4 T^2 D + 12 D^2.
+  """
+  d, tokens = config.width, config.grid[0] * config.grid[1]
   matrices = 2 if config.mlp == "gelu" else 3
   block = (
     2 * tokens * (4 * d * d + matrices * d * config.mlp_width)
     + 4 * tokens * tokens * d
     + 2 * 6 * d * d
   )
-  patches = 2 * tokens * p * p * (config.channels + config.channels_out) * d
-  time = 2 * (TIME_FREQUENCIES * d + d * d)
-  return config.depth * block + patches + time + 2 * 2 * d * d
+  values = config.patch_size**2 * (config.channels + config.channels_out)
+  ends = 2 * tokens * values * d + 2 * 2 * d * d
+  time = 2 * (layers.TIME_FREQUENCIES * d + d * d)
+  return config.depth * block + ends + time
+
+
+def _check_choices(config: DiTConfig) -> None:
+  choices = {
+    "name": ("dit",),
+    "mlp": blocks.MLPS,
+    "position": POSITIONS,
+    "remat": tuple(blocks.REMAT),
+    "attention": attention.BODIES,
+    "dtype": tuple(blocks.DTYPES),
+  }
+  for field, words in choices.items():
+    word = getattr(config, field)
+    if word not in words:
+      raise ValueError(
+        f"{field}={word!r} is not known. {schema.closest(word, words)}"
+      )
+
+
+def _check_ranges(config: DiTConfig) -> None:
+  positive = (
+    "channels patch_size width depth heads mlp_ratio rope_theta num_classes "
+    "timestep_scale channels_out"
+  )
+  for field in positive.split():
+    if getattr(config, field) <= 0:
+      raise ValueError(
+        f"{field.replace('channels_out', 'out_channels')}="
+        f"{getattr(config, field)} must be positive."
+      )
+  if min(config.image_size) <= 0:
+    raise ValueError(f"image_size={config.image_size} must be positive.")
+  if not 0.0 <= config.label_dropout < 1.0:
+    raise ValueError(
+      f"label_dropout={config.label_dropout} must be at least 0 and below 1: "
+      "with 1 no label is ever seen. 0.1 is usual."
+    )
+
+
+def _check_patches(image_size: tuple[int, ...], patch: int) -> None:
+  if any(size % patch for size in image_size):
+    fits = [
+      p
+      for p in range(1, min(image_size) + 1)
+      if not any(size % p for size in image_size)
+    ]
+    raise ValueError(
+      f"patch_size={patch} does not divide an image of {image_size[0]}x"
+      f"{image_size[1]}. Patch sizes that do: {', '.join(map(str, fits))}."
+    )
+
+
+def _check_heads(config: DiTConfig) -> None:
+  width, heads = config.width, config.heads
+  # RoPE turns pairs, in each half of a head.
+  unit = 4 if config.position == "rope2d" else 1
+  fits = [n for n in range(1, width + 1) if width % (unit * n) == 0]
+  near = sorted(sorted(fits, key=lambda n: abs(n - heads))[:5])
+  remedy = f"Numbers of heads that do for this width: {near}"
+  if width % heads:
+    raise ValueError(f"heads={heads} does not divide width={width}. {remedy}.")
+  if config.head_size % unit:
+    raise ValueError(
+      f"position='rope2d' splits a head into rows and columns and each into "
+      f"pairs, so that its size must be divisible by 4, not "
+      f"{config.head_size} (width={width} / heads={heads}). {remedy}; widths "
+      f"for {heads} heads: multiples of {4 * heads}. Or use "
+      f"position='sincos2d'."
+    )
+  if config.position == "sincos2d" and width % 4:
+    raise ValueError(
+      f"position='sincos2d' splits the width into four, and width={width} is "
+      "not divisible by 4."
+    )
+
+
+def _check_inputs(config: DiTConfig, x_BHWC, t_B, cond) -> None:
+  if x_BHWC.ndim != 4 or x_BHWC.shape[-1] != config.channels:
+    raise ValueError(
+      f"The network takes images [B, H, W, {config.channels}], not "
+      f"{x_BHWC.shape}. channels={config.channels} is in its config."
+    )
+  batch, *image_size, _ = x_BHWC.shape
+  _check_patches(tuple(image_size), config.patch_size)
+  grid = tuple(size // config.patch_size for size in image_size)
+  if config.position == "learned" and grid != config.grid:
+    raise ValueError(
+      f"position='learned' knows a grid of {config.grid[0]}x{config.grid[1]} "
+      f"patches, not {grid[0]}x{grid[1]}. Use images of "
+      f"{config.image_size[0]}x{config.image_size[1]}, or another position."
+    )
+  if "label" not in cond:
+    raise ValueError(
+      "The network takes cond={'label': [B] integers}, got the keys "
+      f"{sorted(cond)}."
+    )
+  for name, value in (("t", t_B), ("label", cond["label"])):
+    if value.shape != (batch,):
+      raise ValueError(
+        f"{name} has shape {value.shape}; for {batch} images it is ({batch},)."
+      )

@@ -1,0 +1,105 @@
+"""The two halves of a transformer block: attention and the MLP.
+
+What is worth saving for the gradient has a name here ("qkv", "attention",
+"attention_out", "mlp", "mlp_out"), by which `REMAT` chooses.
+"""
+
+# Shape suffixes: B batch, T tokens, D width, K parts of a fused map, N heads,
+# H head size, F hidden width of the MLP.
+
+import flax.linen as nn
+import jax
+import jax.ad_checkpoint
+import jax.numpy as jnp
+
+from flowjax.models import layers, positions
+from flowjax.ops import attention, axes
+
+MLPS = ("gelu", "swiglu")
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+# What of a block is kept for the gradient; the rest is computed again. Down
+# the table less is kept and more is computed:
+#   none             everything that the gradient reads
+#   matmuls          results of matmuls and attention; norms, rotations and
+#                    activations are made again
+#   dots             results of matmuls with parameters; attention is redone
+#   save_attention   queries, keys, values and what attention returned
+#   full             the inputs of blocks: about a third more arithmetic
+_save = jax.checkpoint_policies.save_only_these_names
+REMAT = {
+  "none": None,
+  "matmuls": _save(
+    "modulation", "qkv", "attention", "attention_out", "mlp", "mlp_out"
+  ),
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "save_attention": _save("qkv", "attention"),
+  "full": jax.checkpoint_policies.nothing_saveable,
+}
+saved = jax.ad_checkpoint.checkpoint_name
+
+
+class Attention(nn.Module):
+  """Lets every token see every other; `rope` turns queries and keys."""
+
+  heads: int
+  head_size: int
+  qk_norm: bool
+  body: str
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(
+    self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array] | None
+  ) -> jax.Array:
+    qkv_BTKNH = layers.Dense(
+      (3, self.heads, self.head_size), dtype=self.dtype, name="qkv"
+    )(x_BTD)
+    qkv_BTKNH = axes.name(qkv_BTKNH, "batch", "tokens", None, "heads", None)
+    q_BTNH, k_BTNH, v_BTNH = jnp.unstack(saved(qkv_BTKNH, "qkv"), axis=2)
+    if self.qk_norm:
+      q_BTNH = layers.RMSNorm(name="query_norm")(q_BTNH)
+      k_BTNH = layers.RMSNorm(name="key_norm")(k_BTNH)
+    if rope is not None:
+      q_BTNH = positions.rotate(q_BTNH, *rope)
+      k_BTNH = positions.rotate(k_BTNH, *rope)
+    # Where tokens are split, each device has its queries and gathers the rest.
+    k_BTNH = axes.name(k_BTNH, "batch", None, "heads", None)
+    v_BTNH = axes.name(v_BTNH, "batch", None, "heads", None)
+    y_BTNH = attention.attention(q_BTNH, k_BTNH, v_BTNH, body=self.body)
+    y_BTNH = axes.name(y_BTNH, "batch", "tokens", "heads", None)
+    y_BTD = layers.Dense(
+      x_BTD.shape[-1:], contract=2, dtype=self.dtype, name="out"
+    )(saved(y_BTNH, "attention"))
+    return saved(y_BTD, "attention_out")
+
+
+class Mlp(nn.Module):
+  """Two maps with tanh-GELU between them, or three with SwiGLU.
+
+  SwiGLU is silu(part 0) part 1 (arXiv:2002.05202, eq. 5).
+  """
+
+  kind: str
+  hidden: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    parts = (2,) if self.kind == "swiglu" else ()
+    hidden = layers.Dense((*parts, self.hidden), dtype=self.dtype, name="in")(
+      x_BTD
+    )
+    hidden_BTF = _activate(saved(hidden, "mlp"))
+    hidden_BTF = axes.name(hidden_BTF, "batch", "tokens", "mlp")
+    y_BTD = layers.Dense(x_BTD.shape[-1:], dtype=self.dtype, name="out")(
+      hidden_BTF
+    )
+    return saved(y_BTD, "mlp_out")
+
+
+@layers.recomputed
+def _activate(hidden: jax.Array) -> jax.Array:
+  if hidden.ndim == 3:
+    return nn.gelu(hidden, approximate=True)
+  return nn.silu(hidden[:, :, 0]) * hidden[:, :, 1]
