@@ -79,7 +79,7 @@ def series(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-  """Averages each value with its neighbours, a hundredth of all on each side.
+  """Averages each value with its neighbours, a fiftieth of all on each side.
 
   Twice, so that one outlier makes a hill and no step. Near the first, with as
   many before as after it, so that a steep beginning stays steep. What is not a
@@ -87,7 +87,7 @@ def smoothed(values: np.ndarray) -> np.ndarray:
   """
   count = len(values)
   i = np.arange(count)
-  half = np.minimum(i, count // 100)
+  half = np.minimum(i, count // 50)
   low, high = i - half, np.minimum(i + half + 1, count)
   for _ in range(2):
     finite = np.isfinite(values)
@@ -189,9 +189,10 @@ def _log_if_wide(axes) -> None:
   if values.min() <= 0.0 or values.max() < 4.0 * values.min():
     return
   axes.set_yscale("log")
-  wide = values.max() > 100.0 * values.min()
+  decades = np.log10(values.max() / values.min())
+  within = (1, 1.5, 2, 3, 5, 7) if decades < 1 else (1, 2, 5)
   axes.yaxis.set_major_locator(
-    ticker.LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0))
+    ticker.LogLocator(subs=within if decades < 2 else (1,))
   )
   axes.yaxis.set_major_formatter(_plain_number)
   axes.yaxis.set_minor_formatter(ticker.NullFormatter())
