@@ -1,0 +1,1 @@
+"""The mathematics of flows: pure functions that know nothing but jax."""
