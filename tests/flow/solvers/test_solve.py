@@ -1,0 +1,163 @@
+"""The loop around a solver: directions, dtypes, trajectories, one program."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flowjax.flow import paths, solvers, times
+
+RK4 = solvers.SOLVERS["rk4"]
+EULER = solvers.SOLVERS["euler"]
+every_solver = pytest.mark.parametrize(
+  "solver", solvers.SOLVERS.values(), ids=solvers.SOLVERS.keys()
+)
+
+MEAN, STD = 0.7, 0.3
+
+
+def normal(*shape, seed=0):
+  random = np.random.default_rng(seed)
+  return jnp.asarray(random.standard_normal(shape, np.float32))
+
+
+def normal_field(x_t, t):
+  """The velocity of x ~ N(MEAN, STD^2) on the straight path."""
+  variance = ((1.0 - t) * STD) ** 2 + t**2
+  slope = (t - (1.0 - t) * STD**2) / variance
+  return -MEAN + slope * (x_t - (1.0 - t) * MEAN)
+
+
+def test_the_names_are_those_of_the_solvers():
+  assert set(solvers.SOLVERS) >= {"euler", "midpoint", "heun", "rk4"}
+  for name, solver in solvers.SOLVERS.items():
+    assert solver.name == name
+
+
+def test_noise_becomes_data():
+  # The flow of a normal is linear: it carries eps to MEAN + STD eps.
+  eps = normal(100)
+  x = solvers.solve(RK4, normal_field, eps, times.uniform_grid(50))
+  np.testing.assert_allclose(x, MEAN + STD * eps, atol=1e-4)
+
+
+@every_solver
+def test_there_and_back_again(solver):
+  eps = normal(100)
+  down = times.uniform_grid(400)
+  x = solvers.solve(solver, normal_field, eps, down)
+  back = solvers.solve(solver, normal_field, x, down[::-1])
+  bound = {1: 0.05, 2: 1e-3}.get(solver.order, 1e-5)
+  assert float(jnp.max(jnp.abs(back - eps))) < bound
+
+
+def test_one_euler_step_is_exact_on_a_straight_path():
+  path = paths.straight()
+  x, eps = normal(2, 4, 3, 3, 1)
+  start = path.interpolate(x, eps, 1.0)
+  field = lambda x_t, t: path.velocity(x, eps, t)  # noqa: E731
+  end = solvers.solve(EULER, field, start, times.uniform_grid(1))
+  np.testing.assert_allclose(end, x, atol=1e-6)
+
+
+@every_solver
+def test_the_trajectory_is_the_state_at_every_time(solver):
+  eps = normal(5, 2)
+  grid = times.uniform_grid(3, shift=2.0)
+  states = solvers.solve(solver, normal_field, eps, grid, trajectory=True)
+  assert states.shape == (4, 5, 2)
+  np.testing.assert_array_equal(states[0], eps)
+  for i in range(1, 4):
+    alone = solvers.solve(solver, normal_field, eps, grid[: i + 1])
+    np.testing.assert_allclose(states[i], alone, rtol=1e-6)
+
+
+@every_solver
+def test_the_loop_is_one_program_whatever_its_length(solver):
+  traced = []
+
+  def field(x, t):
+    traced.append(None)
+    return -x
+
+  def sample(x, grid):
+    return solvers.solve(solver, field, x, grid)
+
+  x = jnp.ones((3,))
+  short, long = (
+    jax.make_jaxpr(sample)(x, times.uniform_grid(steps)) for steps in (5, 100)
+  )
+  assert len(traced) == 2 * len(solver.weights)
+  for jaxpr in (short, long):
+    loops = [e for e in jaxpr.eqns if e.primitive.name in ("scan", "while")]
+    assert len(loops) == 1
+  assert len(short.eqns) == len(long.eqns)
+  # What jit compiles is what runs without it.
+  grid = times.uniform_grid(5)
+  np.testing.assert_allclose(jax.jit(sample)(x, grid), sample(x, grid))
+
+
+@every_solver
+def test_the_state_stays_in_float32(solver):
+  seen = []
+
+  def field(x, t):
+    seen.append((x.dtype, t.dtype))
+    return slope
+
+  x = jnp.ones((4,), jnp.bfloat16)
+  slope = jnp.array([0.3, 1.7, 2.9, 7.1], jnp.bfloat16)
+  end = solvers.solve(solver, field, x, times.uniform_grid(4))
+  assert end.dtype == jnp.float32
+  # Exact in float32, and not if slopes were added up in half precision.
+  np.testing.assert_allclose(end, 1.0 - slope.astype(jnp.float32), atol=1e-6)
+  assert set(seen) == {(jnp.dtype("float32"), jnp.dtype("float32"))}
+
+
+@every_solver
+def test_the_state_may_be_a_tree(solver):
+  x = normal(3)
+  grid = times.uniform_grid(8)
+
+  def field(state, t):
+    return {"x": normal_field(state["x"], t), "clock": jnp.ones(())}
+
+  state = {"x": x, "clock": jnp.ones(())}
+  end = solvers.solve(solver, field, state, grid)
+  alone = solvers.solve(solver, normal_field, x, grid)
+  np.testing.assert_allclose(end["x"], alone, rtol=1e-6)
+  np.testing.assert_allclose(end["clock"], 0.0, atol=1e-6)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamsBashforth:
+  """x + h (3 k - k_before) / 2, on an equidistant grid: it must remember."""
+
+  name: str = "adams_bashforth"
+
+  def init(self, x):
+    return {"before": jnp.zeros_like(x), "first": jnp.bool_(True)}
+
+  def step(self, field, x, memory, t, t_next):
+    slope = field(x, t)
+    before = jnp.where(memory["first"], slope, memory["before"])
+    x = x + (t_next - t) * (1.5 * slope - 0.5 * before)
+    return x, {"before": slope, "first": jnp.bool_(False)}
+
+
+def test_a_solver_with_memory_fits_the_same_loop():
+  x = jnp.ones((1,))
+  errors = [
+    float(
+      jnp.abs(
+        solvers.solve(
+          AdamsBashforth(), lambda x, t: -x, x, np.linspace(0, 1, steps + 1)
+        )[0]
+        - np.exp(-1.0)
+      )
+    )
+    for steps in (10, 20)
+  ]
+  assert np.log2(errors[0] / errors[1]) == pytest.approx(2.0, abs=0.2)
