@@ -1,0 +1,200 @@
+"""FlowJAX's side: its real training step, on one device.
+
+It imports what a step needs and no more, so that a machine with jax, flax and
+optax is enough.
+"""
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import traces
+import workload
+from child import MATMUL_SIZE
+
+import flowjax
+from flowjax import models
+from flowjax.flow import losses, paths, times
+from flowjax.models import dit
+from flowjax.parallel import mesh as meshes
+from flowjax.parallel import rules
+from flowjax.train import ema, optim
+from flowjax.train import state as states
+from flowjax.train import step as steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """A training step, and the shapes and places of what goes in."""
+
+  network: models.Network
+  mesh: jax.sharding.Mesh
+  jitted: Any
+  initial: Any
+  state: states.TrainState
+  batch: dict[str, jax.ShapeDtypeStruct]
+
+  def lower(self):
+    with meshes.use(self.mesh):
+      return self.jitted.lower(self.state, self.batch)
+
+
+def make_step(work: workload.Workload, device: jax.Device) -> Step:
+  """Builds the step of configs/imagenet_dit.py for one device.
+
+  Rectified flow with logit-normal times, AdamW, a moving average; an update
+  that is not finite is skipped.
+  """
+  config = dit.DiTConfig(
+    **work.model(),
+    label_dropout=workload.LABEL_DROPOUT,
+    remat=work.remat,
+    attention=work.attention,
+    dtype=work.dtype,
+  )
+  network = models.build(config)
+  abstract = jax.eval_shape(network.init, jax.random.key(0))
+  optimizer = optim.build(
+    optim.OptimConfig(learning_rate=workload.LEARNING_RATE), 400_000, abstract
+  )
+
+  def initial() -> states.TrainState:
+    return states.initial(lambda rng: _random_like(abstract), optimizer, 0)
+
+  mesh = meshes.build(meshes.MeshConfig(), [device])
+  shapes = jax.eval_shape(initial)
+  shardings = states.shardings(shapes, rules.for_model(config), mesh)
+  law = times.shifted(times.logit_normal(), 1.0)
+  step = steps.build(
+    losses.flow_matching(network.apply, paths.straight(), law),
+    optimizer,
+    seed=0,
+    ema_config=ema.EmaConfig(decay=workload.EMA_DECAY),
+  )
+  image = (work.batch, *config.image_size, config.channels)
+  place = meshes.batch_sharding(mesh)
+  return Step(
+    network=network,
+    mesh=mesh,
+    jitted=jax.jit(
+      step, donate_argnums=0, out_shardings=(shardings, meshes.replicated(mesh))
+    ),
+    initial=jax.jit(initial, out_shardings=shardings),
+    state=jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      shapes,
+      shardings,
+    ),
+    batch={
+      "image": jax.ShapeDtypeStruct(image, jnp.float32, sharding=place),
+      "label": jax.ShapeDtypeStruct(image[:1], jnp.int32, sharding=place),
+    },
+  )
+
+
+def _random_like(abstract):
+  """Draws N(0, 0.02^2): a branch that starts at zero would cost less power.
+
+  All at once, for each draw would be compiled by itself.
+  """
+  leaves, tree = jax.tree.flatten(abstract)
+  ends = np.cumsum([leaf.size for leaf in leaves])
+  key = jax.random.key(1, impl="rbg")
+  flat = 0.02 * jax.random.normal(key, (ends[-1],))
+  parts = jnp.split(flat, ends[:-1])
+  return jax.tree.unflatten(
+    tree, [x.reshape(y.shape) for x, y in zip(parts, leaves, strict=True)]
+  )
+
+
+def _compile(made: Step) -> tuple[Any, dict[str, float]]:
+  clocks = [(time.perf_counter(), time.process_time())]
+  lowered = made.lower()
+  clocks.append((time.perf_counter(), time.process_time()))
+  compiled = lowered.compile()
+  clocks.append((time.perf_counter(), time.process_time()))
+  return compiled, {
+    "lower_seconds": clocks[1][0] - clocks[0][0],
+    "lower_cpu_seconds": clocks[1][1] - clocks[0][1],
+    "compile_seconds": clocks[2][0] - clocks[1][0],
+    "compile_cpu_seconds": clocks[2][1] - clocks[1][1],
+  }
+
+
+class Side:
+  """Answers what `measure.Side` asks, and describes itself."""
+
+  def __init__(self, work: workload.Workload):
+    self.work = work
+    # Asked for and not there is an error of jax: nothing runs elsewhere.
+    self.device = jax.devices(work.device)[0]
+    self.metrics: dict[str, jax.Array] = {}
+
+    size = (MATMUL_SIZE[work.device],) * 2
+    with jax.default_device(self.device):
+      x = jax.random.normal(jax.random.key(2), size)
+      self.matrix = x.astype(work.dtype)
+    self.product = jax.jit(jnp.matmul)
+
+  def build(self) -> dict[str, Any]:
+    """Traces and compiles the step, and makes the state and the batch."""
+    made = make_step(self.work, self.device)
+    self.compiled, seconds = _compile(made)
+    self.state = made.initial()
+    rng = np.random.default_rng(0)
+    image, label = made.batch["image"], made.batch["label"]
+    self.batch = {
+      "image": jax.device_put(
+        rng.standard_normal(image.shape, np.float32), image.sharding
+      ),
+      "label": jax.device_put(
+        rng.integers(0, 1000, label.shape, np.int32), label.sharding
+      ),
+    }
+    memory = self.compiled.memory_analysis()
+    return {
+      "parameters": sum(x.size for x in jax.tree.leaves(made.state.params)),
+      "network_flops": made.network.flops,
+      **seconds,
+      "temporaries_gib": memory.temp_size_in_bytes / 2**30,
+      "arguments_gib": memory.argument_size_in_bytes / 2**30,
+    }
+
+  def compile(self, depth: int) -> dict[str, Any]:
+    """Traces and compiles the step of a network of this depth, to no use."""
+    work = dataclasses.replace(self.work, depth=depth)
+    return _compile(make_step(work, self.device))[1]
+
+  def step(self):
+    self.state, self.metrics = self.compiled(self.state, self.batch)
+    return self.metrics
+
+  def matmul(self):
+    return self.product(self.matrix, self.matrix)
+
+  def wait(self, handle) -> None:
+    jax.block_until_ready(handle)
+
+  def kernels(self, count: int) -> list[dict[str, Any]]:
+    """Returns where the device's time goes, per step."""
+
+    def run():
+      for _ in range(count):
+        last = self.step()
+      self.wait(last)
+
+    return traces.of_jax(run, count)
+
+  def report(self) -> dict[str, Any]:
+    memory = self.device.memory_stats() or {}
+    return {
+      "device": self.device.device_kind,
+      "versions": f"flowjax {flowjax.__version__}, jax {jax.__version__}, "
+      f"jaxlib {jax.lib.__version__}, numpy {np.__version__}",
+      "loss": float(self.metrics["loss"]),
+      "skipped": int(self.metrics["skipped"]),
+      "peak_memory_gib": memory.get("peak_bytes_in_use", 0) / 2**30,
+    }

@@ -1,0 +1,106 @@
+"""What a benchmark trains: the same numbers for both libraries."""
+
+import dataclasses
+import json
+from typing import Any
+
+# Table 1 of the DiT paper (arXiv:2212.09748), and one small enough for tests.
+SIZES = {
+  "tiny": dict(depth=2, width=64, heads=4),
+  "s": dict(depth=12, width=384, heads=6),
+  "b": dict(depth=12, width=768, heads=12),
+  "l": dict(depth=24, width=1024, heads=16),
+  "xl": dict(depth=28, width=1152, heads=16),
+}
+LEARNING_RATE = 1e-4
+EMA_DECAY = 0.9999
+LABEL_DROPOUT = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+  """One training step of one library, and the settings that it runs with.
+
+  `remat` and `xla` are FlowJAX's, `compile` is PyTorch's: "none" (eager),
+  "whole" (loss and gradient as one graph) or "blocks" (each block by itself).
+  `attention` names a body of FlowJAX, or a backend of PyTorch's fused one.
+  """
+
+  library: str = "flowjax"
+  device: str = "cpu"
+  size: str = "s"
+  depth: int | None = None
+  patch_size: int = 2
+  batch: int = 8
+  dtype: str = "float32"
+  threads: int | None = None
+  attention: str = "auto"
+  remat: str = "none"
+  xla: str = "default"
+  compile: str = "none"
+
+  def model(self) -> dict[str, Any]:
+    """Returns what shapes the network, by names that both sides know."""
+    values = dict(SIZES[self.size])
+    if self.depth is not None:
+      values["depth"] = self.depth
+    return dict(
+      values,
+      image_size=(32, 32),
+      channels=4,
+      out_channels=None,
+      patch_size=self.patch_size,
+      mlp_ratio=4.0,
+      mlp="gelu",
+      position="rope2d",
+      rope_theta=10000.0,
+      qk_norm=False,
+      num_classes=1000,
+      timestep_scale=1000.0,
+    )
+
+  @property
+  def tokens(self) -> int:
+    height, width = self.model()["image_size"]
+    return (height // self.patch_size) * (width // self.patch_size)
+
+  def forward_flops(self) -> int:
+    """Counts the blocks' matrix products for one image; a multiply-add is two.
+
+      L (24 T d^2 + 4 T^2 d + 12 d^2)
+
+    Linear layers with an MLP of 4 d, full attention, adaLN. The patches, the
+    embeddings and the last layer are left out: 0.01% of DiT-XL/2.
+    """
+    model, tokens = self.model(), self.tokens
+    depth, width = model["depth"], model["width"]
+    linear = 24 * tokens * width**2 + 12 * width**2
+    return depth * (linear + 4 * tokens**2 * width)
+
+  def train_flops(self) -> int:
+    """Counts one image of a step: the backward pass is twice the forward.
+
+    Nothing that is computed a second time counts.
+    """
+    return 3 * self.forward_flops()
+
+  def to_json(self) -> str:
+    return json.dumps(dataclasses.asdict(self))
+
+  def changed(self, text: str) -> "Workload":
+    """Returns this with "key=value,key=value" applied."""
+    values: dict[str, Any] = {}
+    for word in filter(None, text.split(",")):
+      key, _, value = word.partition("=")
+      if key not in ("batch", "attention", "remat", "xla", "compile"):
+        raise ValueError(
+          f"{word!r} is no setting. There are: batch=N, attention=..., "
+          "remat=..., xla=... for FlowJAX, compile=... for PyTorch."
+        )
+      values[key] = int(value) if key == "batch" else value
+    return dataclasses.replace(self, **values)
+
+
+def from_json(text: str) -> Workload:
+  """Returns the workload that `to_json` wrote."""
+  return Workload(**json.loads(text))
