@@ -1,11 +1,14 @@
 """DiT on ImageNet latents, at the sizes of the paper (arXiv:2212.09748).
 
   flowjax train --config=configs/imagenet_dit.py:xl_2 --workdir=runs/xl_2 \\
-    --config.data.source=folder:/data/latents_or_images
+    --config.data.source=folder:/data/imagenet_latents
 
 The argument is SIZE_PATCH: s, b, l or xl, and patch 2, 4 or 8. Parameters at
-patch 2: 33M, 130M, 458M, 675M. The training recipe is that of the paper:
-AdamW at 1e-4, no decay, batch 256, EMA 0.9999, 400,000 steps.
+patch 2: 33M, 130M, 458M, 675M. The source is a folder of class folders, each
+with one 32x32x4 `.npy` array per image: 256x256 images, encoded and scaled.
+The recipe is the paper's: AdamW at 1e-4, no decay, batch 256, EMA 0.9999,
+400,000 steps; with rectified flow and 2-D RoPE in place of its DDPM loss and
+sincos position. Not trained by us yet.
 """
 
 from flowjax.models import dit
@@ -31,12 +34,11 @@ def get_config(variant: str = "xl_2"):
     **dit.SIZES[size],
   )
   config.data.update(
-    source="tfds:imagenet2012",
+    source="folder:/data/imagenet_latents",
     image_size=(32, 32),
     channels=4,
     batch_size=256,
     workers=8,
-    flip=True,
   )
   config.optim.update(learning_rate=1e-4)
   config.sample.update(solver="heun", steps=50, guidance=1.5)

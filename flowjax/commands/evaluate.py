@@ -83,7 +83,9 @@ def _validation(found: restored.Restored) -> dict[str, float]:
   with meshes.use(found.run.mesh), loop.out_of_memory_advice():
     scores = validation.Validation(
       config.flow.validation_loss(found.run.network.apply),
-      lambda: loader.epoch_batches(source, size),
+      lambda: loader.epoch_batches(
+        source, size, on_corrupt=config.data.on_corrupt
+      ),
       seed=config.seed,
       put=loop.put_batch(found.run.mesh),
     ).run(found.params)

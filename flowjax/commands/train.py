@@ -65,7 +65,9 @@ def _validation(built: parts.Parts):
   size = -(-min(config.data.batch_size, len(source)) // ways) * ways
   evaluator = validation.Validation(
     config.flow.validation_loss(built.network.apply),
-    lambda: loader.epoch_batches(source, size),
+    lambda: loader.epoch_batches(
+      source, size, on_corrupt=config.data.on_corrupt
+    ),
     seed=config.seed,
     put=loop.put_batch(built.mesh),
   )

@@ -1,4 +1,9 @@
-"""A folder of class folders of images: <dir>/<class>/<file>."""
+"""A folder of class folders of images: <dir>/<class>/<file>.
+
+Images of 1 or 3 channels are read from image files. Any other number of
+channels is that of latents, [H, W, C] in one `.npy` array per image, which are
+taken as they are.
+"""
 
 # Shape suffixes: N records.
 
@@ -14,7 +19,8 @@ from flowjax import errors
 from flowjax.data import config as config_lib
 from flowjax.data import images
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+LATENTS = (".npy",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +52,12 @@ class Folder:
       # Not `Corrupt`: a disk that fails now and then must not change the order.
       raise errors.DataError(f"{path} cannot be read: {error}.") from error
     height, width, channels = self.shape
-    image_HWC = images.decode(
-      content, image_size=(height, width), channels=channels, name=path
-    )
+    if path.lower().endswith(LATENTS):
+      image_HWC = images.decode_array(content, shape=self.shape, name=path)
+    else:
+      image_HWC = images.decode(
+        content, image_size=(height, width), channels=channels, name=path
+      )
     return {"image": image_HWC, "label": self.label_N[i]}
 
   def fingerprint(self) -> dict[str, Any]:
@@ -62,12 +71,12 @@ class Folder:
 
 def open(config: config_lib.DataConfig, split: str) -> Folder:
   """Lists the images of `split` of the folder that `config.source` names."""
-  images.check_channels(config.channels)
+  endings = IMAGES if config.channels in (1, 3) else LATENTS
   root = os.path.expanduser(config.source.partition(":")[2])
-  classes = _list_classes(root)
+  classes = _list_classes(root, endings)
   files, labels = [], []
   for label, name in enumerate(classes):
-    for file in _list_images(root, name):
+    for file in _list_images(root, name, endings):
       if _is_held_out(file, config.held_out) == (split == "held_out"):
         files.append(file)
         labels.append(label)
@@ -82,12 +91,12 @@ def open(config: config_lib.DataConfig, split: str) -> Folder:
   return Folder(root, tuple(files), label_N, tuple(classes), shape)
 
 
-def _list_classes(root: str) -> list[str]:
+def _list_classes(root: str, endings: tuple[str, ...]) -> list[str]:
   if not os.path.isdir(root):
     raise errors.DataError(f"There is no folder {root!r}.")
   entries = _visible(root)
   classes = [entry.name for entry in entries if entry.is_dir()]
-  loose = [entry.name for entry in entries if _is_image(entry)]
+  loose = [entry.name for entry in entries if _is_image(entry, endings)]
   if not classes and not loose:
     raise errors.DataError(
       f"The folder {root!r} is empty: it should hold one folder of images for "
@@ -102,12 +111,14 @@ def _list_classes(root: str) -> list[str]:
   return classes
 
 
-def _list_images(root: str, name: str) -> list[str]:
+def _list_images(root: str, name: str, endings: tuple[str, ...]) -> list[str]:
   entries = _visible(os.path.join(root, name))
-  files = [f"{name}/{entry.name}" for entry in entries if _is_image(entry)]
+  files = [
+    f"{name}/{entry.name}" for entry in entries if _is_image(entry, endings)
+  ]
   if files:
     return files
-  text = f"The class folder {name!r} of {root!r} holds no {'/'.join(ENDINGS)}"
+  text = f"The class folder {name!r} of {root!r} holds no {'/'.join(endings)}"
   inner = [entry.name for entry in entries if entry.is_dir()]
   if inner:
     text += (
@@ -123,8 +134,8 @@ def _visible(path: str) -> list[os.DirEntry]:
   return sorted(seen, key=lambda entry: entry.name)
 
 
-def _is_image(entry: os.DirEntry) -> bool:
-  return entry.name.lower().endswith(ENDINGS) and entry.is_file()
+def _is_image(entry: os.DirEntry, endings: tuple[str, ...]) -> bool:
+  return entry.name.lower().endswith(endings) and entry.is_file()
 
 
 def _is_held_out(file: str, fraction: float) -> bool:

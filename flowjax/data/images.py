@@ -32,6 +32,24 @@ def decode(
   return image_HWC.reshape(*image_size, channels)
 
 
+def decode_array(
+  content: bytes, *, shape: tuple[int, int, int], name: str
+) -> np.ndarray:
+  """Reads a `.npy` array [H, W, C], such as the latents of an image.
+
+  Raises `sources.Corrupt` with `name` if it is none or has another shape.
+  """
+  try:
+    array_HWC = np.load(io.BytesIO(content), allow_pickle=False)
+  except (ValueError, EOFError, OSError) as error:
+    raise sources.Corrupt(f"{name} is corrupt: {_reason(error)}.") from error
+  if array_HWC.shape != shape:
+    raise sources.Corrupt(
+      f"{name} has shape {array_HWC.shape}, and {shape} is asked for."
+    )
+  return array_HWC.astype(np.float32)
+
+
 def check_channels(channels: int) -> None:
   """Refuses, before anything is read, what image files cannot give."""
   _pillow()

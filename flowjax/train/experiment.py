@@ -19,10 +19,8 @@ from flowjax.flow import solvers as solver_table
 from flowjax.parallel import mesh as meshes
 from flowjax.train import checkpoint as checkpoints
 from flowjax.train import ema as averages
+from flowjax.train import metrics
 from flowjax.train import optim as optimizers
-
-PATHS = {"straight": paths.straight}
-TIME_LAWS = ("logit_normal", "uniform")
 
 
 def _group(kind: Any) -> Any:
@@ -45,8 +43,8 @@ class FlowConfig:
   shift: float = 1.0
 
   def __post_init__(self):
-    _member("path", self.path, PATHS)
-    _member("time_law", self.time_law, TIME_LAWS)
+    _member("path", self.path, paths.PATHS)
+    _member("time_law", self.time_law, times.LAWS)
     _above_zero(self, "time_std", "shift")
 
   def law(self) -> times.TimeLaw:
@@ -59,11 +57,11 @@ class FlowConfig:
 
   def loss(self, velocity: losses.Velocity) -> losses.Loss:
     """Returns the training loss of a velocity network."""
-    return losses.flow_matching(velocity, PATHS[self.path](), self.law())
+    return losses.flow_matching(velocity, paths.PATHS[self.path](), self.law())
 
   def validation_loss(self, velocity: losses.Velocity) -> losses.Loss:
     """Returns the loss at eight fixed timesteps, t = (i + 0.5) / 8."""
-    return losses.fixed_time(velocity, PATHS[self.path](), losses.EIGHTHS)
+    return losses.fixed_time(velocity, paths.PATHS[self.path](), losses.EIGHTHS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,16 +91,22 @@ class SampleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-  """How often what is seen, in steps; 0 is never."""
+  """How often what is seen, in steps; 0 is never.
+
+  `backend` writes TensorBoard: "tensorboardX", or "clu", which needs tensorflow
+  and tensorboard.
+  """
 
   metrics_every: int = 50
   validation_every: int = 1000
   samples_every: int = 5000
   sample_count: int = 64
   tensorboard: bool = True
+  backend: str = "tensorboardX"
 
   def __post_init__(self):
-    _above_zero(self, "metrics_every")
+    _above_zero(self, "metrics_every", "sample_count")
+    _member("backend", self.backend, metrics.BACKENDS)
 
 
 @dataclasses.dataclass(frozen=True)

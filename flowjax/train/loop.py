@@ -80,7 +80,10 @@ def train(
     stack.enter_context(meshes.use(run.mesh))
     first = int(state.step)
     writer = metrics.Writer(
-      directory, tensorboard=config.log.tensorboard, resume_step=first
+      directory,
+      tensorboard=config.log.tensorboard,
+      backend=config.log.backend,
+      resume_step=first,
     )
     stack.callback(writer.close)
     session = _Session(
@@ -199,21 +202,17 @@ class _Session:
       logging.info("Nothing to do: step %d is the last.", first)
       return state
     step = jit_step(self.run)
-    bar = progress.Progress(
-      self.config.steps,
-      self.config.data.batch_size,
-      flops_per_step=3 * self.run.network.flops * self.config.data.batch_size,
-      peak_flops=progress.peak_flops(jax.devices()[0]),
-      device_count=self.run.mesh.size,
-      start_step=first,
-    )
-    with signals.watch() as stop, self._batches(first) as batches, bar:
+    with (
+      signals.watch() as stop,
+      self._batches(first) as batches,
+      self._progress(first) as self.bar,
+    ):
       for number in range(first + 1, self.config.steps + 1):
         state, values = step(state, next(batches))
-        self._report(number, values, bar)
+        self._report(number, values)
         if self.stuck:
           self._give_up(number, state)
-        self._look(number, state, bar)
+        self._look(number, state)
         if stop:
           self._save_for_good(number, state)
           raise errors.Preempted(
@@ -222,8 +221,22 @@ class _Session:
           )
         if number % self.config.checkpoint.every == 0:
           self._save(number, state)
-      self._finish(state, bar)
+      self._catch_up()
+      if self.stuck:
+        self._give_up(self.config.steps, state)
+      self._save_for_good(self.config.steps, state)
     return state
+
+  def _progress(self, first: int) -> progress.Progress:
+    images = self.config.data.batch_size
+    return progress.Progress(
+      self.config.steps,
+      images,
+      flops_per_step=3 * self.run.network.flops * images,
+      peak_flops=progress.peak_flops(jax.devices()[0]),
+      device_count=self.run.mesh.size,
+      start_step=first,
+    )
 
   @contextlib.contextmanager
   def _batches(self, first: int):
@@ -248,29 +261,35 @@ class _Session:
     ) as batches:
       yield batches
 
-  def _report(self, number: int, values: dict, bar) -> None:
+  def _report(self, number: int, values: dict) -> None:
     """Writes the metrics of earlier steps, whose values have arrived."""
     self.behind.push(number, values)
     for done, scalars in self.behind.ready():
-      self._note(done, scalars, bar)
+      self._note(done, scalars)
 
-  def _note(self, number: int, scalars: dict[str, float], bar) -> None:
-    bar.update(number, scalars["loss"])
+  def _catch_up(self) -> None:
+    """Writes the metrics of every step taken so far."""
+    for done, scalars in self.behind.rest():
+      self._note(done, scalars)
+
+  def _note(self, number: int, scalars: dict[str, float]) -> None:
+    self.bar.update(number, scalars["loss"])
     last = number == self.config.steps
     if number % self.config.log.metrics_every == 0 or last:
-      extra = {"learning_rate": float(self.rate(number - 1)), **bar.rates()}
+      updates = number - 1 - int(scalars["skipped"])
+      extra = {"learning_rate": float(self.rate(updates)), **self.bar.rates()}
       if self.corrupt:
         extra["corrupt_records"] = float(self.corrupt)
       self.writer.write_scalars(number, {**scalars, **extra})
     self.stuck |= scalars["skipped_in_row"] >= self.config.optim.max_skipped
 
-  def _look(self, number: int, state: states.TrainState, bar) -> None:
+  def _look(self, number: int, state: states.TrainState) -> None:
     """Runs the evaluators that are due."""
     last = number == self.config.steps
     for evaluator in self.evaluators:
       if not evaluator.every or not (last or number % evaluator.every == 0):
         continue
-      with bar.paused():
+      with self.bar.paused():
         scalars, images = evaluator.run(state)
       if scalars:
         self.writer.write_scalars(number, scalars)
@@ -278,6 +297,8 @@ class _Session:
         self.writer.write_images(number, images)
 
   def _save(self, number: int, state: states.TrainState) -> bool:
+    # A kill after this save must not lose what was measured before it.
+    self._catch_up()
     extra: dict[str, Any] = {
       "config": schema.to_dict(self.config),
       "data": loader.state(self.config.data, number, self.source),
@@ -304,8 +325,3 @@ class _Session:
       "config.optim.warmup_steps, config.model.qk_norm=True, or "
       "config.model.dtype='float32'."
     )
-
-  def _finish(self, state: states.TrainState, bar) -> None:
-    for done, scalars in self.behind.rest():
-      self._note(done, scalars, bar)
-    self._save_for_good(self.config.steps, state)

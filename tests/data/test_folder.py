@@ -205,9 +205,29 @@ def test_a_split_that_gets_nothing_is_refused(tmp_path):
     sources.open(config_of(tmp_path), "held_out")
 
 
-def test_channels_that_files_do_not_have_are_refused(tmp_path):
-  with pytest.raises(errors.UserError, match="channels=4"):
-    sources.open(config_of(tmp_path, channels=4), "train")
+def test_other_channels_are_latents_in_arrays(tmp_path):
+  latents = np.arange(8 * 8 * 4, dtype=np.float16).reshape(8, 8, 4)
+  for name in ("cat", "dog"):
+    (tmp_path / name).mkdir()
+    np.save(tmp_path / name / "a.npy", latents)
+  source = sources.open(config_of(tmp_path, channels=4), "train")
+  record = source[1]
+  assert record["label"] == 1 and record["image"].dtype == np.float32
+  np.testing.assert_array_equal(record["image"], latents)
+
+
+@pytest.mark.parametrize("what", ["shape", "bytes", "pickle"])
+def test_an_array_that_is_no_latent_names_its_file(tmp_path, what):
+  path = tmp_path / "cat" / "a.npy"
+  path.parent.mkdir()
+  np.save(path, np.zeros((4, 8, 4), np.float32))
+  if what == "bytes":
+    path.write_bytes(path.read_bytes()[:90])
+  if what == "pickle":
+    np.save(path, np.array([{}], object), allow_pickle=True)
+  source = sources.open(config_of(tmp_path, channels=4), "train")
+  with pytest.raises(sources.Corrupt, match="a.npy"):
+    _ = source[0]
 
 
 @pytest.mark.parametrize(

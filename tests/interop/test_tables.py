@@ -5,6 +5,7 @@ import pytest
 
 from flowjax import errors
 from flowjax.interop import dit, tables
+from flowjax.models import blocks
 from flowjax.models import dit as models_dit
 
 SIZES = {"L": 3, "D": 8, "P": 3, "N": 2, "H": 4}
@@ -64,7 +65,7 @@ OPTIONS = [
   dict(position=position, mlp=mlp, qk_norm=qk_norm)
   | dict(image_size=image_size, out_channels=out_channels)
   for position in models_dit.POSITIONS
-  for mlp in models_dit.MLPS
+  for mlp in blocks.MLPS
   for qk_norm in (False, True)
   for image_size in ((4, 4), (4, 6))
   for out_channels in (None, 3)

@@ -8,8 +8,8 @@ import pytest
 from flowjax import models
 from flowjax.flow import guidance, solvers, times
 from flowjax.interop import dit, safetensors, tables, torch_export
+from flowjax.models import blocks, layers
 from flowjax.models import dit as models_dit
-from flowjax.models import layers
 
 torch = pytest.importorskip("torch")
 
@@ -23,7 +23,7 @@ OPTIONS = [
   dict(position=position, mlp=mlp, qk_norm=qk_norm)
   | IMAGES[(2 * is_second + qk_norm + turn) % 4]
   for turn, position in enumerate(models_dit.POSITIONS)
-  for is_second, mlp in enumerate(models_dit.MLPS)
+  for is_second, mlp in enumerate(blocks.MLPS)
   for qk_norm in (False, True)
 ]
 UNEVEN = dict(
@@ -118,10 +118,6 @@ def test_gradients_agree_in_every_parameter(exported):
     )
 
 
-@pytest.mark.xfail(
-  strict=True,
-  reason="layers.sinusoid rounds its frequencies more than once: 6e-5 at t = 1",
-)
 def test_times_are_embedded_alike(exported):
   _, _, module, _ = exported(depth=1)
   t_B = np.linspace(0.0, 1000.0, 999, dtype=np.float32)

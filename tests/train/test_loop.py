@@ -92,11 +92,11 @@ def test_the_loss_is_written_for_every_step(straight):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", [3, 4])
+@pytest.mark.parametrize("at", [3, 5])
 def test_kill_9_then_the_same_command_is_the_straight_run(
   straight, tmp_path, at
 ):
-  """At 4 the kill comes while the checkpoint of step 4 is being written."""
+  """At 5 the kill may come while the checkpoint of step 4 is written."""
   done = _train_and_signal(TINY, tmp_path, signal.SIGKILL, at)
   assert done.returncode == -signal.SIGKILL, done.stderr
   state = _train(TINY, tmp_path)

@@ -1,0 +1,126 @@
+"""The commands one after the other on a small run, as a user calls them."""
+
+import json
+import pathlib
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from flowjax import __main__ as door
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+SMALL = [
+  f"--config={CONFIGS}/digits_dit.py",
+  "--config.steps=4",
+  "--config.model.patch_size=4",
+  "--config.model.width=16",
+  "--config.model.depth=1",
+  "--config.model.heads=2",
+  "--config.data.batch_size=64",
+  "--config.sample.steps=2",
+  "--config.log.validation_every=2",
+  "--config.log.samples_every=4",
+  "--config.log.sample_count=10",
+  "--config.log.tensorboard=False",
+]
+
+
+def _flowjax(*words):
+  assert door.main(list(map(str, words))) == 0
+
+
+@pytest.fixture(name="workdir", scope="module")
+def _workdir(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("run")
+  _flowjax("train", *SMALL, f"--workdir={workdir}")
+  return workdir
+
+
+@pytest.mark.slow
+def test_training_leaves_what_the_readme_promises(workdir):
+  rows = [json.loads(x) for x in (workdir / "metrics.jsonl").open()]
+  validated = {row["step"] for row in rows if "validation_loss" in row}
+  assert validated == {2, 4}
+  for name in ("config.json", "curves.png", "samples/step_0000004.png"):
+    assert (workdir / name).exists(), name
+  assert json.loads((workdir / "config.json").read_text())["steps"] == 4
+
+
+@pytest.mark.slow
+def test_samples_are_the_same_however_many_are_drawn(workdir, tmp_path):
+  def draw(count, *words):
+    out = tmp_path / "grid.png"
+    _flowjax(
+      "sample", f"--workdir={workdir}", f"--out={out}", f"--num={count}", *words
+    )
+    return np.asarray(PIL.Image.open(out))
+
+  one, three = draw(1, "--seed=5"), draw(3, "--seed=5")
+  assert three.shape[1] > one.shape[1]
+  height, width = one.shape[:2]
+  # The pictures share their first image, inside the frame of the grid.
+  inner = slice(4, min(height, three.shape[0]) - 4), slice(4, width - 4)
+  np.testing.assert_array_equal(one[inner], three[inner])
+  assert not np.array_equal(one, draw(1, "--seed=6"))
+  assert not np.array_equal(one, draw(1, "--seed=5", "--no-ema"))
+  assert not np.array_equal(one, draw(1, "--seed=5", "--labels=3"))
+
+
+@pytest.mark.slow
+def test_evaluation_and_export_fill_the_report(workdir, tmp_path):
+  pytest.importorskip("torch")
+  _flowjax("evaluate", f"--workdir={workdir}", "--num=20")
+  out = tmp_path / "exported"
+  _flowjax("export", f"--workdir={workdir}", f"--out={out}", "--verify")
+  report = json.loads((workdir / "report.json").read_text())
+  for key in (
+    "parameters",
+    "train_seconds",
+    "classifier_accuracy",
+    "sample_accuracy",
+    "frechet",
+    "frechet_unguided",
+    "frechet_real",
+    "nearest_neighbour",
+    "torch_max_abs_diff",
+  ):
+    assert key in report, key
+  assert report["classifier_accuracy"] >= 0.97
+  assert 0 <= report["torch_max_abs_diff"] <= 1e-5
+  assert report["step"] == 4
+  # Four steps do not make digits: the judge must see that.
+  assert report["sample_accuracy"] < 0.5
+  assert report["frechet_unguided"] > 2 * report["frechet_real"]
+  assert (workdir / "samples.png").exists()
+  assert "Training step: 4" in (out / "README.md").read_text()
+
+
+def test_describe_counts_parameters_memory_and_flops(capsys):
+  _flowjax(
+    "describe",
+    f"--config={CONFIGS}/imagenet_dit.py:xl_2",
+    "--config.mesh.fsdp=8",
+  )
+  text = capsys.readouterr().out
+  assert "blocks/attention/qkv/kernel" in text
+  facts = dict(
+    line.split(None, 1)
+    for line in text.replace("state per device", "state").splitlines()
+    if line.startswith(("parameters ", "state "))
+  )
+  assert facts["parameters"].strip().startswith("674,")
+  # Parameters, EMA and two moments in float32, over eight devices.
+  size, unit = facts["state"].split()[:2]
+  assert unit == "GiB"
+  assert float(size) == pytest.approx(674.8e6 * 16 / 8 / 2**30, rel=0.01)
+
+
+@pytest.mark.slow
+def test_bench_writes_its_figures(tmp_path):
+  out = tmp_path / "bench.json"
+  _flowjax("bench", *SMALL, "--seconds=0.1", f"--json={out}")
+  found = json.loads(out.read_text())
+  assert found["images_per_second"] > 0
+  assert found["share_of_matmul"] > 0
+  assert found["batch_size"] == 64
