@@ -52,6 +52,7 @@ def make_step(work: workload.Workload, device: jax.Device) -> Step:
     **work.model(),
     label_dropout=workload.LABEL_DROPOUT,
     remat=work.remat,
+    scan=work.scan,
     attention=work.attention,
     dtype=work.dtype,
   )

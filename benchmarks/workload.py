@@ -1,5 +1,6 @@
 """What a benchmark trains: the same numbers for both libraries."""
 
+import collections.abc
 import dataclasses
 import json
 from typing import Any
@@ -16,13 +17,23 @@ LEARNING_RATE = 1e-4
 EMA_DECAY = 0.9999
 LABEL_DROPOUT = 0.1
 
+# The settings that a benchmark may try, and what reads their values.
+PARSE: dict[str, collections.abc.Callable[[str], Any]] = {
+  "batch": int,
+  "attention": str,
+  "remat": str,
+  "scan": {"yes": True, "no": False}.__getitem__,
+  "xla": str,
+  "compile": str,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
   """One training step of one library, and the settings that it runs with.
 
-  `remat` and `xla` are FlowJAX's, `compile` is PyTorch's: "none" (eager),
-  "whole" (loss and gradient as one graph) or "blocks" (each block by itself).
+  `remat`, `scan` and `xla` are FlowJAX's. `compile` is PyTorch's: "none"
+  (eager), "whole" (the loss as one graph) or "blocks" (each block by itself).
   `attention` names a body of FlowJAX, or a backend of PyTorch's fused one.
   """
 
@@ -36,6 +47,7 @@ class Workload:
   threads: int | None = None
   attention: str = "auto"
   remat: str = "none"
+  scan: bool = True
   xla: str = "default"
   compile: str = "none"
 
@@ -92,12 +104,11 @@ class Workload:
     values: dict[str, Any] = {}
     for word in filter(None, text.split(",")):
       key, _, value = word.partition("=")
-      if key not in ("batch", "attention", "remat", "xla", "compile"):
+      if key not in PARSE:
         raise ValueError(
-          f"{word!r} is no setting. There are: batch=N, attention=..., "
-          "remat=..., xla=... for FlowJAX, compile=... for PyTorch."
+          f"{word!r} is no setting. There are: {', '.join(PARSE)}."
         )
-      values[key] = int(value) if key == "batch" else value
+      values[key] = PARSE[key](value)
     return dataclasses.replace(self, **values)
 
 

@@ -44,6 +44,15 @@ def test_sizes_are_those_of_the_models():
   assert sizes == dit.SIZES
 
 
+def test_settings_are_read_from_words():
+  work = TINY.changed("batch=2,scan=no,xla=--xla_flag=1")
+  assert work == dataclasses.replace(
+    TINY, batch=2, scan=False, xla="--xla_flag=1"
+  )
+  with pytest.raises(ValueError, match="'bach=2' is no setting"):
+    TINY.changed("bach=2")
+
+
 def test_formula_is_the_published_one():
   xl = workload.Workload(size="xl")
   # 118.6 G multiply-adds forward (arXiv:2212.09748, table 4).
