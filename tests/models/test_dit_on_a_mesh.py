@@ -1,0 +1,134 @@
+"""The same function on one device and on eight."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flowjax import models
+from flowjax.models import dit
+from flowjax.ops import axes
+
+P = jax.sharding.PartitionSpec
+RULES = {
+  "batch": ("data", "fsdp"),
+  "tokens": "context",
+  "width": None,
+  "heads": "tensor",
+  "mlp": "tensor",
+}
+CONFIG = dit.DiTConfig(
+  image_size=(8, 8),
+  width=32,
+  depth=2,
+  heads=4,
+  num_classes=10,
+  mlp_ratio=3.0,
+)
+
+
+def make_mesh(data=1, fsdp=1, tensor=1, context=1):
+  return jax.make_mesh(
+    (data, fsdp, tensor, context),
+    ("data", "fsdp", "tensor", "context"),
+    axis_types=(jax.sharding.AxisType.Auto,) * 4,
+  )
+
+
+def inputs():
+  rng = np.random.default_rng(0)
+  net = models.build(CONFIG)
+  params = jax.tree.map(
+    lambda leaf: 0.1 * rng.standard_normal(leaf.shape).astype(np.float32),
+    jax.eval_shape(net.init, jax.random.key(0)),
+  )
+  x_BHWC = rng.standard_normal((8, 8, 8, 4)).astype(np.float32)
+  t_B = rng.random(8).astype(np.float32)
+  return params, x_BHWC, t_B, np.arange(8, dtype=np.int32)
+
+
+def step(params, x_BHWC, t_B, label_B):
+  net = models.build(CONFIG)
+
+  def scalar(params):
+    v_BHWC = net.apply(params, x_BHWC, t_B, {"label": label_B})
+    return jnp.mean(jnp.square(v_BHWC - x_BHWC)), v_BHWC
+
+  gradient, v_BHWC = jax.grad(scalar, has_aux=True)(params)
+  return v_BHWC, gradient
+
+
+@functools.lru_cache
+def on_one_device():
+  return jax.jit(step)(*inputs())
+
+
+def lay_out(params, mesh):
+  """Splits heads and the MLP over "tensor", inputs over "fsdp"."""
+  specs = jax.tree.map(lambda _: P(), params)
+  specs["blocks"]["attention"]["qkv"] = {
+    "kernel": P(None, "fsdp", None, "tensor"),
+    "bias": P(None, None, "tensor"),
+  }
+  specs["blocks"]["attention"]["out"]["kernel"] = P(
+    None, "tensor", None, "fsdp"
+  )
+  specs["blocks"]["mlp"]["in"] = {
+    "kernel": P(None, "fsdp", "tensor"),
+    "bias": P(None, "tensor"),
+  }
+  specs["blocks"]["mlp"]["out"]["kernel"] = P(None, "tensor", "fsdp")
+  return jax.device_put(
+    params,
+    jax.tree.map(
+      lambda spec: jax.sharding.NamedSharding(mesh, spec),
+      specs,
+      is_leaf=lambda spec: isinstance(spec, P),
+    ),
+  )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "sizes",
+  [
+    dict(data=8),
+    dict(data=2, fsdp=2, tensor=2),
+    dict(tensor=4, context=2),
+  ],
+  ids=str,
+)
+def test_eight_devices_compute_what_one_does(sizes):
+  mesh = make_mesh(**sizes)
+  params, *rest = inputs()
+  with jax.set_mesh(mesh), axes.rules(RULES):
+    params = lay_out(params, mesh)
+    program = jax.jit(step).lower(params, *rest).compile()
+    v_BHWC, gradient = program(params, *rest)
+  wanted_v, wanted = on_one_device()
+  np.testing.assert_allclose(
+    v_BHWC, wanted_v, atol=1e-5 * np.abs(wanted_v).max()
+  )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max()),
+    gradient,
+    wanted,
+  )
+  # It was really shared out: each device has its part of the result.
+  rows = 8 // (sizes.get("data", 1) * sizes.get("fsdp", 1))
+  assert v_BHWC.addressable_shards[0].data.shape[0] == rows
+
+
+def test_heads_that_do_not_divide_are_refused():
+  with jax.set_mesh(make_mesh(tensor=8)), axes.rules(RULES):
+    with pytest.raises(ValueError, match="4 'heads'.*8 devices"):
+      jax.eval_shape(step, *inputs())
+
+
+def test_split_tokens_are_never_merged_with_the_batch():
+  with jax.set_mesh(make_mesh(context=8)), axes.rules(RULES):
+    text = str(jax.make_jaxpr(step)(*inputs()))
+  assert "f32[8,16,32] = dot_general" in text
+  assert "f32[128,32] = dot_general" not in text

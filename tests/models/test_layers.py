@@ -1,0 +1,115 @@
+# Shape suffixes: B batch, T tokens, D width.
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flowjax.models import layers, patches
+
+
+def draw(*shape):
+  return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+def test_dense_keeps_parts_apart():
+  x = draw(2, 5, 4)
+  dense = layers.Dense((3, 2, 6))
+  params = jax.jit(dense.init)(jax.random.key(0), x)["params"]
+  assert params["kernel"].shape == (4, 3, 2, 6)
+  params["bias"] = draw(3, 2, 6)
+  y = jax.jit(dense.apply)({"params": params}, x)
+  wanted = np.einsum("btd,dknh->btknh", x, params["kernel"]) + params["bias"]
+  np.testing.assert_allclose(y, wanted, atol=1e-5)
+
+
+def test_dense_contracts_several_dims():
+  x = draw(2, 5, 3, 4)
+  dense = layers.Dense((6,), contract=2)
+  params = jax.jit(dense.init)(jax.random.key(0), x)["params"]
+  assert params["kernel"].shape == (3, 4, 6)
+  y = jax.jit(dense.apply)({"params": params}, x)
+  wanted = np.einsum("btnh,nhd->btd", x, params["kernel"])
+  np.testing.assert_allclose(y, wanted, atol=1e-5)
+
+
+def test_dense_multiplies_rows_of_tokens():
+  x = jnp.zeros((2, 5, 4))
+  dense = layers.Dense((8,))
+  params = dense.init(jax.random.key(0), x)
+  text = str(jax.make_jaxpr(dense.apply)(params, x))
+  assert "f32[10,8] = dot_general" in text
+
+
+def test_xavier_is_of_the_flattened_matrix():
+  kernel = layers.xavier(jax.random.key(0), (48, 3, 4, 16), 48)
+  limit = np.sqrt(6 / (48 + 3 * 4 * 16))
+  assert np.abs(kernel).max() <= limit
+  assert np.isclose(np.std(kernel), limit / np.sqrt(3), rtol=0.02)
+
+
+def test_modulated_norm_is_the_norm_then_the_modulation():
+  x, (shift, scale) = draw(2, 5, 8) * 3 + 1, draw(2, 2, 8)
+  y = jax.jit(layers.modulated_norm)(x, shift, scale)
+  mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+  normed = (x - mean) / np.sqrt(variance + 1e-6)
+  wanted = normed * (1 + scale[:, None]) + shift[:, None]
+  np.testing.assert_allclose(y, wanted, atol=1e-5)
+
+
+def test_norms_of_bfloat16_are_computed_in_float32():
+  # 256 +- 1 in bfloat16: a mean taken in bfloat16 would lose the signal.
+  x = jnp.asarray(256.0 + 2.0 * np.sign(draw(1, 4, 64)), jnp.bfloat16)
+  zero = jnp.zeros((1, 64), jnp.bfloat16)
+  y = jax.jit(layers.modulated_norm)(x, zero, zero)
+  assert y.dtype == jnp.bfloat16
+  exact = jax.jit(layers.modulated_norm)(
+    x.astype(jnp.float32), zero.astype(jnp.float32), zero.astype(jnp.float32)
+  )
+  np.testing.assert_array_equal(y, exact.astype(jnp.bfloat16))
+
+
+def test_rms_norm_has_unit_mean_square_times_scale():
+  x = draw(2, 5, 3, 8) * 7
+  scale = draw(8)
+  y = jax.jit(layers.RMSNorm().apply)({"params": {"scale": scale}}, x)
+  wanted = scale * x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-6)
+  np.testing.assert_allclose(y, wanted, atol=1e-5)
+
+
+def test_add_gated_adds_in_float32():
+  x, y = draw(2, 5, 8), draw(2, 5, 8)[::-1]
+  gate = draw(2, 8)
+  np.testing.assert_allclose(
+    jax.jit(layers.add_gated)(x, gate, y), x + gate[:, None] * y, atol=1e-6
+  )
+  # Rounded once: 1 + 1.5 * 0.0078125 in bfloat16, not with the product rounded.
+  low = [jnp.asarray(v, jnp.bfloat16) for v in (x, gate, y)]
+  exact = jax.jit(layers.add_gated)(*(v.astype(jnp.float32) for v in low))
+  np.testing.assert_array_equal(
+    jax.jit(layers.add_gated)(*low), exact.astype(jnp.bfloat16)
+  )
+
+
+def test_sinusoid_is_the_closed_form():
+  t_B = np.asarray([0.0, 1.0, 333.3, 1000.0], np.float32)
+  y = jax.jit(layers.sinusoid, static_argnums=1)(t_B, 256)
+  frequency = 10000.0 ** (-np.arange(128) / 128)
+  angle = t_B[:, None].astype(np.float64) * frequency
+  wanted = np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
+  np.testing.assert_allclose(y, wanted, atol=2e-4)
+  # The first frequency is 1 and the last is just short of 1 / 10000.
+  assert np.isclose(y[1, 128], np.sin(1.0), atol=1e-6)
+
+
+@pytest.mark.parametrize("height, width, patch", [(4, 8, 2), (6, 3, 3)])
+def test_patchify_orders_tokens_and_values(height, width, patch):
+  x = draw(2, height, width, 3)
+  y = patches.patchify(x, patch)
+  columns = width // patch
+  for token in range(y.shape[1]):
+    row, column = divmod(token, columns)
+    piece = x[:, row * patch :, column * patch :][:, :patch, :patch]
+    np.testing.assert_array_equal(y[:, token], piece.reshape(2, -1))
+  back = patches.unpatchify(y, height // patch, columns, patch)
+  np.testing.assert_array_equal(back, x)

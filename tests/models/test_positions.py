@@ -1,0 +1,89 @@
+# Shape suffixes: B batch, T tokens, N heads, H head size.
+
+import jax
+import numpy as np
+import pytest
+
+from flowjax.models import positions
+
+ROWS, COLUMNS = 3, 5
+
+
+def place(token):
+  return divmod(token, COLUMNS)
+
+
+def test_sincos2d_is_the_closed_form():
+  width = 16
+  table_TD = positions.sincos2d(ROWS, COLUMNS, width)
+  assert table_TD.shape == (ROWS * COLUMNS, width)
+  for token in range(ROWS * COLUMNS):
+    row, column = place(token)
+    wanted = []
+    for position in (column, row):
+      angles = [position / 10000 ** (i / 4) for i in range(4)]
+      wanted += [np.sin(a) for a in angles] + [np.cos(a) for a in angles]
+    np.testing.assert_allclose(table_TD[token], wanted, atol=1e-6)
+
+
+def test_rotate_is_a_complex_product_by_row_then_by_column():
+  theta, head_size = 100.0, 8
+  rng = np.random.default_rng(0)
+  x_BTNH = rng.standard_normal((2, ROWS * COLUMNS, 3, head_size))
+  x_BTNH = x_BTNH.astype(np.float32)
+  tables = positions.rope2d(ROWS, COLUMNS, head_size, theta)
+  y_BTNH = jax.jit(positions.rotate)(x_BTNH, *tables)
+
+  z = x_BTNH[..., 0::2] + 1j * x_BTNH[..., 1::2]
+  for token in range(ROWS * COLUMNS):
+    row, column = place(token)
+    # Two pairs turn with the row, two with the column.
+    angle = [row, row * theta**-0.5, column, column * theta**-0.5]
+    turned = z[:, token] * np.exp(1j * np.asarray(angle))
+    np.testing.assert_allclose(
+      y_BTNH[:, token, :, 0::2], turned.real, atol=1e-5
+    )
+    np.testing.assert_allclose(
+      y_BTNH[:, token, :, 1::2], turned.imag, atol=1e-5
+    )
+
+
+def test_rotated_scores_depend_on_offsets_alone():
+  rng = np.random.default_rng(1)
+  q_H, k_H = rng.standard_normal((2, 16)).astype(np.float32)
+  tokens = ROWS * COLUMNS
+  tables = positions.rope2d(ROWS, COLUMNS, 16, 10000.0)
+  rotate = jax.jit(positions.rotate)
+  q_TH, k_TH = (
+    np.asarray(rotate(np.broadcast_to(x, (1, tokens, 1, 16)), *tables))[0, :, 0]
+    for x in (q_H, k_H)
+  )
+  by_offset: dict[tuple[int, int], list[float]] = {}
+  for t in range(tokens):
+    for s in range(tokens):
+      offset = tuple(np.subtract(place(t), place(s)))
+      by_offset.setdefault(offset, []).append(float(q_TH[t] @ k_TH[s]))
+  assert len(by_offset) == (2 * ROWS - 1) * (2 * COLUMNS - 1)
+  assert max(np.ptp(scores) for scores in by_offset.values()) < 2e-5
+  # And on nothing less: neighbouring offsets differ.
+  assert abs(by_offset[0, 1][0] - by_offset[0, 0][0]) > 0.1
+  assert abs(by_offset[1, 0][0] - by_offset[0, 0][0]) > 0.1
+
+
+def test_rotate_works_in_float32_and_keeps_the_dtype():
+  x_BTNH = np.random.default_rng(2).standard_normal((1, 4096, 1, 4))
+  x_BTNH = jax.numpy.asarray(x_BTNH, "bfloat16")
+  tables = positions.rope2d(64, 64, 4, 10000.0)
+  y_BTNH = jax.jit(positions.rotate)(x_BTNH, *tables)
+  assert y_BTNH.dtype == "bfloat16"
+  exact = jax.jit(positions.rotate)(x_BTNH.astype("float32"), *tables)
+  # One rounding at the end, and none before it.
+  np.testing.assert_array_equal(y_BTNH, exact.astype("bfloat16"))
+
+
+@pytest.mark.parametrize("head_size", [4, 64, 72])
+def test_tables_have_one_angle_per_pair(head_size):
+  cos_TH, sin_TH = positions.rope2d(2, 3, head_size, 10000.0)
+  assert cos_TH.shape == sin_TH.shape == (6, head_size)
+  assert cos_TH.dtype == sin_TH.dtype == np.float32
+  np.testing.assert_array_equal(cos_TH[:, 0::2], cos_TH[:, 1::2])
