@@ -19,14 +19,15 @@ $(VENV)/test.installed: $(VENV)/demo.installed
 	$(BIN)/python -m pip install --quiet --editable '.[test,oracles]'
 	@touch $@
 
+# Large pages spare XLA's CPU client many page faults; others ignore it.
 demo: $(VENV)/demo.installed
-	$(BIN)/python launch/demo.py
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python launch/demo.py
 
 test: $(VENV)/test.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: $(VENV)/test.installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 lint: $(VENV)/test.installed
 	$(BIN)/ruff format --check .

@@ -21,7 +21,7 @@ TFDS = [
   # tensorflow-datasets imports it without declaring it.
   "importlib_resources",
 ]
-# The local file `make` finds first may be a build for CPUs only.
+# Below 2.14: the ends that are tested.
 TORCH = ["torch>=2.6,<2.14"]
 DIGITS = ["scikit-learn>=1.5,<2"]
 
@@ -36,6 +36,7 @@ EXTRAS = {
     *TFDS,
     "pytest>=8",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "scipy>=1.13",
     "ruff==0.17.*",
     "mypy>=1.15,<3",
@@ -53,7 +54,7 @@ setuptools.setup(
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=setuptools.find_packages(include=["flowjax", "flowjax.*"]),
-  package_data={"flowjax": ["py.typed"]},
+  package_data={"flowjax": ["py.typed", "interop/torch/*.py"]},
   install_requires=[
     JAX,
     "flax>=0.12,<0.13",

@@ -53,13 +53,12 @@ def _run(words: list[str]) -> int:
     allow_abbrev=False,
   )
   command.add_flags(parser)
-  args, rest = _parse(parser, words[1:])
-  command.run(args, rest)
+  command.run(_parse(parser, words[1:]))
   return 0
 
 
 def _parse(parser: argparse.ArgumentParser, words: list[str]):
-  """Parses the flags; `--config.*` words are left to the config."""
+  """Parses the flags; `--config.*` words become `overrides`."""
   known = [flag for a in parser._actions for flag in a.option_strings]
   takes_config = "--config" in known
   overrides, others = [], []
@@ -72,7 +71,7 @@ def _parse(parser: argparse.ArgumentParser, words: list[str]):
       raise errors.UserError(
         f"{parser.prog} has no flag {flag}. {schema.closest(flag, known)}"
       )
-  return parser.parse_args(others), overrides
+  return parser.parse_args(others, argparse.Namespace(overrides=overrides))
 
 
 def _overview() -> str:

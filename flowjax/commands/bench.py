@@ -30,9 +30,9 @@ def add_flags(parser) -> None:
   parser.add_argument("--json", type=pathlib.Path, help="where to keep it")
 
 
-def run(args, overrides) -> None:
+def run(args) -> None:
   """Steps on random data for a while, and prints the rates."""
-  config = configs.load(args.config, overrides)
+  config = configs.load(args.config, args.overrides)
   built = parts.build(config)
   with loop.out_of_memory_advice():
     result = measure(built, args.seconds)

@@ -1,6 +1,7 @@
 """From `--config=FILE[:ARGUMENT] --config.a.b=VALUE ...` to an Experiment."""
 
 import collections.abc
+import pathlib
 import re
 
 import ml_collections
@@ -37,23 +38,23 @@ def load(
 
 
 def _parse(file: str, overrides: list[str]) -> ml_collections.ConfigDict:
+  if not pathlib.Path(file.partition(":")[0]).is_file():
+    raise errors.UserError(f"There is no config file {file!r}.")
   values = flags.FlagValues()
   words = ["flowjax", f"--config={file}", *overrides]
   config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=words)
   try:
     rest = values(words)
-    config = values["config"].value
-  except flags.Error as error:
-    raise errors.UserError(str(error)) from error
-  except FileNotFoundError as error:
-    raise errors.UserError(f"There is no config file {file!r}.") from error
-  except OSError as error:
+  # The file is the user's code, and whatever it raises is the answer. What is
+  # raised in it comes wrapped with its traceback, of which the end says it.
+  except Exception as error:
+    reason = str(error).strip().splitlines()[-1]
+    raise errors.UserError(f"--config={file}: {reason}") from error
+  config = values["config"].value
+  if not isinstance(config, ml_collections.ConfigDict):
     raise errors.UserError(
-      f"The config file {file!r} cannot be loaded: {error}"
-    ) from error
-  except (AttributeError, KeyError, TypeError, ValueError) as error:
-    raise errors.UserError(f"The config file {file!r} fails: {error}") from (
-      error
+      f"get_config() of {file!r} must return a ConfigDict, such as that of "
+      f"flowjax.train.experiment.defaults(), not {type(config).__name__}."
     )
   if rest[1:]:
     raise errors.UserError(f"What is {rest[1]!r}? A key is --config.a.b=value.")

@@ -9,6 +9,8 @@ example:
     --config.mesh.fsdp=8
 """
 
+import shutil
+
 import jax
 import rich.console
 import rich.table
@@ -18,6 +20,8 @@ from flowjax.commands import configs
 from flowjax.parallel import mesh as meshes
 from flowjax.parallel import rules
 from flowjax.train import loop, parts
+
+WIDTH = 120
 
 
 def add_flags(parser) -> None:
@@ -31,9 +35,9 @@ def add_flags(parser) -> None:
   )
 
 
-def run(args, overrides) -> None:
+def run(args) -> None:
   """Prints the tables."""
-  config = configs.load(args.config, overrides)
+  config = configs.load(args.config, args.overrides)
   if args.devices is not None:
     if args.devices < 1:
       raise errors.UserError(f"--devices={args.devices} must be at least 1.")
@@ -41,8 +45,9 @@ def run(args, overrides) -> None:
     jax.config.update("jax_num_cpu_devices", args.devices)
   built = parts.build(config)
   places = rules.places(built.rules, built.abstract.params, built.mesh)
-  console = rich.console.Console(width=None, soft_wrap=True)
-  console.print(_parameters(places))
+  # Names are never cut, also in a pipe or a narrow terminal.
+  width = max(WIDTH, shutil.get_terminal_size().columns)
+  rich.console.Console(width=width).print(_parameters(places))
   for name, value in _summary(built, places).items():
     print(f"{name:<34} {value}")
   if args.compile:

@@ -37,9 +37,8 @@ def add_flags(parser) -> None:
   )
 
 
-def run(args, words) -> None:
+def run(args) -> None:
   """Evaluates, writes the report, and prints it."""
-  restored.refuse_stray(words)
   if args.num < 1:
     raise errors.UserError(f"--num={args.num} must be at least 1.")
   found = restored.open(args.workdir, ema=args.ema)

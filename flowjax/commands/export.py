@@ -35,9 +35,8 @@ def add_flags(parser) -> None:
   )
 
 
-def run(args, words) -> None:
+def run(args) -> None:
   """Exports, verifies if asked, and says where everything is."""
-  restored.refuse_stray(words)
   if args.verify:
     torch_export.require_torch()
   found = restored.open(args.workdir, ema=args.ema)

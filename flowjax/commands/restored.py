@@ -1,6 +1,5 @@
 """A run that is only read: its parts, and its weights on these devices."""
 
-import collections.abc
 import dataclasses
 import pathlib
 from typing import Any
@@ -119,11 +118,3 @@ def parse_labels(text: str | None, count: int, classes: int) -> np.ndarray:
       f"--labels: {outside[0]} is out of range; classes are 0 to {classes - 1}."
     )
   return np.resize(labels, count)
-
-
-def refuse_stray(words: collections.abc.Sequence[str]) -> None:
-  """Refuses `--config.*` words where a workdir already has its config."""
-  if words:
-    raise errors.UserError(
-      f"{words[0]} has no meaning here: the config is that of the workdir."
-    )

@@ -38,9 +38,8 @@ def add_flags(parser) -> None:
   )
 
 
-def run(args, words) -> None:
+def run(args) -> None:
   """Draws, writes the PNG, and says where it is."""
-  restored.refuse_stray(words)
   for name in ("num", "steps"):
     value = getattr(args, name)
     if value is not None and value < 1:

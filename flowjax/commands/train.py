@@ -32,9 +32,9 @@ def add_flags(parser) -> None:
   )
 
 
-def run(args, overrides) -> None:
+def run(args) -> None:
   """Trains, and prints where the results are."""
-  config = configs.load(args.config, overrides)
+  config = configs.load(args.config, args.overrides)
   result = loop.train(
     config,
     args.workdir,

@@ -72,6 +72,8 @@ class Folder:
 def open(config: config_lib.DataConfig, split: str) -> Folder:
   """Lists the images of `split` of the folder that `config.source` names."""
   endings = IMAGES if config.channels in (1, 3) else LATENTS
+  if endings is IMAGES:
+    images.check_channels(config.channels)
   root = os.path.expanduser(config.source.partition(":")[2])
   classes = _list_classes(root, endings)
   files, labels = [], []

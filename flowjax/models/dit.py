@@ -4,6 +4,7 @@
 # T tokens, P one flattened patch, D width, K parts of a modulation.
 
 import dataclasses
+import typing
 from typing import Any
 
 import flax.linen as nn
@@ -224,7 +225,8 @@ def apply(
   if rng is not None:
     drop_B = jax.random.bernoulli(rng, config.label_dropout, label_B.shape)
     label_B = jnp.where(drop_B, config.num_classes, label_B)
-  return DiT(config).apply({"params": params}, x_BHWC, t_B, label_B)
+  v_BHWC = DiT(config).apply({"params": params}, x_BHWC, t_B, label_B)
+  return typing.cast(jax.Array, v_BHWC)
 
 
 def unconditional(

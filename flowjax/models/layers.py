@@ -123,8 +123,11 @@ def add_gated(
 def sinusoid(t_B: jax.Array, size: int) -> jax.Array:
   """Returns [cos(t w), sin(t w)], w_i = 10000^(-i / (size/2)), in float32."""
   half = size // 2
-  # Rounded once: at t = 1000 an error of the frequency is a thousandfold.
-  frequency_F = (10000.0 ** -(np.arange(half) / half)).astype(np.float32)
+  # Constants, rounded where PyTorch's float32 rounds them: at t = 1000 another
+  # last bit of a frequency is a thousandfold in the output.
+  exponent_F = np.float32(-math.log(10000.0)) * np.arange(half, dtype="f4")
+  exponent_F = (exponent_F / np.float32(half)).astype(np.float64)
+  frequency_F = np.exp(exponent_F).astype(np.float32)
   angle_BF = t_B.astype(jnp.float32)[:, None] * frequency_F[None]
   return jnp.concatenate([jnp.cos(angle_BF), jnp.sin(angle_BF)], axis=-1)
 

@@ -56,7 +56,7 @@ def test_help_comes_at_once():
     (["sample", "--workdir=x", "--guidence=2"], "'--guidance'"),
     (["train", "--config=nowhere.py", "--workdir=x"], "nowhere.py"),
     (["sample", "--workdir=/nowhere"], "no workdir"),
-    (["sample", "--workdir=/nowhere", "--config.steps=3"], "no meaning"),
+    (["sample", "--workdir=/nowhere", "--config.steps=3"], "'--steps'"),
     (["sample", "--workdir=x", "--num=0"], "--num=0"),
     (["sample", "--workdir=x", "--out=grid.jpg"], ".png"),
     (

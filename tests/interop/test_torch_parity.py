@@ -121,7 +121,7 @@ def test_gradients_agree_in_every_parameter(exported):
 def test_times_are_embedded_alike(exported):
   _, _, module, _ = exported(depth=1)
   t_B = np.linspace(0.0, 1000.0, 999, dtype=np.float32)
-  angle = module.angles(torch.from_numpy(t_B), 128, 10000.0)
+  angle = module.time_angles(torch.from_numpy(t_B), 128)
   waves = torch.cat([angle.cos(), angle.sin()], dim=-1).numpy()
   np.testing.assert_allclose(layers.sinusoid(t_B, 256), waves, atol=1e-6)
 

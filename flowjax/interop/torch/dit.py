@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import pathlib
 import struct
 import zlib
@@ -122,7 +123,7 @@ class TimeEmbed(nn.Module):
     self.out_proj = nn.Linear(width, width)
 
   def forward(self, t_B: torch.Tensor) -> torch.Tensor:
-    angle = angles(t_B.float() * self.scale, 128, 10000.0)
+    angle = time_angles(t_B.float() * self.scale, 128)
     waves = torch.cat([angle.cos(), angle.sin()], dim=-1)
     waves = waves.to(self.in_proj.weight.dtype)
     return self.out_proj(F.silu(self.in_proj(waves)))
@@ -247,6 +248,13 @@ def angles(x, count: int, period: float):
   # Rounded once, from float64: near t = 1 the output shows more than that.
   exponent = torch.arange(count, dtype=torch.float64) / count
   return x[..., None] * (period**-exponent).float().to(x.device)
+
+
+def time_angles(t_B, count: int):
+  """Returns t times 10000^(-i / count), rounded as the original DiT rounds."""
+  exponent = -math.log(10000.0) * torch.arange(count, dtype=torch.float32)
+  frequency = (exponent / count).double().exp().float()
+  return t_B[:, None] * frequency.to(t_B.device)
 
 
 def angles_2d(row_T, column_T, count: int, period: float):
