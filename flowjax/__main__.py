@@ -61,7 +61,8 @@ def _parse(parser: argparse.ArgumentParser, words: list[str]):
   """Parses the flags; `--config.*` words become `overrides`."""
   known = [flag for a in parser._actions for flag in a.option_strings]
   takes_config = "--config" in known
-  overrides, others = [], []
+  overrides: list[str] = []
+  others: list[str] = []
   for word in words:
     is_override = takes_config and word.startswith("--config.")
     (overrides if is_override else others).append(word)

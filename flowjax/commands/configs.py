@@ -26,9 +26,8 @@ def load(
   (naming the closest), a value of the wrong type or an impossible value.
   """
   config = _parse(file, [])
-  nones, others = [], []
-  for word in overrides:
-    (nones if word.endswith("=None") else others).append(word)
+  nones = [word for word in overrides if word.endswith("=None")]
+  others = [word for word in overrides if word not in nones]
   for key in filter(None, map(_key, overrides)):
     _check_key(config, key)
   config = _parse(file, others)

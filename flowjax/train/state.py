@@ -19,12 +19,13 @@ class TrainState(NamedTuple):
   `skipped_in_row` how many of these came last.
   """
 
-  step: jax.Array
+  # Arrays; or, of the same form, their shapes or their shardings.
+  step: Any
   params: Any
   ema: Any
   opt_state: Any
-  skipped: jax.Array
-  skipped_in_row: jax.Array
+  skipped: Any
+  skipped_in_row: Any
 
 
 def initial(
