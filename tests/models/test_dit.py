@@ -198,6 +198,18 @@ def test_bfloat16_is_close_to_float32():
   assert max(jax.tree.leaves(errors)) < 0.05
 
 
+def test_the_end_of_a_bfloat16_network_is_in_float32():
+  rng = np.random.default_rng(0)
+  x_BTD = jnp.asarray(rng.standard_normal((2, 5, 32)), jnp.bfloat16)
+  c_BD = rng.standard_normal((2, 32)).astype(np.float32)
+  params = parameters(SMALL)["final"]
+  final = jax.jit(dit.Final(12).apply)
+  np.testing.assert_array_equal(
+    final({"params": params}, x_BTD, c_BD),
+    final({"params": params}, x_BTD.astype(jnp.float32), c_BD),
+  )
+
+
 def test_attention_sees_the_whole_image_and_the_position():
   net = models.build(SMALL)
   params = parameters(SMALL)

@@ -102,6 +102,14 @@ def test_sinusoid_is_the_closed_form():
   assert np.isclose(y[1, 128], np.sin(1.0), atol=1e-6)
 
 
+def test_epsilon_of_the_norm_counts_for_small_values():
+  x = np.tile(np.asarray([1e-3, -1e-3], np.float32), (1, 1, 4))
+  zero = np.zeros((1, 8), np.float32)
+  y = jax.jit(layers.modulated_norm)(x, zero, zero)
+  # The variance is as small as epsilon.
+  np.testing.assert_allclose(np.abs(y), np.sqrt(0.5), rtol=1e-4)
+
+
 @pytest.mark.parametrize("height, width, patch", [(4, 8, 2), (6, 3, 3)])
 def test_patchify_orders_tokens_and_values(height, width, patch):
   x = draw(2, height, width, 3)
