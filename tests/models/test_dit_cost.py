@@ -77,9 +77,9 @@ def dot_flops(jaxpr):
       shape = equation.invars[0].aval.shape
       depth = math.prod(shape[dim] for dim in contract)
       total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
-    inner = sum(
-      dot_flops(body) for body in jax.core.jaxprs_in_params(equation.params)
-    )
+    values = jax.tree.leaves(list(equation.params.values()))
+    bodies = [getattr(value, "jaxpr", value) for value in values]
+    inner = sum(dot_flops(body) for body in bodies if hasattr(body, "eqns"))
     total += inner * equation.params.get("length", 1)
   return total
 
@@ -105,6 +105,23 @@ def test_flops_are_those_of_the_program(changes):
     {"label": jax.ShapeDtypeStruct((batch,), np.int32)},
   )
   assert dot_flops(program.jaxpr) == batch * net.flops
+
+
+def program_size(**changes):
+  net = models.build(dit.DiTConfig(width=32, heads=4, **changes))
+  params = jax.eval_shape(net.init, jax.random.key(0))
+  x, t, label = np.zeros((1, 32, 32, 4)), np.zeros(1), np.zeros(1, np.int32)
+
+  def scalar(params):
+    return jnp.sum(net.apply(params, x, t, {"label": label}))
+
+  return jax.jit(jax.grad(scalar)).lower(params).as_text().count("\n")
+
+
+def test_the_program_does_not_grow_with_depth():
+  """So that compiling 28 layers costs what compiling 2 does."""
+  assert program_size(depth=28) == program_size(depth=2)
+  assert program_size(depth=4, scan=False) > program_size(depth=2, scan=False)
 
 
 def kept_bytes(**changes):
