@@ -19,15 +19,16 @@ HERE = pathlib.Path(__file__).resolve().parent.parent
 def main(workdir: str = "runs/demo") -> int:
   """Runs the demo into `workdir` and returns an exit code."""
   torch = importlib.util.find_spec("torch") is not None
+  into = f"--workdir={workdir}"
   commands = [
-    f"train --config={HERE / 'configs/digits_dit.py'} --workdir={workdir}",
-    f"evaluate --workdir={workdir}",
-    f"export --workdir={workdir} --format=torch --out={workdir}/export"
-    + " --verify" * torch,
+    ["train", f"--config={HERE / 'configs/digits_dit.py'}", into],
+    ["evaluate", into],
+    ["export", into, "--format=torch", f"--out={workdir}/export"]
+    + ["--verify"] * torch,
   ]
-  for command in commands:
-    print(f"\n$ flowjax {command}", flush=True)
-    code = door.main(shlex.split(command))
+  for words in commands:
+    print(f"\n$ flowjax {shlex.join(words)}", flush=True)
+    code = door.main(words)
     if code:
       return code
   folder = pathlib.Path(workdir)

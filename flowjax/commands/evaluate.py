@@ -43,8 +43,9 @@ def run(args) -> None:
     raise errors.UserError(f"--num={args.num} must be at least 1.")
   found = restored.open(args.workdir, ema=args.ema)
   report = {
-    **export.read_report(args.workdir),
+    **export.read_report(args.workdir, found.step, ema=args.ema),
     "step": found.step,
+    "weights": export.weights_name(args.ema),
     "parameters": found.run.parameters,
     "train_seconds": round(found.extra["train_seconds"], 1),
     **_validation(found),
@@ -98,7 +99,7 @@ def _digits(found: restored.Restored, args) -> dict:
   judge = digits.Digits(
     train_images, train_labels, held_images, held_labels, seed=args.seed
   )
-  labels = np.arange(args.num) % found.config.model.num_classes
+  labels = np.arange(args.num) % judge.classes
   # As many unguided samples as training images, of the same classes: the two
   # distances to the held-out images are then estimated alike.
   total = len(labels) + len(train_labels)

@@ -68,6 +68,8 @@ def open(directory: pathlib.Path, *, ema: bool = True) -> Restored:
     mesh=meshes.MeshConfig(data=1, fsdp=-1),
     data=dataclasses.replace(config.data, batch_size=jax.device_count()),
     optim=dataclasses.replace(config.optim, accumulate=1),
+    # The body that the run was trained with may not exist on this machine.
+    model=dataclasses.replace(config.model, attention="auto"),
   )
   run = parts.build(here)
   run = dataclasses.replace(run, experiment=config)
@@ -76,7 +78,8 @@ def open(directory: pathlib.Path, *, ema: bool = True) -> Restored:
     directory / "checkpoints", config.checkpoint, read_only=True
   )
   try:
-    restored = saved.restore_subtree({name: getattr(run.abstract, name)})
+    with loop.out_of_memory_advice():
+      restored = saved.restore_subtree({name: getattr(run.abstract, name)})
   finally:
     saved.close()
   if restored is None:

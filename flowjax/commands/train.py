@@ -51,11 +51,12 @@ def evaluators(
   built: parts.Parts, directory: pathlib.Path
 ) -> list[loop.Evaluator]:
   """Returns what is looked at while training: held-out loss, and samples."""
-  log = built.experiment.log
-  return [
-    loop.Evaluator(log.validation_every, _validation(built)),
-    loop.Evaluator(log.samples_every, _samples(built, directory)),
-  ]
+  log, found = built.experiment.log, []
+  if log.validation_every:
+    found.append(loop.Evaluator(log.validation_every, _validation(built)))
+  if log.samples_every:
+    found.append(loop.Evaluator(log.samples_every, _samples(built, directory)))
+  return found
 
 
 def _validation(built: parts.Parts):

@@ -73,16 +73,14 @@ def name_of(path: tuple) -> str:
 def match(rules: collections.abc.Sequence[tuple[str, Any]], tree: Any) -> Any:
   """Returns a tree with, for each leaf, the value of the first rule to match.
 
-  Raises ValueError listing all the leaves that no rule matches, and all the
-  rules that match none.
+  Raises ValueError listing all the leaves that no rule matches.
   """
-  missed, used = [], set()
+  missed = []
 
   def find(path, _):
     name = name_of(path)
-    for i, (pattern, value) in enumerate(rules):
+    for pattern, value in rules:
       if re.fullmatch(pattern, name):
-        used.add(i)
         return value
     missed.append(name)
     return None

@@ -49,11 +49,11 @@ class FlowConfig:
 
   def law(self) -> times.TimeLaw:
     """Returns the law of t that training draws from."""
-    if self.time_law == "uniform":
-      return times.shifted(times.uniform(), self.shift)
-    return times.shifted(
-      times.logit_normal(self.time_mean, self.time_std), self.shift
-    )
+    shape = {
+      "uniform": {},
+      "logit_normal": {"mean": self.time_mean, "std": self.time_std},
+    }[self.time_law]
+    return times.shifted(times.LAWS[self.time_law](**shape), self.shift)
 
   def loss(self, velocity: losses.Velocity) -> losses.Loss:
     """Returns the training loss of a velocity network."""
@@ -91,7 +91,7 @@ class SampleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-  """How often what is seen, in steps; 0 is never.
+  """How often what is seen, in steps; 0 is never, but for metrics.
 
   `backend` writes TensorBoard: "tensorboardX", or "clu", which needs tensorflow
   and tensorboard.
@@ -106,6 +106,11 @@ class LogConfig:
 
   def __post_init__(self):
     _above_zero(self, "metrics_every", "sample_count")
+    for name in ("validation_every", "samples_every"):
+      if getattr(self, name) < 0:
+        raise ValueError(
+          f"{name} = {getattr(self, name)} is below 0; 0: never."
+        )
     _member("backend", self.backend, metrics.BACKENDS)
 
 
@@ -129,6 +134,11 @@ class Experiment:
 
   def __post_init__(self):
     _above_zero(self, "steps")
+    if self.optim.warmup_steps >= self.steps and self.steps > 1:
+      raise ValueError(
+        f"optim.warmup_steps = {self.optim.warmup_steps} must be below steps = "
+        f"{self.steps}, or the learning rate is never reached."
+      )
     if self.data.batch_size % self.optim.accumulate:
       raise ValueError(
         f"data.batch_size = {self.data.batch_size} is not divisible by "

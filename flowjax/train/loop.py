@@ -14,6 +14,7 @@ import numpy as np
 from flowjax import errors, schema
 from flowjax.data import loader, sources
 from flowjax.parallel import mesh as meshes
+from flowjax.parallel import rules
 from flowjax.train import (
   checkpoint,
   curves,
@@ -72,11 +73,21 @@ def train(
     image_size=config.model.image_size,
   )
   run = parts.build(config)
-  with lock.WorkdirLock(directory), contextlib.ExitStack() as stack:
-    workdir.claim(directory, config, allow_config_change)
+  looks = evaluators(run)
+  _warn_of_whole_parameters(run)
+  with (
+    lock.WorkdirLock(directory),
+    out_of_memory_advice(),
+    contextlib.ExitStack() as stack,
+  ):
+    rows = workdir.changes(directory, config)
+    if not allow_config_change:
+      workdir.refuse_changes(directory, rows)
     saved = checkpoint.Checkpoints(directory / "checkpoints", config.checkpoint)
     stack.callback(saved.close)
-    state, seconds = _restore_or_begin(run, saved, source, allow_config_change)
+    same_data = not any(row.startswith("config.data") for row in rows)
+    state, seconds = _restore_or_begin(run, saved, source, same_data)
+    workdir.claim(directory, config)
     stack.enter_context(meshes.use(run.mesh))
     first = int(state.step)
     writer = metrics.Writer(
@@ -86,11 +97,9 @@ def train(
       resume_step=first,
     )
     stack.callback(writer.close)
-    session = _Session(
-      run, directory, source, saved, writer, evaluators(run), seconds
-    )
-    with out_of_memory_advice():
-      state = session.go(state, first)
+    writer.write_hparams(schema.to_dict(config))
+    session = _Session(run, source, saved, writer, looks, seconds)
+    state = session.go(state, first)
     curves.draw(directory / "metrics.jsonl", directory / "curves.png")
     return Result(state, session.seconds)
 
@@ -134,6 +143,7 @@ def jit_step(run: parts.Parts):
     seed=config.seed,
     ema_config=config.ema,
     accumulate=config.optim.accumulate,
+    schedule=optim.schedule(config.optim, config.steps),
   )
   return jax.jit(
     step,
@@ -161,12 +171,25 @@ def lower_step(run: parts.Parts):
     return jit_step(run).lower(run.abstract, batch)
 
 
-def _restore_or_begin(run, saved, source, allow_change):
+def _warn_of_whole_parameters(run: parts.Parts) -> None:
+  """Says which large parameters a mesh was to divide and cannot."""
+  places = rules.places(run.rules, run.abstract.params, run.mesh).values()
+  whole = [place for place in places if place.undivided]
+  if whole:
+    size = sum(place.bytes_per_device for place in whole)
+    names = ", ".join(f"{place.name} {place.shape}" for place in whole)
+    logging.warning(
+      "These parameters stay whole where their dims do not divide over the "
+      "mesh, %.1f MiB on every device: %s.", size / 2**20, names,
+    )  # fmt: skip
+
+
+def _restore_or_begin(run, saved, source, same_data):
   """Returns the state to go on from, and the seconds trained before."""
   restored = saved.restore(run.abstract)
   if restored is None:
     return run.initial_state(), 0.0
-  if not allow_change:
+  if same_data:
     loader.check_state(restored.extra["data"], run.experiment.data, source)
   logging.info("Going on from step %d.", restored.step)
   state = restored.state
@@ -179,17 +202,13 @@ def _restore_or_begin(run, saved, source, allow_change):
 class _Session:
   """One sitting of a run, from restore to end, stop or signal."""
 
-  def __init__(
-    self, run, directory, source, saved, writer, evaluators, seconds
-  ):
+  def __init__(self, run, source, saved, writer, evaluators, seconds):
     self.run, self.saved, self.writer = run, saved, writer
     self.config = run.experiment
     self.source, self.evaluators = source, evaluators
-    self.directory = directory
     self.seconds_before, self.started = seconds, time.monotonic()
     self.behind = metrics.Behind()
     self.corrupt, self.stuck = 0, False
-    self.rate = optim.schedule(self.config.optim, self.config.steps)
 
   @property
   def seconds(self) -> float:
@@ -276,8 +295,7 @@ class _Session:
     self.bar.update(number, scalars["loss"])
     last = number == self.config.steps
     if number % self.config.log.metrics_every == 0 or last:
-      updates = number - 1 - int(scalars["skipped"])
-      extra = {"learning_rate": float(self.rate(updates)), **self.bar.rates()}
+      extra = dict(self.bar.rates())
       if self.corrupt:
         extra["corrupt_records"] = float(self.corrupt)
       self.writer.write_scalars(number, {**scalars, **extra})
@@ -322,6 +340,8 @@ class _Session:
       f"The last {self.config.optim.max_skipped} updates were not finite, and "
       f"none was applied; the last good state is saved at step {number}. Try a "
       "lower config.optim.learning_rate, config.optim.clip_norm=1.0, a longer "
-      "config.optim.warmup_steps, config.model.qk_norm=True, or "
-      "config.model.dtype='float32'."
+      "config.optim.warmup_steps or config.model.dtype='float32', with "
+      "--allow_config_change; earlier checkpoints are "
+      f"{self.saved.steps()[:-1]}: to go on from one of them, move the later "
+      "ones out of the workdir."
     )

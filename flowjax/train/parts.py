@@ -1,11 +1,14 @@
 """What a command needs of an experiment, put together in one place."""
 
 import collections.abc
+import contextlib
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
@@ -36,12 +39,16 @@ class Parts:
     """The number of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(self.abstract.params))
 
-  def initial_state(self) -> states.TrainState:
-    """Returns the first state; each device makes only its own part of it."""
+  def lower_initial(self) -> jax.stages.Lowered:
+    """Lowers what makes the first state, each device its own part of it."""
     make = functools.partial(
       states.initial, self.network.init, self.optimizer, self.experiment.seed
     )
-    return jax.jit(make, out_shardings=shardings_of(self.abstract))()
+    return jax.jit(make, out_shardings=shardings_of(self.abstract)).lower()
+
+  def initial_state(self) -> states.TrainState:
+    """Returns the first state; it is never whole on one device."""
+    return self.lower_initial().compile()()
 
 
 def build(
@@ -50,21 +57,23 @@ def build(
 ) -> Parts:
   """Puts an experiment together on `devices`, by default all of them.
 
-  Raises UserError if the mesh does not fit them or a batch is not divisible.
+  Raises UserError if the mesh does not fit them, if it does not divide the
+  batch or the model, or if a parameter has no rule.
   """
-  try:
+  part = config.data.batch_size // config.optim.accumulate
+  name = "data.batch_size" + " / optim.accumulate" * (
+    config.optim.accumulate > 1
+  )
+  with _naming("config.mesh"):
     mesh = meshes.build(config.mesh, devices)
-    part = config.data.batch_size // config.optim.accumulate
-    meshes.check_batch(
-      part,
-      mesh,
-      "data.batch_size" + " / optim.accumulate" * (config.optim.accumulate > 1),
-    )
-  except ValueError as error:
-    raise errors.UserError(f"config.mesh: {error}") from error
+    meshes.check_batch(part, mesh, name)
   network = models.build(config.model)
-  abstract_params = jax.eval_shape(network.init, jax.random.key(0))
-  optimizer = optim.build(config.optim, config.steps, abstract_params)
+  with _naming("config.model"):
+    abstract_params = jax.eval_shape(network.init, jax.random.key(0))
+    with meshes.use(mesh):
+      _trace(network, abstract_params, part)
+  with _naming("config.optim.weight_decay_rules"):
+    optimizer = optim.build(config.optim, config.steps, abstract_params)
   shapes = jax.eval_shape(
     lambda: states.initial(network.init, optimizer, config.seed)
   )
@@ -77,6 +86,29 @@ def build(
     states.shardings(shapes, table, mesh),
   )
   return Parts(config, mesh, network, optimizer, table, abstract)
+
+
+@contextlib.contextmanager
+def _naming(where: str):
+  """Turns what is wrong with a value into a UserError that says where."""
+  try:
+    yield
+  except (ValueError, re.error) as error:
+    raise errors.UserError(f"{where}: {error}") from error
+
+
+def _trace(network: models.Network, params: Any, batch: int) -> None:
+  """Finds what the network cannot do on this mesh; nothing is computed."""
+  config = network.config
+  size = (batch, *config.image_size, config.channels)
+  cond = {"label": jax.ShapeDtypeStruct((batch,), jnp.int32)}
+  jax.eval_shape(
+    network.apply,
+    params,
+    jax.ShapeDtypeStruct(size, jnp.float32),
+    jax.ShapeDtypeStruct((batch,), jnp.float32),
+    cond,
+  )
 
 
 def shardings_of(abstract: Any) -> Any:

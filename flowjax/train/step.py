@@ -29,12 +29,14 @@ def build(
   seed: int,
   ema_config: ema.EmaConfig,
   accumulate: int = 1,
+  schedule: optax.Schedule | None = None,
 ) -> Step:
   """Returns the pure step of training with `loss` and `optimizer`.
 
   Randomness is fold_in(seed, step), so that a resumed run draws what the
   straight run would have drawn. A loss or gradient that is not finite leaves
-  parameters, average and optimizer as they were, and is counted.
+  parameters, average and optimizer as they were, and is counted. With the
+  optimizer's `schedule`, the learning rate is among the metrics.
   """
   gradient = accumulated(loss, accumulate)
 
@@ -42,9 +44,11 @@ def build(
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
     value, grads = gradient(state.params, batch, rng)
     norm = optax.global_norm(grads)
-    finite = jnp.isfinite(value) & jnp.isfinite(norm)
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    # An update can be beyond float32 though its gradient is not.
+    size = optax.global_norm(updates)
+    finite = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(size)
     params = optax.apply_updates(state.params, updates)
     average = ema.update(
       state.ema, params, ema.decay_at(ema_config, state.step)
@@ -68,6 +72,8 @@ def build(
       "skipped": new_state.skipped,
       "skipped_in_row": new_state.skipped_in_row,
     }
+    if schedule is not None:
+      metrics["learning_rate"] = schedule(state.step - state.skipped)
     return new_state, metrics
 
   return step

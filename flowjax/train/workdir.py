@@ -15,8 +15,11 @@ from flowjax.train import experiment
 
 # Where and how a run computes may change between its restarts; what it
 # computes may not.
-FREE = ("mesh", "log", "checkpoint", "sample")
-FREE_DATA = ("workers", "prefetch", "data_dir")
+FREE = {
+  "config": ("mesh", "log", "checkpoint", "sample"),
+  "data": ("workers", "prefetch", "data_dir"),
+  "model": ("attention", "remat", "scan"),
+}
 
 
 def write_json(path: pathlib.Path, values: Any) -> None:
@@ -26,29 +29,42 @@ def write_json(path: pathlib.Path, values: Any) -> None:
   os.replace(partial, path)
 
 
-def claim(
-  workdir: pathlib.Path, config: experiment.Experiment, allow_change: bool
-) -> None:
-  """Makes the workdir that of `config`, or refuses with the difference.
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """Returns what a JSON file of a workdir holds."""
+  try:
+    return json.loads(path.read_text())
+  except json.JSONDecodeError as error:
+    raise errors.UserError(f"{path} is damaged, not JSON: {error}.") from error
 
-  With `allow_change` an older config is kept beside the new one.
-  """
-  path, new = workdir / "config.json", schema.to_dict(config)
-  if path.exists():
-    old = json.loads(path.read_text())
-    rows = schema.difference(_fixed(old), _fixed(new))
-    if rows and not allow_change:
-      raise errors.UserError(
-        f"{workdir} was made with another config:\n  "
-        + "\n  ".join(rows)
-        + "\nChoose another --workdir, or say --allow_config_change to go on "
-        "with the new one."
-      )
-    if rows:
-      logging.warning("Going on with another config: %s", "; ".join(rows))
-      number = len(list(workdir.glob("config.*.json")))
-      os.replace(path, workdir / f"config.{number}.json")
-  write_json(path, new)
+
+def changes(workdir: pathlib.Path, config: experiment.Experiment) -> list[str]:
+  """Lists in what `config` differs from that which the workdir is for."""
+  path = workdir / "config.json"
+  if not path.exists():
+    return []
+  new = schema.to_dict(config)
+  return schema.difference(_fixed(read_json(path)), _fixed(new))
+
+
+def refuse_changes(workdir: pathlib.Path, rows: list[str]) -> None:
+  """Refuses a config that is not the workdir's, with the difference."""
+  if rows:
+    raise errors.UserError(
+      f"{workdir} was made with another config:\n  "
+      + "\n  ".join(rows)
+      + "\nChoose another --workdir, or say --allow_config_change to go on "
+      "with the new one."
+    )
+
+
+def claim(workdir: pathlib.Path, config: experiment.Experiment) -> None:
+  """Makes the workdir that of `config`; another config is kept beside it."""
+  path, rows = workdir / "config.json", changes(workdir, config)
+  if rows:
+    logging.warning("Going on with another config: %s", "; ".join(rows))
+    number = len(list(workdir.glob("config.*.json")))
+    os.replace(path, workdir / f"config.{number}.json")
+  write_json(path, schema.to_dict(config))
 
 
 def read_config(workdir: pathlib.Path) -> experiment.Experiment:
@@ -59,18 +75,16 @@ def read_config(workdir: pathlib.Path) -> experiment.Experiment:
       f"{workdir} is no workdir of a run: it has no config.json. Train into it "
       "first, or correct --workdir."
     )
-  try:
-    return experiment.build(json.loads(path.read_text()))
-  except json.JSONDecodeError as error:
-    raise errors.UserError(f"{path} is not JSON: {error}") from error
+  return experiment.build(read_json(path))
 
 
 def _fixed(values: dict) -> dict:
   """Returns the part of a config that must not change under a run."""
-  kept = {key: value for key, value in values.items() if key not in FREE}
-  kept["data"] = {
-    key: value
-    for key, value in kept.get("data", {}).items()
-    if key not in FREE_DATA
-  }
+
+  def without(group: dict, name: str) -> dict:
+    return {key: item for key, item in group.items() if key not in FREE[name]}
+
+  kept = without(values, "config")
+  for name in ("data", "model"):
+    kept[name] = without(kept.get(name, {}), name)
   return kept

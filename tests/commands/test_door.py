@@ -83,6 +83,30 @@ def test_help_comes_at_once():
       "Sizes that are: 8, 16",
     ),
     (["describe", f"--config={CONFIGS}/imagenet_dit.py:xxl_2"], "xl_2"),
+    (
+      ["describe", f"--config={DIGITS}", "--config.mesh.tensor=8"],
+      "cannot be split over 8",
+    ),
+    (
+      ["describe", f"--config={DIGITS}", "--config.model.attention=cudnn"],
+      "config.model: ",
+    ),
+    (
+      [
+        "describe",
+        f"--config={DIGITS}",
+        '--config.optim.weight_decay_rules=((".*/kernel", 1.0),)',
+      ],
+      "No rule matches",
+    ),
+    (
+      ["describe", f"--config={DIGITS}", "--config.log.validation_every=-1"],
+      "validation_every",
+    ),
+    (
+      ["describe", f"--config={DIGITS}", "--config.optim.warmup_steps=1000"],
+      "warmup_steps",
+    ),
   ],
 )
 def test_a_mistake_exits_with_2_and_names_the_remedy(words, text, capsys):

@@ -1,6 +1,8 @@
 """The same function on one device and on eight."""
 
+import collections
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +121,30 @@ def test_eight_devices_compute_what_one_does(sizes):
   # It was really shared out: each device has its part of the result.
   rows = 8 // (sizes.get("data", 1) * sizes.get("fsdp", 1))
   assert v_BHWC.addressable_shards[0].data.shape[0] == rows
+
+
+@pytest.mark.parametrize(
+  "sizes, wanted",
+  [
+    # Each block adds up its two halves; each gathers its keys and values.
+    (dict(data=4, tensor=2), {"all-reduce": 2}),
+    (dict(data=4, context=2), {"all-gather": 2}),
+  ],
+  ids=str,
+)
+def test_a_forward_pass_moves_no_more_than_it_must(sizes, wanted):
+  mesh = make_mesh(**sizes)
+  params, x_BHWC, t_B, label_B = inputs()
+  by_batch = jax.sharding.NamedSharding(mesh, P(("data", "fsdp")))
+  with jax.set_mesh(mesh), axes.rules(RULES):
+    batch = jax.device_put((x_BHWC, t_B, {"label": label_B}), by_batch)
+    apply = jax.jit(models.build(CONFIG).apply, out_shardings=by_batch)
+    program = apply.lower(lay_out(params, mesh), *batch).compile().as_text()
+  # The body of the loop over blocks is counted once.
+  kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+  moves = collections.Counter(re.findall(rf" ({kinds})(?:-start)?\(", program))
+  outside = {"all-gather": 1} if "context" in sizes else {}
+  assert moves == collections.Counter(wanted) + collections.Counter(outside)
 
 
 def test_heads_that_do_not_divide_are_refused():

@@ -155,15 +155,15 @@ def test_another_mesh_goes_on_with_the_same_loss(straight, tmp_path):
 
 
 def test_another_config_is_refused_with_the_difference(tmp_path):
-  short = dataclasses.replace(TINY, steps=2)
+  short = dataclasses.replace(TINY, steps=3)
   _train(short, tmp_path)
   other = dataclasses.replace(
-    short, optim=dataclasses.replace(TINY.optim, learning_rate=0.5), steps=3
+    short, optim=dataclasses.replace(TINY.optim, learning_rate=0.5), steps=4
   )
   with pytest.raises(errors.UserError, match=r"learning_rate: 0\.01 -> 0\.5"):
     _train(other, tmp_path)
   state = _train(other, tmp_path, allow_config_change=True)
-  assert int(state.step) == 3
+  assert int(state.step) == 4
   kept = json.loads((tmp_path / "config.0.json").read_text())
   assert kept["optim"]["learning_rate"] == 0.01
 
@@ -188,12 +188,31 @@ def test_training_that_is_never_finite_stops_with_the_last_good_state(
   restored = saved.restore(run.abstract)
   saved.close()
   assert int(restored.state.skipped) >= 3
-  for leaf in jax.tree.leaves(restored.state.params):
-    assert np.all(np.isfinite(leaf))
+  _assert_same(restored.state.params, run.initial_state().params)
+
+
+def test_a_change_that_cannot_be_restored_leaves_the_config(tmp_path):
+  short = dataclasses.replace(TINY, steps=3)
+  _train(short, tmp_path)
+  before = (tmp_path / "config.json").read_bytes()
+  wider = dataclasses.replace(
+    short, steps=4, model=dataclasses.replace(TINY.model, width=32)
+  )
+  with pytest.raises(errors.CheckpointError):
+    _train(wider, tmp_path, allow_config_change=True)
+  assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_how_a_model_is_computed_may_change(tmp_path):
+  _train(dataclasses.replace(TINY, steps=3), tmp_path)
+  other = dataclasses.replace(
+    TINY, steps=3, model=dataclasses.replace(TINY.model, remat="full")
+  )
+  assert int(_train(other, tmp_path).step) == 3
 
 
 def test_no_sound_checkpoint_stops_and_never_starts_over(tmp_path):
-  short = dataclasses.replace(TINY, steps=2)
+  short = dataclasses.replace(TINY, steps=3)
   _train(short, tmp_path)
   files = [
     path

@@ -91,11 +91,7 @@ def test_parameters_are_born_divided():
     EXPERIMENT, mesh=meshes.MeshConfig(data=1, fsdp=8)
   )
   run = parts.build(config)
-  make = jax.jit(
-    lambda: states.initial(run.network.init, run.optimizer, 0),
-    out_shardings=parts.shardings_of(run.abstract),
-  )
-  memory = make.lower().compile().memory_analysis()
+  memory = run.lower_initial().compile().memory_analysis()
   whole = sum(x.size * 4 for x in jax.tree.leaves(run.abstract))
   assert memory.output_size_in_bytes < whole / 4
   # The largest leaf whole would be seen here.
