@@ -63,7 +63,8 @@ class Attention(nn.Module):
     if rope is not None:
       q_BTNH = positions.rotate(q_BTNH, *rope)
       k_BTNH = positions.rotate(k_BTNH, *rope)
-    # Where tokens are split, each device has its queries and gathers the rest.
+    # Where tokens are split, each device has its own queries, and gathers the
+    # rest here: once, as attention is computed again for the gradient.
     k_BTNH = axes.name(k_BTNH, "batch", None, "heads", None)
     v_BTNH = axes.name(v_BTNH, "batch", None, "heads", None)
     y_BTNH = attention.attention(q_BTNH, k_BTNH, v_BTNH, body=self.body)
