@@ -96,7 +96,6 @@ def lay_out(params, mesh):
 @pytest.mark.parametrize(
   "sizes",
   [
-    dict(data=8),
     dict(data=2, fsdp=2, tensor=2),
     dict(tensor=4, context=2),
   ],
