@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import numpy as np
 import PIL.Image
@@ -107,13 +108,13 @@ def test_describe_counts_parameters_memory_and_flops(capsys):
   text = capsys.readouterr().out
   assert "blocks/attention/qkv/kernel" in text
   facts = dict(
-    line.split(None, 1)
-    for line in text.replace("state per device", "state").splitlines()
-    if line.startswith(("parameters ", "state "))
+    re.split(r"  +", line, maxsplit=1)
+    for line in text.splitlines()
+    if re.match(r"(parameters|state per device)  ", line)
   )
-  assert facts["parameters"].strip().startswith("674,")
+  assert facts["parameters"].startswith("674,")
   # Parameters, EMA and two moments in float32, over eight devices.
-  size, unit = facts["state"].split()[:2]
+  size, unit = facts["state per device"].split()[:2]
   assert unit == "GiB"
   assert float(size) == pytest.approx(674.8e6 * 16 / 8 / 2**30, rel=0.01)
 
