@@ -25,6 +25,9 @@ from flowjax.train import ema, optim
 from flowjax.train import state as states
 from flowjax.train import step as steps
 
+# That of configs/imagenet_dit.py; the learning rate is constant.
+STEPS = 400_000
+
 
 @dataclasses.dataclass(frozen=True)
 class Step:
@@ -58,9 +61,8 @@ def make_step(work: workload.Workload, device: jax.Device) -> Step:
   )
   network = models.build(config)
   abstract = jax.eval_shape(network.init, jax.random.key(0))
-  optimizer = optim.build(
-    optim.OptimConfig(learning_rate=workload.LEARNING_RATE), 400_000, abstract
-  )
+  tuning = optim.OptimConfig(learning_rate=workload.LEARNING_RATE)
+  optimizer = optim.build(tuning, STEPS, abstract)
 
   def initial() -> states.TrainState:
     return states.initial(lambda rng: _random_like(abstract), optimizer, 0)
@@ -74,6 +76,7 @@ def make_step(work: workload.Workload, device: jax.Device) -> Step:
     optimizer,
     seed=0,
     ema_config=ema.EmaConfig(decay=workload.EMA_DECAY),
+    schedule=optim.schedule(tuning, STEPS),
   )
   image = (work.batch, *config.image_size, config.channels)
   place = meshes.batch_sharding(mesh)

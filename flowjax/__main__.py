@@ -63,6 +63,9 @@ def _parse(parser: argparse.ArgumentParser, words: list[str]):
   takes_config = "--config" in known
   overrides: list[str] = []
   others: list[str] = []
+  bare = [w for w in words if w.startswith("--config.") and "=" not in w]
+  if bare:
+    raise errors.UserError(f"{bare[0]} needs its value behind an =.")
   for word in words:
     is_override = takes_config and word.startswith("--config.")
     (overrides if is_override else others).append(word)

@@ -14,9 +14,9 @@ import argparse
 import numpy as np
 
 from flowjax import errors
-from flowjax.commands import export, restored
-from flowjax.data import loader, sources
-from flowjax.evaluate import digits, pictures, validation
+from flowjax.commands import export, restored, train
+from flowjax.data import sources
+from flowjax.evaluate import digits, pictures
 from flowjax.parallel import mesh as meshes
 from flowjax.train import loop, progress, workdir
 
@@ -76,19 +76,8 @@ def _number(value) -> str:
 
 
 def _validation(found: restored.Restored) -> dict[str, float]:
-  config = found.config
-  source = sources.open(config.data, "held_out")
-  ways = meshes.batch_ways(found.run.mesh)
-  size = -(-min(config.data.batch_size, len(source)) // ways) * ways
   with meshes.use(found.run.mesh), loop.out_of_memory_advice():
-    scores = validation.Validation(
-      config.flow.validation_loss(found.run.network.apply),
-      lambda: loader.epoch_batches(
-        source, size, on_corrupt=config.data.on_corrupt
-      ),
-      seed=config.seed,
-      put=loop.put_batch(found.run.mesh),
-    ).run(found.params)
+    scores = train.held_out_loss(found.run).run(found.params)
   return {"validation_loss": scores["validation_loss"]}
 
 

@@ -40,7 +40,6 @@ class Restored:
       interval=tuple(chosen["guidance_interval"]),
       shift=chosen["shift"],
     )
-    ways = meshes.batch_ways(self.run.mesh)
     most = min(len(labels), self.config.data.batch_size)
     with meshes.use(self.run.mesh), loop.out_of_memory_advice():
       return sampling.draw(
@@ -49,7 +48,7 @@ class Restored:
         labels,
         shape=(*self.config.model.image_size, self.config.model.channels),
         seed=seed,
-        batch_size=-(-most // ways) * ways,
+        batch_size=meshes.padded(most, self.run.mesh),
         put=loop.put_batch(self.run.mesh),
         done=done,
       )

@@ -42,6 +42,8 @@ def run(args) -> None:
     allow_config_change=args.allow_config_change,
   )
   print(f"Trained to step {int(result.state.step)} in {result.seconds:.0f} s.")
+  if result.corrupt:
+    print(f"{result.corrupt} corrupt records were passed over; each is named.")
   for name in ("checkpoints", "samples", "curves.png", "metrics.jsonl"):
     if (args.workdir / name).exists():
       print(f"  {name:<14} {args.workdir / name}")
@@ -59,12 +61,12 @@ def evaluators(
   return found
 
 
-def _validation(built: parts.Parts):
+def held_out_loss(built: parts.Parts) -> validation.Validation:
+  """Returns what evaluates weights on the held-out split, at fixed times."""
   config = built.experiment
   source = sources.open(config.data, "held_out")
-  ways = meshes.batch_ways(built.mesh)
-  size = -(-min(config.data.batch_size, len(source)) // ways) * ways
-  evaluator = validation.Validation(
+  size = meshes.padded(min(config.data.batch_size, len(source)), built.mesh)
+  return validation.Validation(
     config.flow.validation_loss(built.network.apply),
     lambda: loader.epoch_batches(
       source, size, on_corrupt=config.data.on_corrupt
@@ -72,6 +74,10 @@ def _validation(built: parts.Parts):
     seed=config.seed,
     put=loop.put_batch(built.mesh),
   )
+
+
+def _validation(built: parts.Parts):
+  evaluator = held_out_loss(built)
 
   def look(state: states.TrainState):
     return evaluator.run(state.ema), {}
@@ -81,7 +87,6 @@ def _validation(built: parts.Parts):
 
 def _samples(built: parts.Parts, directory: pathlib.Path):
   config = built.experiment
-  ways = meshes.batch_ways(built.mesh)
   sample = sampling.build(
     built.network,
     solver=config.sample.solver,
@@ -99,7 +104,7 @@ def _samples(built: parts.Parts, directory: pathlib.Path):
       labels,
       shape=(*config.model.image_size, config.model.channels),
       seed=config.seed,
-      batch_size=-(-len(labels) // ways) * ways,
+      batch_size=meshes.padded(len(labels), built.mesh),
       put=loop.put_batch(built.mesh),
     )
     grid = pictures.grid(images, columns=10)

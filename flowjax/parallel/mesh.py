@@ -101,6 +101,12 @@ def batch_ways(mesh: Mesh) -> int:
   return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def padded(count: int, mesh: Mesh) -> int:
+  """Returns the smallest batch of at least `count` that divides evenly."""
+  ways = batch_ways(mesh)
+  return -(-count // ways) * ways
+
+
 def check_batch(batch_size: int, mesh: Mesh, name: str) -> None:
   """Refuses a batch that the data axes do not divide."""
   ways = batch_ways(mesh)

@@ -46,10 +46,14 @@ class Evaluator:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """How a run ended: its state, and the seconds it has trained in all."""
+  """How a run ended: its state, and the seconds it has trained in all.
+
+  `corrupt` counts the records that this sitting met and passed over.
+  """
 
   state: states.TrainState
   seconds: float
+  corrupt: int
 
 
 def train(
@@ -101,7 +105,7 @@ def train(
     session = _Session(run, source, saved, writer, looks, seconds)
     state = session.go(state, first)
     curves.draw(directory / "metrics.jsonl", directory / "curves.png")
-    return Result(state, session.seconds)
+    return Result(state, session.seconds, session.corrupt)
 
 
 @contextlib.contextmanager
