@@ -46,6 +46,10 @@ def run(args) -> None:
       raise errors.UserError(f"--{name}={value} must be at least 1.")
   if args.out.suffix.lower() != ".png":
     raise errors.UserError(f"--out={args.out} must end in .png.")
+  try:
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise errors.UserError(f"--out={args.out}: {error}.") from error
   found = restored.open(args.workdir, ema=args.ema)
   labels = restored.parse_labels(
     args.labels, args.num, found.config.model.num_classes
@@ -58,6 +62,5 @@ def run(args) -> None:
   changes = {key: value for key, value in wishes.items() if value is not None}
   with progress.counter("samples", args.num) as done:
     images = found.draw(labels, seed=args.seed, done=done, **changes)
-  args.out.parent.mkdir(parents=True, exist_ok=True)
   pictures.save_png(pictures.grid(images, columns=10), args.out)
   print(f"{args.num} samples of step {found.step}: {args.out}")

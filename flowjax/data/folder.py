@@ -95,7 +95,9 @@ def open(config: config_lib.DataConfig, split: str) -> Folder:
 
 def _list_classes(root: str, endings: tuple[str, ...]) -> list[str]:
   if not os.path.isdir(root):
-    raise errors.DataError(f"There is no folder {root!r}.")
+    raise errors.DataError(
+      f"There is no folder {root!r}: correct config.data.source."
+    )
   entries = _visible(root)
   classes = [entry.name for entry in entries if entry.is_dir()]
   loose = [entry.name for entry in entries if _is_image(entry, endings)]

@@ -137,7 +137,8 @@ class Experiment:
     if self.optim.warmup_steps >= self.steps and self.steps > 1:
       raise ValueError(
         f"optim.warmup_steps = {self.optim.warmup_steps} must be below steps = "
-        f"{self.steps}, or the learning rate is never reached."
+        f"{self.steps}, or the learning rate is never reached: set "
+        f"config.optim.warmup_steps={self.steps // 10}, or more steps."
       )
     if self.data.batch_size % self.optim.accumulate:
       raise ValueError(

@@ -17,7 +17,7 @@ from flowjax.train import experiment
 # computes may not.
 FREE = {
   "config": ("mesh", "log", "checkpoint", "sample"),
-  "data": ("workers", "prefetch", "data_dir"),
+  "data": ("workers", "prefetch", "data_dir", "on_corrupt"),
   "model": ("attention", "remat", "scan"),
 }
 
@@ -32,9 +32,15 @@ def write_json(path: pathlib.Path, values: Any) -> None:
 def read_json(path: pathlib.Path) -> dict[str, Any]:
   """Returns what a JSON file of a workdir holds."""
   try:
-    return json.loads(path.read_text())
-  except json.JSONDecodeError as error:
-    raise errors.UserError(f"{path} is damaged, not JSON: {error}.") from error
+    values = json.loads(path.read_text())
+  except ValueError as error:  # Not JSON, or not even text.
+    values = error
+  if not isinstance(values, dict):
+    raise errors.UserError(
+      f"{path} is damaged: {values}. Restore it from a copy; the checkpoints "
+      "beside it also hold the config."
+    )
+  return values
 
 
 def changes(workdir: pathlib.Path, config: experiment.Experiment) -> list[str]:

@@ -142,3 +142,21 @@ def test_labels():
     restored.parse_labels("3", 1, 3)
   with pytest.raises(errors.UserError, match="numbers"):
     restored.parse_labels("a", 1, 3)
+
+
+def test_a_damaged_config_of_a_workdir_is_named(tmp_path, capsys):
+  for damage in (b"\xff\xfe", b"[1]", b'{"model": '):
+    (tmp_path / "config.json").write_bytes(damage)
+    code, out = _run(capsys, "sample", f"--workdir={tmp_path}")
+    assert code == 2
+    assert "config.json is damaged" in out.err
+
+
+def test_an_impossible_out_is_refused_before_anything_is_drawn(
+  tmp_path, capsys
+):
+  (tmp_path / "file").write_text("")
+  out = tmp_path / "file" / "grid.png"
+  code, text = _run(capsys, "sample", f"--workdir={tmp_path}", f"--out={out}")
+  assert code == 2
+  assert "--out=" in text.err
