@@ -9,8 +9,6 @@ example:
   flowjax evaluate --workdir=runs/digits
 """
 
-import argparse
-
 import numpy as np
 
 from flowjax import errors
@@ -23,18 +21,12 @@ from flowjax.train import loop, progress, workdir
 
 def add_flags(parser) -> None:
   """Adds the flags of `evaluate`."""
-  restored.add_workdir(parser)
+  restored.add_run(parser)
   parser.add_argument(
     "--num", type=int, default=500, help="samples to be recognised"
   )
   parser.add_argument("--guidance", type=float, help="guidance scale")
   parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument(
-    "--ema",
-    action=argparse.BooleanOptionalAction,
-    default=True,
-    help="the averaged weights, or the raw ones",
-  )
 
 
 def run(args) -> None:

@@ -7,7 +7,6 @@ example:
   flowjax export --workdir=runs/digits --format=torch --out=exported --verify
 """
 
-import argparse
 import pathlib
 
 from flowjax import errors, schema
@@ -21,15 +20,9 @@ TOLERANCE = 1e-5
 
 def add_flags(parser) -> None:
   """Adds the flags of `export`."""
-  restored.add_workdir(parser)
+  restored.add_run(parser)
   parser.add_argument("--format", choices=["torch"], default="torch")
   parser.add_argument("--out", type=pathlib.Path, required=True)
-  parser.add_argument(
-    "--ema",
-    action=argparse.BooleanOptionalAction,
-    default=True,
-    help="the averaged weights, or the raw ones",
-  )
   parser.add_argument(
     "--verify",
     action="store_true",

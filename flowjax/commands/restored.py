@@ -1,5 +1,6 @@
 """A run that is only read: its parts, and its weights on these devices."""
 
+import argparse
 import dataclasses
 import pathlib
 from typing import Any
@@ -91,13 +92,19 @@ def open(directory: pathlib.Path, *, ema: bool = True) -> Restored:
   )
 
 
-def add_workdir(parser) -> None:
-  """Adds the flag that names a run."""
+def add_run(parser) -> None:
+  """Adds the flags that name a run and which of its weights."""
   parser.add_argument(
     "--workdir",
     type=pathlib.Path,
     required=True,
     help="the folder that `flowjax train` wrote",
+  )
+  parser.add_argument(
+    "--ema",
+    action=argparse.BooleanOptionalAction,
+    default=True,
+    help="the averaged weights, or the raw ones",
   )
 
 

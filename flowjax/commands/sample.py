@@ -6,7 +6,6 @@ example:
   flowjax sample --workdir=runs/digits --out=grid.png --num=40 --guidance=2
 """
 
-import argparse
 import pathlib
 
 from flowjax import errors
@@ -18,7 +17,7 @@ from flowjax.train import progress
 
 def add_flags(parser) -> None:
   """Adds the flags of `sample`; what is not given is as in the config."""
-  restored.add_workdir(parser)
+  restored.add_run(parser)
   parser.add_argument("--out", type=pathlib.Path, default="grid.png")
   parser.add_argument("--num", type=int, default=100, help="how many images")
   parser.add_argument(
@@ -30,12 +29,6 @@ def add_flags(parser) -> None:
     "--guidance", type=float, help="guidance scale; 1 is none"
   )
   parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument(
-    "--ema",
-    action=argparse.BooleanOptionalAction,
-    default=True,
-    help="the averaged weights, or the raw ones",
-  )
 
 
 def run(args) -> None:
