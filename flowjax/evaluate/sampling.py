@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowjax import models
-from flowjax.flow import guidance, solvers, times
+from flowjax.flow import guidance, paths, solvers, times
 
 Sampler = collections.abc.Callable[
   [Any, dict[str, jax.Array], jax.Array], jax.Array
@@ -33,6 +33,7 @@ def build(
   for t in `interval`; 1 is the plain conditional field.
   """
   grid = times.uniform_grid(steps, shift)
+  method = solvers.build(solver, paths.straight())
 
   def sample(params, cond, noise_BHWC):
     def velocity(x_BHWC, t_B, cond):
@@ -45,7 +46,7 @@ def build(
       scale=scale,
       interval=interval,
     )
-    return solvers.solve(solvers.SOLVERS[solver], field, noise_BHWC, grid)
+    return solvers.solve(method, field, noise_BHWC, grid)
 
   return jax.jit(sample)
 

@@ -28,12 +28,27 @@ class Coefficients(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Path:
-  """An affine path, with the derivatives of its coefficients in t."""
+  """An affine path, with the derivatives of its coefficients in t.
 
+  `log_snr` is lambda(t) = log(alpha^2 / sigma^2), which falls from data to
+  noise, and `log_snr_inverse` gives t back. Between `low` and `high` all of
+  them, and the velocity, are finite; training and sampling stay there.
+  """
+
+  name: str
   alpha: Schedule
   sigma: Schedule
   alpha_dot: Schedule
   sigma_dot: Schedule
+  log_snr: Schedule
+  log_snr_inverse: Schedule
+  low: float = 0.0
+  high: float = 1.0
+
+  @property
+  def prior_scale(self) -> float:
+    """The standard deviation of the noise from which sampling starts."""
+    return float(self.sigma(jnp.asarray(self.high)))
 
   def at(self, t: jax.Array, x: jax.Array) -> Coefficients:
     """Returns the coefficients at `t`, in at least float32 and shaped for x."""
@@ -53,10 +68,6 @@ class Path:
     c = self.at(t, x)
     return c.alpha_dot * x + c.sigma_dot * eps
 
-  def log_snr(self, t: jax.Array) -> jax.Array:
-    """Returns lambda = log(alpha^2 / sigma^2), infinite at both ends."""
-    return 2.0 * (jnp.log(self.alpha(t)) - jnp.log(self.sigma(t)))
-
 
 def straight() -> Path:
   """Builds x_t = (1 - t) x + t eps, whose velocity eps - x is constant in t.
@@ -65,10 +76,13 @@ def straight() -> Path:
   section 3).
   """
   return Path(
+    name="straight",
     alpha=lambda t: 1.0 - t,
     sigma=lambda t: t,
     alpha_dot=lambda t: -jnp.ones_like(t),
     sigma_dot=lambda t: jnp.ones_like(t),
+    log_snr=lambda t: 2.0 * (jnp.log1p(-t) - jnp.log(t)),
+    log_snr_inverse=lambda log_snr: jax.nn.sigmoid(-0.5 * log_snr),
   )
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flowjax.flow import guidance, solvers, times
+from flowjax.flow import guidance, paths, solvers, times
 
 B = 4
 COND = {"label": jnp.array([0, 1, 2, 3]), "text": jnp.ones((B, 2))}
@@ -95,7 +95,9 @@ def test_a_whole_sampler_pays_only_for_the_interval():
   )
   grid = times.uniform_grid(10)
   sample = jax.jit(
-    lambda x: solvers.solve(solvers.SOLVERS["euler"], field, x, grid)
+    lambda x: solvers.solve(
+      solvers.build("euler", paths.straight()), field, x, grid
+    )
   )
   sample(X).block_until_ready()
   jax.effects_barrier()

@@ -42,7 +42,7 @@ def test_sampling_takes_the_steps_of_diffusers():
   for t in theirs.timesteps:
     x = theirs.step(torch.sin(2 * x) + t / 1000, t, x).prev_sample
   found = solvers.solve(
-    solvers.SOLVERS["euler"],
+    solvers.build("euler", paths.straight()),
     lambda x, t: jnp.sin(2 * x) + t,
     start,
     times.uniform_grid(8, shift=3.0),

@@ -13,12 +13,18 @@ from flowjax.flow import paths, prediction
 PATHS = {
   "straight": paths.straight(),
   "trigonometric": paths.Path(
+    name="trigonometric",
+    log_snr=lambda t: -2.0 * jnp.log(jnp.tan(jnp.pi / 2 * t)),
+    log_snr_inverse=lambda y: 2.0 / jnp.pi * jnp.arctan(jnp.exp(-0.5 * y)),
     alpha=lambda t: jnp.cos(jnp.pi / 2 * t),
     sigma=lambda t: jnp.sin(jnp.pi / 2 * t),
     alpha_dot=lambda t: -jnp.pi / 2 * jnp.sin(jnp.pi / 2 * t),
     sigma_dot=lambda t: jnp.pi / 2 * jnp.cos(jnp.pi / 2 * t),
   ),
   "exploding": paths.Path(
+    name="exploding",
+    log_snr=lambda t: -2.0 * jnp.log(9.0 * t),
+    log_snr_inverse=lambda y: jnp.exp(-0.5 * y) / 9.0,
     alpha=lambda t: jnp.ones_like(t),
     sigma=lambda t: 9.0 * t,
     alpha_dot=lambda t: jnp.zeros_like(t),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from flowjax import models
-from flowjax.flow import guidance, solvers, times
+from flowjax.flow import guidance, paths, solvers, times
 from flowjax.interop import dit, safetensors, tables, torch_export
 from flowjax.models import blocks, layers
 from flowjax.models import dit as models_dit
@@ -211,7 +211,7 @@ def test_samples_agree(exported, solver, scale, interval, shift):
     interval=interval,
   )
   ours_BHWC = solvers.solve(
-    solvers.SOLVERS[solver],
+    solvers.build(solver, paths.straight()),
     field,
     jnp.asarray(noise_BHWC),
     times.uniform_grid(5, shift),

@@ -1,7 +1,15 @@
-"""Solvers of dx/dt = field(x, t) on a grid of times, one file per family."""
+"""Solvers of dx/dt = field(x, t) on a grid of times, one file per family.
 
+A solver is built for a path, and says in `prediction` what the field has to
+return: a velocity for those that integrate it, data or noise for those that
+are written in terms of these. Whatever the network predicts, the field that a
+solver gets is converted to that (`flow/prediction.py`).
+"""
+
+import difflib
+import inspect
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -11,31 +19,63 @@ from flowjax.flow.solvers import runge_kutta
 
 # An array, or a tree of arrays that move together.
 State = Any
+# field(x, t) -> what `prediction` names; t is one number.
 Field = Callable[[State, jax.Array], State]
+
+
+class Step(NamedTuple):
+  """One interval of the grid: step `number` of `total`, from t to t_next."""
+
+  t: jax.Array
+  t_next: jax.Array
+  number: jax.Array  # From 0.
+  total: int
 
 
 class Solver(Protocol):
   """One step of a method, with whatever it must remember between steps."""
 
-  def init(self, x: State) -> Any:
-    """Returns the memory before the first step, as a tree of arrays."""
+  name: str
+  prediction: str  # What the field returns, as named in flow/prediction.py.
+
+  def init(self, x: State, rng: jax.Array | None) -> Any:
+    """Returns the memory before the first step, as a tree of arrays.
+
+    Raises ValueError where the method draws noise and there is no rng.
+    """
 
   def step(
-    self, field: Field, x: State, memory: Any, t: jax.Array, t_next: jax.Array
+    self, field: Field, x: State, memory: Any, step: Step
   ) -> tuple[State, Any]:
-    """Moves x from t to t_next; returns it and the new memory."""
+    """Moves x from step.t to step.t_next; returns it and the new memory."""
+
+  def evaluations(self, count: int) -> int:
+    """Returns how often `count` steps evaluate the field."""
 
 
-# Solvers by the name that a config gives them.
-SOLVERS: dict[str, Solver] = {
-  solver.name: solver
-  for solver in (
-    runge_kutta.euler,
-    runge_kutta.midpoint,
-    runge_kutta.heun,
-    runge_kutta.rk4,
-  )
-}
+# Factories of solvers, factory(path, **options), by the name in a config.
+SOLVERS: dict[str, Callable[..., Any]] = {**runge_kutta.SOLVERS}
+
+
+def build(name: str, path: paths.Path, **options: Any) -> Solver:
+  """Builds the solver `name` for a path, with the options that it takes.
+
+  Raises ValueError for an unknown name or an option that it does not take.
+  """
+  if name not in SOLVERS:
+    near = difflib.get_close_matches(name, SOLVERS, n=1)
+    hint = (
+      f"did you mean {near[0]!r}?" if near else f"one of {sorted(SOLVERS)}."
+    )
+    raise ValueError(f"There is no solver {name!r}: {hint}")
+  takes = list(inspect.signature(SOLVERS[name]).parameters)[1:]
+  for option in options:
+    if option not in takes:
+      raise ValueError(
+        f"The solver {name!r} has no option {option!r}; it takes "
+        f"{', '.join(takes) or 'none'}."
+      )
+  return SOLVERS[name](path, **options)
 
 
 def solve(
@@ -44,6 +84,7 @@ def solve(
   x: State,
   times: jax.Array,
   *,
+  rng: jax.Array | None = None,
   trajectory: bool = False,
 ) -> State:
   """Follows `field` from x at times[0] to times[-1], through every time.
@@ -52,16 +93,18 @@ def solve(
   One scan, so the field is compiled once however many steps there are. The
   state is carried in float32 (or wider) whatever the field returns. With
   `trajectory`, returns the states at all times, stacked on a new leading dim.
+  `rng` is for methods that draw noise.
   """
   times = jnp.asarray(times)
+  count = len(times) - 1
   x = jax.tree.map(lambda leaf: paths.wide(jnp.asarray(leaf)), x)
 
-  def body(carry, t_and_next):
-    x, memory = solver.step(field, *carry, *t_and_next)
+  def body(carry, now):
+    x, memory = solver.step(field, *carry, Step(*now, count))
     return (x, memory), (x if trajectory else None)
 
-  steps = (times[:-1], times[1:])
-  (end, _), states = jax.lax.scan(body, (x, solver.init(x)), steps)
+  steps = (times[:-1], times[1:], jnp.arange(count))
+  (end, _), states = jax.lax.scan(body, (x, solver.init(x, rng)), steps)
   if not trajectory:
     return end
   return jax.tree.map(

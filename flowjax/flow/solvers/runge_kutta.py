@@ -22,21 +22,26 @@ class RungeKutta:
   matrix: tuple[tuple[float, ...], ...]
   weights: tuple[float, ...]
   order: int
+  prediction: str = "velocity"
 
-  def init(self, x: Any) -> tuple[()]:
+  def init(self, x: Any, rng: jax.Array | None) -> tuple[()]:
     """Returns nothing: each step starts afresh."""
-    del x
+    del x, rng
     return ()
+
+  def evaluations(self, count: int) -> int:
+    """Returns one per stage and step."""
+    return count * len(self.nodes)
 
   def step(
     self,
     field: Callable[[Any, jax.Array], Any],
     x: Any,
     memory: tuple[()],
-    t: jax.Array,
-    t_next: jax.Array,
+    step: Any,
   ) -> tuple[Any, tuple[()]]:
-    """Moves x from t to t_next by one evaluation of the field per stage."""
+    """Moves x over the step by one evaluation of the field per stage."""
+    t, t_next = step.t, step.t_next
     slopes: list[Any] = []
     for node, row in zip(self.nodes, self.matrix, strict=True):
       # Exact at both ends, so that no stage leaves the grid by a rounding.
@@ -89,3 +94,12 @@ rk4 = RungeKutta(
   weights=(1 / 6, 1 / 3, 1 / 3, 1 / 6),
   order=4,
 )
+
+
+def _on_any_path(method: RungeKutta) -> Callable[..., RungeKutta]:
+  return lambda path: method
+
+
+SOLVERS = {
+  method.name: _on_any_path(method) for method in (euler, midpoint, heun, rk4)
+}

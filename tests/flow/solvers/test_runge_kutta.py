@@ -8,14 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flowjax.flow import solvers
+from flowjax.flow import paths, solvers
 from flowjax.flow.solvers import runge_kutta
 
-TABLEAUX = [
-  solver
-  for solver in solvers.SOLVERS.values()
-  if isinstance(solver, runge_kutta.RungeKutta)
-]
+TABLEAUX = [build(paths.straight()) for build in runge_kutta.SOLVERS.values()]
 tableaux = pytest.mark.parametrize("solver", TABLEAUX, ids=lambda s: s.name)
 
 
@@ -43,7 +39,7 @@ def test_the_measured_order_is_the_claimed_one(solver, ends):
     def end(solver, steps):
       return solvers.solve(solver, field, x, np.linspace(*ends, steps + 1))
 
-    exact = end(solvers.SOLVERS["rk4"], 2000)
+    exact = end(solvers.build("rk4", paths.straight()), 2000)
     steps = np.array([20, 40, 80])
     errors = [float(jnp.linalg.norm(end(solver, n) - exact)) for n in steps]
   slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]

@@ -9,10 +9,13 @@ import pytest
 
 from flowjax.flow import paths, solvers, times
 
-RK4 = solvers.SOLVERS["rk4"]
-EULER = solvers.SOLVERS["euler"]
+METHODS = ("euler", "midpoint", "heun", "rk4")
+RK4 = solvers.build("rk4", paths.straight())
+EULER = solvers.build("euler", paths.straight())
 every_solver = pytest.mark.parametrize(
-  "solver", solvers.SOLVERS.values(), ids=solvers.SOLVERS.keys()
+  "solver",
+  [solvers.build(name, paths.straight()) for name in METHODS],
+  ids=METHODS,
 )
 
 MEAN, STD = 0.7, 0.3
@@ -31,9 +34,15 @@ def normal_field(x_t, t):
 
 
 def test_the_names_are_those_of_the_solvers():
-  assert set(solvers.SOLVERS) >= {"euler", "midpoint", "heun", "rk4"}
-  for name, solver in solvers.SOLVERS.items():
-    assert solver.name == name
+  for name in solvers.SOLVERS:
+    assert solvers.build(name, paths.straight()).name == name
+
+
+def test_an_unknown_name_or_option_names_what_there_is():
+  with pytest.raises(ValueError, match="did you mean 'heun'"):
+    solvers.build("heum", paths.straight())
+  with pytest.raises(ValueError, match="no option 'eta'; it takes none"):
+    solvers.build("euler", paths.straight(), eta=0.5)
 
 
 def test_noise_becomes_data():
@@ -137,13 +146,13 @@ class AdamsBashforth:
 
   name: str = "adams_bashforth"
 
-  def init(self, x):
+  def init(self, x, rng):
     return {"before": jnp.zeros_like(x), "first": jnp.bool_(True)}
 
-  def step(self, field, x, memory, t, t_next):
-    slope = field(x, t)
+  def step(self, field, x, memory, step):
+    slope = field(x, step.t)
     before = jnp.where(memory["first"], slope, memory["before"])
-    x = x + (t_next - t) * (1.5 * slope - 0.5 * before)
+    x = x + (step.t_next - step.t) * (1.5 * slope - 0.5 * before)
     return x, {"before": slope, "first": jnp.bool_(False)}
 
 
