@@ -23,17 +23,21 @@ TFDS = [
 ]
 # Below 2.14: the ends that are tested.
 TORCH = ["torch>=2.6,<2.14"]
+CLU = "clu>=0.0.12,<0.1"
 DIGITS = ["scikit-learn>=1.5,<2"]
 
 EXTRAS = {
   "demo": DIGITS,
   "tfds": TFDS,
   "torch": TORCH,
+  # TensorBoard through clu.metric_writers (config.log.backend = "clu").
+  "clu": [CLU, "tensorflow>=2.18", "tensorboard>=2.18"],
   "gpu": ["jax[cuda13]>=0.10,<0.13"],
   "tpu": ["jax[tpu]>=0.10,<0.13"],
   "test": [
     *DIGITS,
     *TFDS,
+    CLU,
     "pytest>=8",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
@@ -64,7 +68,6 @@ setuptools.setup(
     "einops>=0.8,<1",
     "ml_collections>=1.1,<2",
     "absl-py>=2",
-    "clu>=0.0.12,<0.1",
     "numpy>=2",
     "pillow>=11",
     "safetensors>=0.5,<1",

@@ -1,11 +1,11 @@
 """The door: `flowjax COMMAND ...`, also `python -m flowjax COMMAND ...`."""
 
-import argparse
 import importlib
 import logging
 import sys
 
 from flowjax import errors, schema
+from flowjax.commands import flags
 
 COMMANDS = {
   "train": "train a network from a config, or continue a workdir",
@@ -15,11 +15,6 @@ COMMANDS = {
   "describe": "show parameters, FLOPs, sharding and memory of a config",
   "bench": "time the training step of a config on this machine",
 }
-
-EXIT_CODES = """exit codes:
-  0 done    1 a defect of FlowJAX    2 a mistake in a flag or config
-  3 data    4 no sound checkpoint    5 numbers that are not finite
-  42 stopped by a signal and saved: run the same command again"""
 
 
 def main(words: list[str] | None = None) -> int:
@@ -37,7 +32,7 @@ def main(words: list[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
   if not words or words[0] in ("-h", "--help"):
-    print(_overview())
+    print(flags.overview(COMMANDS))
     return 0
   name = words[0]
   if name not in COMMANDS:
@@ -45,55 +40,10 @@ def _run(words: list[str]) -> int:
       f"There is no command {name!r}. {schema.closest(name, COMMANDS)}"
     )
   command = importlib.import_module(f"flowjax.commands.{name}")
-  parser = argparse.ArgumentParser(
-    prog=f"flowjax {name}",
-    description=command.__doc__,
-    epilog=EXIT_CODES,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+  parser = flags.Parser(name, description=command.__doc__)
   command.add_flags(parser)
-  command.run(_parse(parser, words[1:]))
+  command.run(parser.read(words[1:]))
   return 0
-
-
-def _parse(parser: argparse.ArgumentParser, words: list[str]):
-  """Parses the flags; `--config.*` words become `overrides`."""
-  known = [flag for a in parser._actions for flag in a.option_strings]
-  takes_config = "--config" in known
-  overrides: list[str] = []
-  others: list[str] = []
-  bare = [w for w in words if w.startswith("--config.") and "=" not in w]
-  if bare:
-    raise errors.UserError(f"{bare[0]} needs its value behind an =.")
-  for word in words:
-    is_override = takes_config and word.startswith("--config.")
-    (overrides if is_override else others).append(word)
-  for word in others:
-    flag = word.split("=")[0]
-    if flag.startswith("--") and flag not in known:
-      raise errors.UserError(
-        f"{parser.prog} has no flag {flag}. {schema.closest(flag, known)}"
-      )
-  return parser.parse_args(others, argparse.Namespace(overrides=overrides))
-
-
-def _overview() -> str:
-  width = max(map(len, COMMANDS))
-  rows = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
-  return "\n".join(
-    [
-      "FlowJAX trains flow and diffusion transformers.",
-      "",
-      "usage: flowjax COMMAND [--flag=value ...]",
-      "",
-      *rows,
-      "",
-      "`flowjax COMMAND --help` says what a command does, with an example.",
-      "",
-      EXIT_CODES,
-    ]
-  )
 
 
 def entry() -> None:

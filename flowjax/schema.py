@@ -96,7 +96,13 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
 
 def _convert_tuple(value: Any, arguments: tuple, where: str) -> tuple:
   if not isinstance(value, (tuple, list)):
-    raise errors.UserError(f"{where} must be a sequence, not {value!r}.")
+    kinds = ", ".join(
+      "..." if item is Ellipsis else item.__name__ for item in arguments
+    )
+    raise errors.UserError(
+      f"{where} must be a tuple ({kinds}), not {value!r}; on a command line "
+      f"'--{where}=(1, 2)'."
+    )
   if len(arguments) == 2 and arguments[1] is Ellipsis:
     arguments = (arguments[0],) * len(value)
   if len(value) != len(arguments):

@@ -1,8 +1,9 @@
 """The main job, end to end: train on digits, score, export, and say where.
 
-  python launch/demo.py [WORKDIR]        (default: runs/demo)
+  python launch/demo.py [WORKDIR [--config.KEY=VALUE ...]]
 
-It runs the same commands that are printed, so each can be repeated by hand.
+WORKDIR is runs/demo by default. It runs the same commands that are printed, so
+each can be repeated by hand.
 """
 
 import importlib.util
@@ -16,12 +17,12 @@ from flowjax import __main__ as door
 HERE = pathlib.Path(__file__).resolve().parent.parent
 
 
-def main(workdir: str = "runs/demo") -> int:
+def main(workdir: str = "runs/demo", *overrides: str) -> int:
   """Runs the demo into `workdir` and returns an exit code."""
   torch = importlib.util.find_spec("torch") is not None
   into = f"--workdir={workdir}"
   commands = [
-    ["train", f"--config={HERE / 'configs/digits_dit.py'}", into],
+    ["train", f"--config={HERE / 'configs/digits_dit.py'}", into, *overrides],
     ["evaluate", into],
     ["export", into, "--format=torch", f"--out={workdir}/export"]
     + ["--verify"] * torch,
@@ -50,4 +51,4 @@ def main(workdir: str = "runs/demo") -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main(*sys.argv[1:2]))
+  sys.exit(main(*sys.argv[1:]))

@@ -33,6 +33,8 @@ def add_flags(parser) -> None:
 def run(args) -> None:
   """Steps on random data for a while, and prints the rates."""
   config = configs.load(args.config, args.overrides)
+  if args.json:
+    workdir.require_writable(args.json, "--json")
   built = parts.build(config)
   with loop.out_of_memory_advice():
     result = measure(built, args.seconds)

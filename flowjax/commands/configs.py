@@ -3,6 +3,7 @@
 import collections.abc
 import pathlib
 import re
+from typing import Any
 
 import ml_collections
 from absl import flags
@@ -48,6 +49,12 @@ def _parse(file: str, overrides: list[str]) -> ml_collections.ConfigDict:
   # raised in it comes wrapped with its traceback, of which the end says it.
   except Exception as error:
     reason = str(error).strip().splitlines()[-1]
+    found = re.match(r"flag --(config\.[\w.]+)=(.*?): .", reason)
+    if found:
+      key, value = found.groups()
+      raise errors.UserError(
+        f"{key} cannot be {value!r}: {_kind(file, key)}."
+      ) from error
     raise errors.UserError(f"--config={file}: {reason}") from error
   config = values["config"].value
   if not isinstance(config, ml_collections.ConfigDict):
@@ -58,6 +65,15 @@ def _parse(file: str, overrides: list[str]) -> ml_collections.ConfigDict:
   if rest[1:]:
     raise errors.UserError(f"What is {rest[1]!r}? A key is --config.a.b=value.")
   return config
+
+
+def _kind(file: str, key: str) -> str:
+  """Says of what type the value of a key has to be."""
+  node: Any = _parse(file, [])
+  for part in key.split(".")[1:]:
+    kind = node.get_type(part)
+    node = node[part]
+  return f"it must be of type {kind.__name__}, such as {node!r}"
 
 
 def _key(word: str) -> str:

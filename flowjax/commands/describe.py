@@ -9,6 +9,7 @@ example:
     --config.mesh.fsdp=8
 """
 
+import math
 import shutil
 
 import jax
@@ -47,7 +48,7 @@ def run(args) -> None:
   places = rules.places(built.rules, built.abstract.params, built.mesh)
   # Names are never cut, also in a pipe or a narrow terminal.
   width = max(WIDTH, shutil.get_terminal_size().columns)
-  rich.console.Console(width=width).print(_parameters(places))
+  rich.console.Console(width=width).print(_parameters(places, built.mesh))
   for name, value in _summary(built, places).items():
     print(f"{name:<34} {value}")
   if args.compile:
@@ -55,22 +56,24 @@ def run(args) -> None:
       print(f"{name:<34} {value}")
 
 
-def _parameters(places: dict[str, rules.Placement]) -> rich.table.Table:
+def _parameters(
+  places: dict[str, rules.Placement], mesh: jax.sharding.Mesh
+) -> rich.table.Table:
   table = rich.table.Table(title="parameters")
   for name in ("name", "shape", "size", "sharding", "bytes per device"):
     left = name in ("name", "sharding", "shape")
     table.add_column(name, justify="left" if left else "right", no_wrap=True)
   for place in places.values():
-    size = 1
-    for dim in place.shape:
-      size *= dim
-    spec = ", ".join("-" if axis is None else str(axis) for axis in place.spec)
+    axes = [
+      axis if mesh.shape.get(axis, 1) > 1 else None for axis in place.spec
+    ]
+    spec = ", ".join(axis or "-" for axis in axes) if any(axes) else "-"
     whole = f"  (dim {place.undivided[0]} whole)" if place.undivided else ""
     table.add_row(
       place.name,
       "x".join(map(str, place.shape)),
-      f"{size:,}",
-      (spec or "-") + whole,
+      f"{math.prod(place.shape):,}",
+      spec + whole,
       f"{place.bytes_per_device:,}",
     )
   return table
@@ -97,10 +100,7 @@ def _summary(built: parts.Parts, places: dict) -> dict[str, str]:
 def _bytes_here(leaf: jax.ShapeDtypeStruct) -> int:
   """Returns the bytes of a leaf on one device."""
   assert leaf.sharding is not None
-  count = leaf.dtype.itemsize
-  for dim in leaf.sharding.shard_shape(leaf.shape):
-    count *= dim
-  return count
+  return leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
 
 
 def _compiled(built: parts.Parts) -> dict[str, str]:

@@ -12,7 +12,7 @@ from flowjax import errors
 from flowjax.commands import restored
 from flowjax.evaluate import pictures
 from flowjax.flow import solvers
-from flowjax.train import progress
+from flowjax.train import progress, workdir
 
 
 def add_flags(parser) -> None:
@@ -39,10 +39,7 @@ def run(args) -> None:
       raise errors.UserError(f"--{name}={value} must be at least 1.")
   if args.out.suffix.lower() != ".png":
     raise errors.UserError(f"--out={args.out} must end in .png.")
-  try:
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise errors.UserError(f"--out={args.out}: {error}.") from error
+  workdir.require_writable(args.out, "--out")
   found = restored.open(args.workdir, ema=args.ema)
   labels = restored.parse_labels(
     args.labels, args.num, found.config.model.num_classes

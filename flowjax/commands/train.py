@@ -41,9 +41,12 @@ def run(args) -> None:
     evaluators=lambda built: evaluators(built, args.workdir),
     allow_config_change=args.allow_config_change,
   )
-  print(f"Trained to step {int(result.state.step)} in {result.seconds:.0f} s.")
+  step = int(result.state.step)
+  print(f"Step {step}, after {result.seconds:.0f} s of training in all.")
   if result.corrupt:
-    print(f"{result.corrupt} corrupt records were passed over; each is named.")
+    print(
+      f"{result.corrupt} times a corrupt record was passed over; each is named."
+    )
   for name in ("checkpoints", "samples", "curves.png", "metrics.jsonl"):
     if (args.workdir / name).exists():
       print(f"  {name:<14} {args.workdir / name}")

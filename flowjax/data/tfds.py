@@ -1,6 +1,7 @@
 """Data sets prepared by TensorFlow Datasets, read without tensorflow."""
 
 import dataclasses
+import difflib
 import hashlib
 import os
 from typing import Any
@@ -120,8 +121,11 @@ def _builder(tfds, name: str, data_dir: str | None):
     builder = tfds.builder(name, data_dir=data_dir)
   except (tfds.core.DatasetNotFoundError, AssertionError, ValueError) as error:
     reason = str(error).strip().partition("\n")[0]
+    known = tfds.list_builders(with_community_datasets=False)
+    near = difflib.get_close_matches(name.split("/")[0], known, n=1)
+    hint = f"Did you mean {near[0]!r}? " if near else ""
     raise errors.DataError(
-      f"TensorFlow Datasets cannot open {name!r}: {reason} "
+      f"TensorFlow Datasets cannot open {name!r}: {reason} {hint}"
       + _how_to_prepare(name, data_dir)
     ) from error
   if not (tfds.core.Path(builder.data_dir) / "dataset_info.json").exists():

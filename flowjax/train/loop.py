@@ -48,7 +48,7 @@ class Evaluator:
 class Result:
   """How a run ended: its state, and the seconds it has trained in all.
 
-  `corrupt` counts the records that this sitting met and passed over.
+  `corrupt` counts how often a corrupt record was passed over, in all sittings.
   """
 
   state: states.TrainState
@@ -90,7 +90,7 @@ def train(
     saved = checkpoint.Checkpoints(directory / "checkpoints", config.checkpoint)
     stack.callback(saved.close)
     same_data = not any(row.startswith("config.data") for row in rows)
-    state, seconds = _restore_or_begin(run, saved, source, same_data)
+    state, before = _restore_or_begin(run, saved, source, same_data)
     workdir.claim(directory, config)
     stack.enter_context(meshes.use(run.mesh))
     first = int(state.step)
@@ -102,8 +102,8 @@ def train(
     )
     stack.callback(writer.close)
     writer.write_hparams(schema.to_dict(config))
-    session = _Session(run, source, saved, writer, looks, seconds)
-    state = session.go(state, first)
+    session = _Session(run, source, saved, writer, looks, before, first)
+    state = session.go(state)
     curves.draw(directory / "metrics.jsonl", directory / "curves.png")
     return Result(state, session.seconds, session.corrupt)
 
@@ -189,10 +189,10 @@ def _warn_of_whole_parameters(run: parts.Parts) -> None:
 
 
 def _restore_or_begin(run, saved, source, same_data):
-  """Returns the state to go on from, and the seconds trained before."""
+  """Returns the state to go on from, and what earlier sittings add up to."""
   restored = saved.restore(run.abstract)
   if restored is None:
-    return run.initial_state(), 0.0
+    return run.initial_state(), {"train_seconds": 0.0, "corrupt": 0}
   if same_data:
     loader.check_state(restored.extra["data"], run.experiment.data, source)
   logging.info("Going on from step %d.", restored.step)
@@ -200,37 +200,48 @@ def _restore_or_begin(run, saved, source, same_data):
   if int(state.skipped_in_row) >= run.experiment.optim.max_skipped:
     # The user started again after the stop: give it as many tries anew.
     state = state._replace(skipped_in_row=state.skipped_in_row * 0)
-  return state, restored.extra["train_seconds"]
+  return state, restored.extra
 
 
 class _Session:
   """One sitting of a run, from restore to end, stop or signal."""
 
-  def __init__(self, run, source, saved, writer, evaluators, seconds):
+  def __init__(
+    self,
+    run: parts.Parts,
+    source: sources.Source,
+    saved: checkpoint.Checkpoints,
+    writer: metrics.Writer,
+    evaluators: list[Evaluator],
+    before: dict[str, Any],
+    first: int,
+  ):
     self.run, self.saved, self.writer = run, saved, writer
     self.config = run.experiment
     self.source, self.evaluators = source, evaluators
-    self.seconds_before, self.started = seconds, time.monotonic()
+    self.seconds_before = before["train_seconds"]
+    self.started = time.monotonic()
     self.behind = metrics.Behind()
-    self.corrupt, self.stuck = 0, False
+    self.first, self.bar = first, self._progress(first)
+    self.corrupt, self.stuck = before["corrupt"], False
 
   @property
   def seconds(self) -> float:
     """Seconds trained, over all sittings."""
     return self.seconds_before + time.monotonic() - self.started
 
-  def go(self, state: states.TrainState, first: int) -> states.TrainState:
+  def go(self, state: states.TrainState) -> states.TrainState:
     """Steps from `first` to the end, or until a signal."""
-    if first >= self.config.steps:
-      logging.info("Nothing to do: step %d is the last.", first)
+    if self.first >= self.config.steps:
+      logging.info("Nothing to do: step %d is the last.", self.first)
       return state
     step = jit_step(self.run)
     with (
       signals.watch() as stop,
-      self._batches(first) as batches,
-      self._progress(first) as self.bar,
+      self._batches(self.first) as batches,
+      self.bar,
     ):
-      for number in range(first + 1, self.config.steps + 1):
+      for number in range(self.first + 1, self.config.steps + 1):
         state, values = step(state, next(batches))
         self._report(number, values)
         if self.stuck:
@@ -325,6 +336,7 @@ class _Session:
       "config": schema.to_dict(self.config),
       "data": loader.state(self.config.data, number, self.source),
       "train_seconds": self.seconds,
+      "corrupt": self.corrupt,
     }
     return self.saved.save(number, state, extra)
 

@@ -180,13 +180,15 @@ def _open_lines(path, resume_step) -> json_lines.JsonLines:
 
 def _check_clu() -> None:
   missing = [
-    name for name in ("tensorflow", "tensorboard") if not _is_installed(name)
+    name
+    for name in ("clu", "tensorflow", "tensorboard")
+    if not _is_installed(name)
   ]
   if missing:
     raise errors.UserError(
-      "The metrics backend 'clu' needs tensorflow and tensorboard, and "
-      f"{' and '.join(missing)} is not installed: pip install tensorflow "
-      "tensorboard, or take the backend 'tensorboardX', which needs neither."
+      "The metrics backend 'clu' needs clu, tensorflow and tensorboard, and "
+      f"{' and '.join(missing)} is not installed: pip install 'flowjax[clu]', "
+      "or take the backend 'tensorboardX', which needs none of them."
     )
 
 

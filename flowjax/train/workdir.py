@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import pathlib
+import tempfile
 from typing import Any
 
 from flowjax import errors, schema
@@ -27,6 +28,20 @@ def write_json(path: pathlib.Path, values: Any) -> None:
   partial = path.with_name(path.name + ".partial")
   partial.write_text(json.dumps(values, indent=2) + "\n")
   os.replace(partial, path)
+
+
+def require_writable(path: pathlib.Path, flag: str) -> None:
+  """Raises UserError where the file that a flag asks for cannot be written."""
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+      pass
+  except OSError as error:
+    raise errors.UserError(
+      f"{flag}={path} cannot be written: {error}."
+    ) from error
+  if path.is_dir():
+    raise errors.UserError(f"{flag}={path} is a folder; name a file in it.")
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -81,7 +96,10 @@ def read_config(workdir: pathlib.Path) -> experiment.Experiment:
       f"{workdir} is no workdir of a run: it has no config.json. Train into it "
       "first, or correct --workdir."
     )
-  return experiment.build(read_json(path))
+  try:
+    return experiment.build(read_json(path))
+  except errors.UserError as error:
+    raise errors.UserError(f"{path}: {error}") from error
 
 
 def _fixed(values: dict) -> dict:

@@ -1,0 +1,72 @@
+"""Reads the flags of a command; what is wrong with them is one line."""
+
+import argparse
+import collections.abc
+from typing import NoReturn
+
+from flowjax import errors, schema
+
+EXIT_CODES = """exit codes:
+  0 done    1 a defect of FlowJAX    2 a mistake in a flag or config
+  3 data    4 no sound checkpoint    5 numbers that are not finite
+  42 stopped by a signal and saved: run the same command again"""
+
+
+def overview(commands: collections.abc.Mapping[str, str]) -> str:
+  """Returns the help of `flowjax` itself: its commands, and what they do."""
+  rows = "\n".join(f"  {name:<9} {text}" for name, text in commands.items())
+  return f"""FlowJAX trains flow and diffusion transformers.
+
+usage: flowjax COMMAND [--flag=value ...]
+
+{rows}
+
+`flowjax COMMAND --help` says what a command does, with an example.
+
+{EXIT_CODES}"""
+
+
+class Parser(argparse.ArgumentParser):
+  """A parser of one command that names the closest flag to a mistyped one.
+
+  Where the command has a flag `--config`, the words `--config.KEY=VALUE` are
+  collected as `overrides`.
+  """
+
+  def __init__(self, name: str, **kwargs):
+    self._flags: list[str] = []
+    super().__init__(
+      prog=f"flowjax {name}",
+      epilog=EXIT_CODES,
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+      allow_abbrev=False,
+      **kwargs,
+    )
+
+  def add_argument(self, *names, **kwargs) -> argparse.Action:
+    """Adds a flag, and remembers what it is called."""
+    action = super().add_argument(*names, **kwargs)
+    self._flags.extend(action.option_strings)
+    return action
+
+  def read(self, words: collections.abc.Sequence[str]) -> argparse.Namespace:
+    """Returns the flags of `words`; raises UserError for what is wrong."""
+    overrides = [w for w in words if w.startswith("--config.")]
+    if "--config" not in self._flags:
+      overrides = []
+    for word in overrides:
+      if "=" not in word:
+        raise errors.UserError(f"{word} needs its value behind an =.")
+    others = [word for word in words if word not in overrides]
+    # Before argparse looks, which would first miss the flag that is mistyped.
+    for name in (word.split("=")[0] for word in others):
+      if name.startswith("--") and name not in self._flags:
+        raise errors.UserError(
+          f"{self.prog} has no flag {name}. {schema.closest(name, self._flags)}"
+        )
+    return self.parse_args(others, argparse.Namespace(overrides=overrides))
+
+  def error(self, message: str) -> NoReturn:
+    """Raises UserError instead of printing the usage and leaving."""
+    text = message[0].upper() + message[1:]
+    raise errors.UserError(f"{text}. `{self.prog} --help` shows the flags.")
