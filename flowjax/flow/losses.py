@@ -4,31 +4,52 @@ A batch is a dict. "image" is what flows, "mask" says which examples are real
 (1) and which are padding (0), and all else is the condition of the network.
 Noise is drawn for the global shape, so that neither the mesh nor the padding
 changes what an example receives.
+
+A network predicts data, noise, velocity or another of `prediction.PREDICTIONS`,
+and its error is taken in that space: a weight speaks of it, and so do the
+losses by example.
 """
 
 # Shape suffixes: B batch, T fixed times. Images have any shape that starts with
-# B.
+# B and ends with the channels.
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from flowjax.flow import paths, times
+from flowjax.flow import (
+  couplings,
+  distances,
+  objective,
+  paths,
+  times,
+  variance,
+  weights,
+)
+from flowjax.flow import prediction as predictions
 
-Batch = Mapping[str, jax.Array]
-Condition = dict[str, jax.Array]
+Batch = objective.Batch
+Condition = objective.Condition
 Metrics = dict[str, jax.Array]
 Loss = Callable[[Any, Batch, jax.Array], tuple[jax.Array, Metrics]]
-# velocity(params, x_t, t_B, cond, rng); without rng nothing in it is random.
-Velocity = Callable[
+# predict(params, x_t, t_B, cond, rng); without rng nothing in it is random.
+Predictor = Callable[
   [Any, jax.Array, jax.Array, Condition, jax.Array | None], jax.Array
 ]
+# The same, and the logarithm u_B of how uncertain each prediction is.
+Uncertain = Callable[
+  [Any, jax.Array, jax.Array, Condition, jax.Array | None],
+  tuple[jax.Array, jax.Array],
+]
+Velocity = Predictor
 Weight = Callable[[jax.Array], jax.Array]
 
 # The validation protocol of SD3 and MLPerf: the middles of 8 equal intervals.
 EIGHTHS = tuple((i + 0.5) / 8 for i in range(8))
+
+INDEPENDENT = couplings.independent()
 
 
 def flow_matching(
@@ -44,68 +65,174 @@ def flow_matching(
   minimum is the marginal velocity E[alpha' x + sigma' eps | x_t], for every law
   and every weight. `loss_by_example` is the squared error before the weight.
   """
+  return matching(velocity, path, law, weight=weight)
+
+
+def matching(
+  predict: Predictor,
+  path: paths.Path,
+  law: times.TimeLaw,
+  *,
+  prediction: str = "velocity",
+  weight: Weight | None = None,
+  distance: str | distances.Distance = "l2",
+  coupling: couplings.Coupling = INDEPENDENT,
+  sigma_data: float = 0.5,
+) -> Loss:
+  """Returns the loss E w(t) d(predict(x_t, t), what it predicts of x and eps).
+
+  t is drawn from `law` and kept where the path is finite; x and eps are paired
+  by `coupling`. `loss_by_example` is the distance before the weight.
+  """
+  goal = objective.Objective(path, prediction, coupling, sigma_data)
+  measure = _measure(distance)
 
   def loss(params, batch, rng):
     rng_t, rng_eps, rng_net = jax.random.split(rng, 3)
-    t_B = law.sample(rng_t, batch["image"].shape[:1])
-    field = _conditioned(velocity, params, batch, rng_net)
-    loss_B = _errors(field, path, batch, t_B, rng_eps)
+    t_B = goal.inside(law.sample(rng_t, batch["image"].shape[:1]))
+    drawn = goal.draw(batch, t_B, rng_eps, jax.random.fold_in(rng, 3))
+    value = predict(params, drawn.x_t, t_B, drawn.cond, rng_net)
+    loss_B = objective.masked(measure(value, drawn.target), batch)
     weighted_B = loss_B if weight is None else weight(t_B) * loss_B
     metrics = {"t": t_B, "loss_by_example": loss_B}
-    return _average(weighted_B, batch), metrics
+    return objective.average(weighted_B, batch), metrics
+
+  return loss
+
+
+def uncertain(
+  predict: Uncertain,
+  path: paths.Path,
+  law: times.TimeLaw,
+  *,
+  prediction: str = "velocity",
+  weight: Weight | None = None,
+  distance: str | distances.Distance = "l2",
+  coupling: couplings.Coupling = INDEPENDENT,
+  sigma_data: float = 0.5,
+) -> Loss:
+  """Returns the loss E w(t) exp(-u) d + u of `predict` that returns (value, u).
+
+  EDM2 (arXiv:2312.02696, eq. 14): u_B is learned, usually from t alone, and its
+  optimum is u = log E[w d | t], so that every t weighs alike in the gradient.
+  """
+  goal = objective.Objective(path, prediction, coupling, sigma_data)
+  measure = _measure(distance)
+
+  def loss(params, batch, rng):
+    rng_t, rng_eps, rng_net = jax.random.split(rng, 3)
+    t_B = goal.inside(law.sample(rng_t, batch["image"].shape[:1]))
+    drawn = goal.draw(batch, t_B, rng_eps, jax.random.fold_in(rng, 3))
+    value, u_B = predict(params, drawn.x_t, t_B, drawn.cond, rng_net)
+    loss_B = objective.masked(measure(value, drawn.target), batch)
+    weighted_B = loss_B if weight is None else weight(t_B) * loss_B
+    if u_B.shape != loss_B.shape:
+      raise ValueError(
+        f"An uncertainty is one number per example, {loss_B.shape}, not "
+        f"{u_B.shape}."
+      )
+    u_B = objective.masked(paths.wide(u_B), batch)
+    total_B = weights.learned_uncertainty(weighted_B, u_B)
+    metrics = {"t": t_B, "loss_by_example": loss_B, "uncertainty": u_B}
+    return objective.average(total_B, batch), metrics
+
+  return loss
+
+
+def hybrid(
+  predict: Predictor,
+  path: paths.Path,
+  law: times.TimeLaw,
+  *,
+  prediction: str = "noise",
+  weight: Weight | None = None,
+  distance: str | distances.Distance = "l2",
+  scale: float = 1e-3,
+) -> Loss:
+  """Returns the loss L_simple + scale L_vlb of a network that learns variance.
+
+  iDDPM's (arXiv:2102.09672, eq. 16), and the DiT paper's. `predict` returns
+  twice the channels: the prediction, then v, which chooses each step's
+  variance between its two bounds (`variance`). The path is a table of N steps;
+  t is rounded up to one of its entries. L_vlb = N E[L_i] in bits per dimension,
+  i uniform if the law is, trains v alone: to it the prediction is a constant.
+  """
+  goal = objective.Objective(path, prediction)
+  measure = _measure(distance)
+  posterior = variance.posterior(path)
+
+  def loss(params, batch, rng):
+    rng_t, rng_eps, rng_net = jax.random.split(rng, 3)
+    i_B = posterior.index(law.sample(rng_t, batch["image"].shape[:1]))
+    t_B = posterior.time(i_B)
+    drawn = goal.draw(batch, t_B, rng_eps, jax.random.fold_in(rng, 3))
+    both = predict(params, drawn.x_t, t_B, drawn.cond, rng_net)
+    value, v = variance.split(both, drawn.x)
+    loss_B = objective.masked(measure(value, drawn.target), batch)
+    constant = jax.lax.stop_gradient(paths.wide(value))
+    data = predictions.convert(
+      path, prediction, "data", constant, drawn.x_t, t_B
+    )
+    bits_B = posterior.bits(drawn.x, drawn.x_t, i_B, data, v)
+    bound_B = posterior.steps * objective.masked(bits_B, batch)
+    weighted_B = loss_B if weight is None else weight(t_B) * loss_B
+    metrics = {"t": t_B, "loss_by_example": loss_B, "bound_by_example": bound_B}
+    return objective.average(weighted_B + scale * bound_B, batch), metrics
 
   return loss
 
 
 def fixed_time(
-  velocity: Velocity, path: paths.Path, times: Sequence[float] = EIGHTHS
+  predict: Predictor,
+  path: paths.Path,
+  times: Sequence[float] = EIGHTHS,
+  *,
+  prediction: str = "velocity",
+  distance: str | distances.Distance = "l2",
+  coupling: couplings.Coupling = INDEPENDENT,
+  sigma_data: float = 0.5,
 ) -> Loss:
   """Returns the loss of every example at every one of `times`, for validation.
 
   Only the noise is drawn, anew for each time; the network runs without rng.
   One time after the other, so that it needs no more memory than one batch.
   """
+  goal = objective.Objective(path, prediction, coupling, sigma_data)
+  measure = _measure(distance)
 
   def loss(params, batch, rng):
-    field = _conditioned(velocity, params, batch, None)
-
-    def at(t_and_rng):
-      t, rng_eps = t_and_rng
+    def at(t_and_rngs):
+      t, rng_eps, rng_pair = t_and_rngs
       t_B = jnp.full(batch["image"].shape[:1], t)
-      return _errors(field, path, batch, t_B, rng_eps)
+      drawn = goal.draw(batch, t_B, rng_eps, rng_pair)
+      value = predict(params, drawn.x_t, t_B, drawn.cond, None)
+      return objective.masked(measure(value, drawn.target), batch)
 
-    t_T = jnp.asarray(times, jnp.float32)
-    loss_TB = jax.lax.map(at, (t_T, jax.random.split(rng, len(times))))
+    t_T = goal.inside(jnp.asarray(times, jnp.float32))
+    count = len(times)
+    rng_pair_T = jax.random.split(jax.random.fold_in(rng, count), count)
+    loss_TB = jax.lax.map(at, (t_T, jax.random.split(rng, count), rng_pair_T))
     loss_B = jnp.mean(loss_TB, axis=0)
-    by_time_T = jax.vmap(lambda errors_B: _average(errors_B, batch))(loss_TB)
+    by_time_T = jax.vmap(lambda loss_B: objective.average(loss_B, batch))(
+      loss_TB
+    )
     metrics = {"loss_by_time": by_time_T, "loss_by_example": loss_B}
-    return _average(loss_B, batch), metrics
+    return objective.average(loss_B, batch), metrics
 
   return loss
 
 
-def _conditioned(velocity: Velocity, params, batch: Batch, rng):
-  cond = {key: batch[key] for key in batch if key not in ("image", "mask")}
-  return lambda x_t, t_B: velocity(params, x_t, t_B, cond, rng)
+def _measure(distance: str | distances.Distance) -> distances.Distance:
+  """Returns the distance, which broadcasts nothing."""
+  named = distances.build(distance) if isinstance(distance, str) else distance
 
+  def measure(value, target):
+    if value.shape != target.shape:
+      raise ValueError(
+        f"The network returns {value.shape} where {target.shape} is to be "
+        "predicted; one that also returns a variance is trained by `hybrid`, "
+        "and elsewhere wrapped in `variance.predicted`."
+      )
+    return named(value, target)
 
-def _errors(field, path, batch, t_B, rng) -> jax.Array:
-  """Returns the squared error of each example, 0 where it is padding."""
-  x = batch["image"]
-  eps = jax.random.normal(rng, x.shape, jnp.float32)
-  v = field(path.interpolate(x, eps, t_B), t_B)
-  # The target is float32: so is all that follows, whatever dtype v has.
-  residual = v - path.velocity(x, eps, t_B)
-  loss_B = jnp.mean(jnp.square(residual), axis=tuple(range(1, x.ndim)))
-  if "mask" not in batch:
-    return loss_B
-  # Chosen, not multiplied: padding may hold anything, also what is not finite.
-  return jnp.where(batch["mask"].astype(bool), loss_B, 0.0)
-
-
-def _average(loss_B: jax.Array, batch: Batch) -> jax.Array:
-  if "mask" not in batch:
-    return jnp.mean(loss_B)
-  real = jnp.sum(batch["mask"].astype(jnp.float32))
-  # A batch of nothing but padding has loss 0, and weight 0 to whoever averages.
-  return jnp.sum(loss_B) / jnp.maximum(real, 1.0)
+  return measure

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flowjax.flow import losses, paths, times
+from flowjax.flow import distances, losses, paths, prediction, times
 
-PATHS = sorted(paths.PATHS)
 SHAPE = (4, 4, 3)
+LAW = times.logit_normal()
 
 
 def key(seed=0):
@@ -16,88 +16,290 @@ def key(seed=0):
   return jax.random.key(seed, impl="rbg")
 
 
-def images(count, seed=0):
+def images(count, seed=0, shape=SHAPE):
   random = np.random.default_rng(seed)
-  return jnp.asarray(random.standard_normal((count, *SHAPE), np.float32))
+  return jnp.asarray(random.standard_normal((count, *shape), np.float32))
 
 
-def oracle_of_one(path, x):
-  """The velocity if the data is the one image x: eps is then in x_t."""
+def at_times(values):
+  """A law that gives every batch these times, again and again."""
 
-  def velocity(params, x_t, t_B, cond, rng):
-    c = path.at(t_B, x_t)
-    return c.alpha_dot * x + c.sigma_dot * (x_t - c.alpha * x) / c.sigma
+  class Fixed(times.TimeLaw):
+    def sample(self, rng, shape):
+      return jnp.resize(jnp.asarray(values, jnp.float32), shape)
 
-  return velocity
+  return Fixed(lambda u: u, jnp.ones_like)
 
 
-def oracle_of_normal(path, mean, std):
-  """The velocity E[alpha' x + sigma' eps | x_t] of x ~ N(mean, std^2).
+def coefficients(path, prediction, t, sigma_data):
+  """The a, b of a prediction a x + b eps, by its definition."""
+  alpha, sigma = path.alpha(t), path.sigma(t)
+  norm = jnp.sqrt(sigma**2 + (sigma_data * alpha) ** 2)
+  zero, one = jnp.zeros_like(t), jnp.ones_like(t)
+  return {
+    "data": (one, zero),
+    "noise": (zero, one),
+    "velocity": (path.alpha_dot(t), path.sigma_dot(t)),
+    "v": (-sigma, alpha),
+    "score": (zero, -1.0 / sigma),
+    # EDM: F = (D - c_skip x / alpha) / c_out, at the noise level sigma / alpha.
+    "edm": (sigma / (sigma_data * norm), -sigma_data * alpha / norm),
+  }[prediction]
 
-  `params` moves it away from the optimum.
+
+def oracle_of_normal(path, prediction="velocity", sigma_data=0.5):
+  """E[a x + b eps | x_t] of x ~ N(mean, std^2), both of them in `params`.
+
+  `params` may move it away from the optimum.
   """
 
-  def velocity(params, x_t, t_B, cond, rng):
-    c = path.at(t_B, x_t)
-    variance = (c.alpha * std) ** 2 + c.sigma**2
-    covariance = c.alpha * c.alpha_dot * std**2 + c.sigma * c.sigma_dot
-    slope = covariance / variance + params["slope"]
-    level = c.alpha_dot * mean + params["offset"]
-    return level + slope * (x_t - c.alpha * mean)
+  def predict(params, x_t, t_B, cond, rng):
+    mean, std = params["mean"], params["std"]
+    a, b = coefficients(path, prediction, t_B, sigma_data)
+    alpha, sigma = path.alpha(t_B), path.sigma(t_B)
+    slope = (a * alpha * std**2 + b * sigma) / ((alpha * std) ** 2 + sigma**2)
+    slope, a, alpha = (paths.over(c, x_t) for c in (slope, a, alpha))
+    slope = slope + params.get("slope", 0.0)
+    level = a * mean + params.get("offset", 0.0)
+    return level + slope * (x_t - alpha * mean)
 
-  return velocity
+  return predict
 
 
-def least_loss_of_normal(path, std, t):
-  """Var(alpha' x + sigma' eps | x_t) of x ~ N(mean, std^2)."""
+def least_loss_of_normal(path, prediction, std, t, sigma_data=0.5):
+  """Var(a x + b eps | x_t) of x ~ N(mean, std^2)."""
+  a, b = coefficients(path, prediction, t, sigma_data)
   alpha, sigma = path.alpha(t), path.sigma(t)
-  determinant = alpha * path.sigma_dot(t) - sigma * path.alpha_dot(t)
-  return (std * determinant) ** 2 / ((alpha * std) ** 2 + sigma**2)
+  square = (std * (a * sigma - b * alpha)) ** 2
+  return square / ((alpha * std) ** 2 + sigma**2)
 
 
-OPTIMUM = {"slope": jnp.zeros(()), "offset": jnp.zeros(())}
+@pytest.mark.parametrize("name", sorted(paths.PATHS))
+def test_the_least_loss_of_a_normal_is_its_closed_form(name):
+  path, sigma_data = paths.PATHS[name](), 0.4
+
+  def evaluate(params, batch, rng):
+    found = {}
+    for kind in prediction.PREDICTIONS:
+      loss = losses.matching(
+        oracle_of_normal(path, kind, sigma_data),
+        path,
+        at_times(losses.EIGHTHS),
+        prediction=kind,
+        sigma_data=sigma_data,
+      )
+      loss_B = loss(params, batch, rng)[1]["loss_by_example"]
+      found[kind] = jnp.mean(loss_B.reshape(-1, 8), axis=0)
+    return found
+
+  x, t_T = images(4000, shape=(16,)), jnp.array(losses.EIGHTHS)
+  # A single datum leaves nothing unknown: the noise is then in x_t.
+  for std, rtol in ((0.7, 0.08), (0.0, 0.0)):
+    batch = {"image": 0.5 + std * x}
+    found = evaluate({"mean": 0.5, "std": std}, batch, key())
+    for kind in prediction.PREDICTIONS:
+      expected = least_loss_of_normal(path, kind, std, t_T, sigma_data)
+      a, b = coefficients(path, kind, t_T, sigma_data)
+      rounding = (
+        1e-8 * (1.0 + a**2 + b**2) / jnp.minimum(path.sigma(t_T), 1) ** 2
+      )
+      error = jnp.abs(found[kind] - expected) - rtol * expected
+      assert np.all(error < rounding), (kind, std, found[kind], expected)
 
 
-@pytest.mark.parametrize("name", PATHS)
-def test_zero_for_the_oracle_field(name):
+@pytest.mark.parametrize("distance", ["l2", "pseudo_huber"])
+def test_the_oracle_is_the_minimum_whatever_the_weight_and_distance(distance):
+  path, at_optimum = paths.straight(), {"mean": 0.7, "std": 0.5}
+  batch = {"image": 0.7 + 0.5 * images(4000)}
+
+  def build(weight):
+    predict = oracle_of_normal(path)
+    loss = losses.matching(predict, path, LAW, weight=weight, distance=distance)
+
+    def of(moved, rng):
+      return loss({**at_optimum, **moved}, batch, rng)[0]
+
+    return jax.jit(jax.grad(of))
+
+  for weight in (None, lambda t: 1.0 + 3.0 * t):
+    grad, here = build(weight), {"slope": 0.0, "offset": 0.0}
+    for name, slope in grad(here, key()).items():
+      assert abs(float(slope)) < 0.02, name
+      beside = grad({**here, name: 0.2}, key())
+      assert float(beside[name]) > 0.05, name
+
+
+def test_the_default_is_what_it_always_was_to_the_last_bit():
+  def before(params, batch, rng):
+    rng_t, rng_eps, rng_net = jax.random.split(rng, 3)
+    x = batch["image"]
+    t_B = LAW.sample(rng_t, x.shape[:1])
+    eps = jax.random.normal(rng_eps, x.shape, jnp.float32)
+    t = t_B[:, None, None, None]
+    x_t = (1.0 - t) * x + t * eps
+    noise = jax.random.normal(rng_net, x.shape)
+    residual = jnp.sin(params * x_t) + noise - (eps - x)
+    return jnp.mean(jnp.mean(jnp.square(residual), axis=(1, 2, 3)))
+
+  def predict(params, x_t, t_B, cond, rng):
+    return jnp.sin(params * x_t) + jax.random.normal(rng, x_t.shape)
+
+  def now(params, batch, rng):
+    return losses.flow_matching(predict, paths.straight(), LAW)(
+      params, batch, rng
+    )[0]
+
+  arguments = 3.0, {"image": images(8)}, jax.random.key(7)
+  for f in (lambda f: f, jax.grad):
+    expected = jax.jit(f(before))(*arguments)
+    np.testing.assert_array_equal(jax.jit(f(now))(*arguments), expected)
+
+
+@pytest.mark.parametrize("name", sorted(paths.PATHS))
+def test_gradients_are_finite_at_both_ends_of_every_path(name):
   path = paths.PATHS[name]()
-  x = images(1)
-  velocity = oracle_of_one(path, x)
-  batch = {"image": jnp.broadcast_to(x, (64, *SHAPE))}
-  for loss in (
-    losses.flow_matching(velocity, path, times.logit_normal()),
-    losses.fixed_time(velocity, path),
-  ):
-    assert float(jax.jit(loss)({}, batch, key())[0]) < 1e-9
+  # The law itself may be anywhere; the loss keeps it where the path is finite.
+  law, batch = at_times([0.0, 1.0, path.low, path.high]), {"image": images(4)}
+  # As a network that starts at exactly 0, and one that does not.
+  for dtype, start in ((jnp.float32, 0.0), (jnp.bfloat16, 0.5)):
+
+    def predict(params, x_t, t_B, cond, rng, dtype=dtype):
+      return params[None] * jnp.tanh(x_t.astype(dtype))
+
+    for kind in prediction.PREDICTIONS:
+      # Not compiled: each operation is, once for all paths.
+      loss = losses.matching(predict, path, law, prediction=kind)
+      scale = jnp.full(SHAPE, start, dtype)
+      (value, _), slope = jax.value_and_grad(loss, has_aux=True)(
+        scale, batch, key()
+      )
+      assert slope.dtype == dtype and np.isfinite(value), kind
+      slope = slope.astype(jnp.float32)
+      assert np.isfinite(slope).all() and (slope != 0.0).any(), kind
 
 
-@pytest.mark.parametrize("name", PATHS)
-def test_the_optimum_of_a_normal_is_its_closed_form(name):
-  path, mean, std = paths.PATHS[name](), 0.7, 0.5
-  batch = {"image": mean + std * images(4000)}
-  velocity = oracle_of_normal(path, mean, std)
-  loss = jax.jit(losses.fixed_time(velocity, path))
-  value, metrics = loss(OPTIMUM, batch, key())
-  t = jnp.array(losses.EIGHTHS)
-  expected = least_loss_of_normal(path, std, t)
-  np.testing.assert_allclose(metrics["loss_by_time"], expected, rtol=0.02)
-  np.testing.assert_allclose(value, jnp.mean(expected), rtol=0.01)
+def test_times_are_kept_where_the_path_is_finite():
+  path, seen = paths.PATHS["vp"](), []
+
+  def predict(params, x_t, t_B, cond, rng):
+    seen.append(t_B)
+    return x_t
+
+  law = at_times([0.0, 0.5, 1.0])
+  losses.matching(predict, path, law)({}, {"image": images(3)}, key())
+  np.testing.assert_array_equal(seen[0], np.float32([path.low, 0.5, 1.0]))
 
 
-@pytest.mark.parametrize("name", PATHS)
-@pytest.mark.parametrize("weight", [None, lambda t: 1.0 + 3.0 * t])
-def test_no_gradient_at_the_optimum_whatever_the_weight(name, weight):
-  path, mean, std = paths.PATHS[name](), 0.7, 0.5
-  batch = {"image": mean + std * images(4000)}
-  velocity = oracle_of_normal(path, mean, std)
-  law, rng = times.logit_normal(), key()
-  loss = losses.flow_matching(velocity, path, law, weight=weight)
-  grad = jax.jit(jax.grad(loss, has_aux=True))
-  at_optimum, _ = grad(OPTIMUM, batch, rng)
-  for name, slope in at_optimum.items():
-    assert abs(float(slope)) < 0.02, name
-    beside, _ = grad({**OPTIMUM, name: jnp.float32(0.2)}, batch, rng)
-    assert float(beside[name]) > 0.1, name
+def test_distances_by_hand():
+  value, target = images(5), images(5, 1)
+  d = np.asarray(value - target)
+
+  def build(name, **options):
+    return distances.build(name, **options)(value, target)
+
+  mean = {"axis": (1, 2, 3)}
+  np.testing.assert_allclose(build("l2"), np.mean(d**2, **mean), rtol=1e-6)
+  huber = np.sqrt(d**2 + 0.01) - 0.1
+  np.testing.assert_allclose(
+    build("pseudo_huber", c=0.1), np.mean(huber, **mean), rtol=1e-5
+  )
+  # arXiv:2310.14189, eq. 8, whose norm is a sum and whose c grows with sqrt(D).
+  c = 0.00054 * np.sqrt(48)
+  whole = np.sqrt(np.sum(d**2, **mean) + c**2) - c
+  np.testing.assert_allclose(
+    build("pseudo_huber", c=0.00054, of="examples"),
+    whole / np.sqrt(48),
+    rtol=1e-5,
+  )
+
+
+@pytest.mark.parametrize("name", sorted(distances.DISTANCES))
+def test_distances_are_exact_and_smooth_where_nothing_is_left(name):
+  distance = distances.build(name)
+  target = images(2)
+  for value in (target, 0.0 * target, target.astype(jnp.bfloat16)):
+    found = distance(value, target)
+    slope = jax.grad(lambda v: jnp.sum(distance(v, target)))(value)
+    assert found.dtype == jnp.float32 and slope.dtype == value.dtype
+    assert np.isfinite(slope.astype(jnp.float32)).all()
+  np.testing.assert_allclose(distance(target, target), 0.0, atol=1e-6)
+  # A tiny residual is not lost among c: r^2 / 2 c for pseudo-Huber.
+  if name == "pseudo_huber":
+    tiny = distance(target * 0.0 + 1e-8, target * 0.0)
+    np.testing.assert_allclose(tiny, 5e-14, rtol=1e-4)
+
+
+def test_wrong_names_and_values_are_answered_with_what_would_do():
+  def build(**options):
+    return losses.matching(zero_field, paths.straight(), LAW, **options)
+
+  with pytest.raises(ValueError, match="did you mean 'pseudo_huber'"):
+    build(distance="pseudo_hubr")
+  with pytest.raises(ValueError, match="velocity"):
+    build(prediction="velocty")
+  with pytest.raises(ValueError, match="no option 'd'"):
+    distances.build("pseudo_huber", d=1.0)
+  with pytest.raises(ValueError, match="above 0, not 0"):
+    distances.build("pseudo_huber", c=0.0)
+  with pytest.raises(ValueError, match="'pixels'"):
+    distances.build("pseudo_huber", of="pixels")
+  with pytest.raises(ValueError, match="floor"):
+    distances.build("l2_cosine", floor=0.0)
+
+
+def test_nothing_is_broadcast_in_silence():
+  def twice(params, x_t, t_B, cond, rng):
+    return jnp.concatenate([x_t, x_t], axis=-1)
+
+  def unsure(params, x_t, t_B, cond, rng):
+    return x_t, t_B[:, None]
+
+  batch = {"image": images(4, shape=(4, 4, 1))}
+  loss = losses.matching(twice, paths.straight(), LAW)
+  with pytest.raises(ValueError, match="hybrid"):
+    loss({}, batch, key())
+  with pytest.raises(ValueError, match="one number per example"):
+    losses.uncertain(unsure, paths.straight(), LAW)({}, batch, key())
+
+
+def test_a_distance_of_one_s_own():
+  def largest(value, target):
+    return jnp.max(jnp.abs(value - target), axis=(1, 2, 3))
+
+  loss = losses.matching(zero_field, paths.straight(), LAW, distance=largest)
+  value, metrics = loss({}, {"image": images(8)}, key())
+  assert 2.0 < float(value) == float(jnp.mean(metrics["loss_by_example"]))
+
+
+def test_validation_in_the_space_of_the_prediction():
+  # E (x - 0)^2 of data, whatever t; a squared error of 1 of noise.
+  for kind, expected in (("data", 4.0), ("noise", 1.0)):
+    loss = losses.fixed_time(zero_field, paths.straight(), prediction=kind)
+    value, _ = loss({}, {"image": 2.0 * images(1000)}, key())
+    assert float(value) == pytest.approx(expected, rel=0.03)
+
+
+def test_uncertainty_learns_the_logarithm_of_the_loss():
+  path, weight = paths.straight(), lambda t: 1.0 + t
+  batch = {"image": images(400)}
+  law = at_times([0.25, 0.75])
+
+  def predict(u_T, x_t, t_B, cond, rng):
+    return jnp.zeros_like(x_t), jnp.where(t_B < 0.5, u_T[0], u_T[1])
+
+  loss = losses.uncertain(predict, path, law, weight=weight, prediction="data")
+  plain = losses.matching(
+    zero_field, path, law, weight=weight, prediction="data"
+  )
+  grad = jax.value_and_grad(loss, has_aux=True)
+  (value, metrics), slope = grad(jnp.zeros(2), batch, key())
+  assert float(value) == pytest.approx(float(plain({}, batch, key())[0]))
+  by_time = metrics["loss_by_example"].reshape(-1, 2).mean(0)
+  optimum = jnp.log(jnp.array([1.25, 1.75]) * by_time)
+  (value, metrics), slope = grad(optimum, batch, key())
+  np.testing.assert_allclose(slope, 0.0, atol=1e-6)
+  assert float(value) == pytest.approx(1.0 + float(optimum.mean()), rel=1e-5)
+  np.testing.assert_allclose(metrics["uncertainty"][:2], optimum, rtol=1e-6)
 
 
 def test_what_the_network_is_given():
@@ -177,12 +379,25 @@ def wavy_field(params, x_t, t_B, cond, rng):
   return jnp.sin(3.0 * x_t) + t_B[:, None, None, None]
 
 
+def unsure_field(params, x_t, t_B, cond, rng):
+  return wavy_field(params, x_t, t_B, cond, rng), jnp.cos(5.0 * t_B)
+
+
+def varied_field(params, x_t, t_B, cond, rng):
+  value = wavy_field(params, x_t, t_B, cond, rng)
+  return jnp.concatenate([value, 0.5 * value], axis=-1)
+
+
 # Under jax's own generator, whose stream depends on neither mesh nor length.
 EITHER = {
   "flow_matching": jax.jit(
     losses.flow_matching(wavy_field, paths.straight(), times.logit_normal())
   ),
   "fixed_time": jax.jit(losses.fixed_time(wavy_field, paths.straight())),
+  "uncertain": jax.jit(
+    losses.uncertain(unsure_field, paths.straight(), times.logit_normal())
+  ),
+  "hybrid": jax.jit(losses.hybrid(varied_field, paths.ddpm(), times.uniform())),
 }
 either = pytest.mark.parametrize("loss", EITHER.values(), ids=EITHER.keys())
 MASK = jnp.array([1, 1, 1, 1, 1, 0, 0, 0])

@@ -1,5 +1,7 @@
 """Every path: its ends, its derivative, its signal-to-noise ratio."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,40 @@ import pytest
 
 from flowjax.flow import paths
 
-PATHS = sorted(paths.PATHS)
+# (alpha, sigma) at t = 0 and at t = 1, from the papers' formulas.
+B = 0.1 + 19.9 / 2
+DDPM_END = math.sqrt(np.prod(1.0 - np.linspace(1e-4, 2e-2, 1000)))
+LDM_END = math.sqrt(
+  np.prod(1.0 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+)
+CLEAN, NOISE = (1.0, 0.0), (0.0, 1.0)
+ENDS = {
+  "straight": (CLEAN, NOISE),
+  "straight sigma_min=0.1": ((1.0, 0.1), NOISE),
+  "polynomial": (CLEAN, NOISE),
+  "polynomial power=1.5": (CLEAN, NOISE),
+  "gvp": (CLEAN, NOISE),
+  "vp": (CLEAN, (math.exp(-B / 2), math.sqrt(1 - math.exp(-B)))),
+  "sub_vp": (CLEAN, (math.exp(-B / 2), 1 - math.exp(-B))),
+  "cosine": (CLEAN, NOISE),
+  "cosine steps=50": (CLEAN, None),
+  "ddpm": (CLEAN, (DDPM_END, math.sqrt(1 - DDPM_END**2))),
+  "ddpm zero_terminal_snr=True": (CLEAN, NOISE),
+  "scaled_linear": (CLEAN, (LDM_END, math.sqrt(1 - LDM_END**2))),
+  "scaled_linear steps=10 zero_terminal_snr=True": (CLEAN, NOISE),
+  "ve": ((1.0, 0.01), (1.0, 50.0)),
+  "edm": ((1.0, 0.002), (1.0, 80.0)),
+}
+
+
+def build(case):
+  name, *words = case.split()
+  pairs = (word.split("=") for word in words)
+  return paths.build(name, **{key: eval(value) for key, value in pairs})
+
+
+PATHS = {case: build(case) for case in ENDS}
+every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 
 
 def draw():
@@ -15,41 +50,143 @@ def draw():
   return jnp.asarray(x), jnp.asarray(eps)
 
 
-@pytest.mark.parametrize("name", PATHS)
-def test_the_ends_are_data_and_noise(name):
-  path = paths.PATHS[name]()
+def within(path):
+  """Returns 103 times of the path, both ends among them, in float64."""
+  return np.linspace(path.low, path.high, 103)
+
+
+def padded(*numbers):
+  """Returns 103 numbers: JAX compiles an operation once for each shape."""
+  return np.resize(np.asarray(numbers), 103)
+
+
+def test_every_path_is_tested():
+  assert {case.split()[0] for case in PATHS} == set(paths.PATHS)
+  assert all(path.name == case.split()[0] for case, path in PATHS.items())
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_the_ends_are_data_and_noise(case):
   x, eps = draw()
-  np.testing.assert_array_equal(path.interpolate(x, eps, 0.0), x)
-  np.testing.assert_array_equal(path.interpolate(x, eps, 1.0), eps)
+  for t, end in zip((0.0, 1.0), ENDS[case], strict=True):
+    if end is None:
+      continue
+    found, (alpha, sigma) = PATHS[case].interpolate(x, eps, t), end
+    np.testing.assert_allclose(found, alpha * x + sigma * eps, rtol=3e-6)
+    # What is not there leaves no trace, not even of rounding.
+    if end in (CLEAN, NOISE):
+      rest = PATHS[case].interpolate(sigma * x, alpha * eps, t)
+      np.testing.assert_array_equal(rest, jnp.zeros_like(x))
+  if ENDS[case][1] is not None:
+    prior = ENDS[case][1][1]
+    assert PATHS[case].prior_scale == pytest.approx(prior, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", PATHS)
-def test_velocity_is_the_derivative_of_the_path(name):
-  path = paths.PATHS[name]()
-  x, eps = draw()
-  t_B = jnp.array([0.0, 0.2, 0.5, 0.9, 1.0])
-  _, tangent = jax.jvp(
-    lambda t: path.interpolate(x, eps, t), (t_B,), (jnp.ones_like(t_B),)
-  )
-  np.testing.assert_allclose(path.velocity(x, eps, t_B), tangent, atol=1e-6)
+def test_the_prior_scale_is_known_while_tracing():
+  scaled = jax.jit(lambda x: x * PATHS["edm"].prior_scale)
+  assert scaled(1.0) == pytest.approx(80.0, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", PATHS)
+@every_path
+def test_velocity_is_the_derivative_of_the_path(path):
+  with jax.enable_x64(True):
+    x, eps = np.random.default_rng(0).standard_normal((2, 103, 2))
+    t_B = jnp.asarray(within(path))
+    _, tangent = jax.jvp(
+      lambda t: path.interpolate(x, eps, t), (t_B,), (jnp.ones_like(t_B),)
+    )
+    found = path.velocity(x, eps, t_B)
+  np.testing.assert_allclose(found, tangent, rtol=1e-10, atol=1e-10)
+
+
+@every_path
+def test_float32_loses_no_more_than_its_rounding(path):
+  t = jnp.asarray(within(path), jnp.float32)
+  with jax.enable_x64(True):
+    exact = path.at(jnp.asarray(t, jnp.float64), jnp.zeros(103, jnp.float64))
+  for found, expected in zip(path.at(t, t), exact, strict=True):
+    assert found.dtype == jnp.float32
+    # Near 0 and 1 the times themselves are rounded: hence the absolute part.
+    atol = 3e-7 * np.max(np.abs(expected))
+    np.testing.assert_allclose(found, expected, rtol=5e-6, atol=atol)
+  np.testing.assert_allclose(path.sigma(t)[:-1], exact.sigma[:-1], rtol=3e-6)
+
+
+@pytest.mark.parametrize("name", ["straight", "ddpm"])
 def test_each_example_has_its_own_time(name):
-  path = paths.PATHS[name]()
-  x, eps = draw()
+  path, (x, eps) = PATHS[name], draw()
   t_B = jnp.linspace(0.1, 0.9, 5)
   for method in (path.interpolate, path.velocity):
     rows = [method(x[i], eps[i], t_B[i]) for i in range(5)]
     np.testing.assert_allclose(method(x, eps, t_B), np.stack(rows), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", PATHS)
-def test_log_snr_falls_from_infinity_to_minus_infinity(name):
-  path = paths.PATHS[name]()
-  lambdas = np.asarray(path.log_snr(jnp.linspace(0.0, 1.0, 101)))
-  assert lambdas[0] == np.inf and lambdas[-1] == -np.inf
-  assert np.all(np.diff(lambdas) < 0.0)
+@every_path
+def test_log_snr_is_that_of_the_coefficients_and_falls(path):
+  with jax.enable_x64(True):
+    t = jnp.asarray(within(path))
+    found, (alpha, sigma, *_) = path.log_snr(t), path.at(t, t)
+  with np.errstate(divide="ignore"):
+    expected = 2.0 * (np.log(alpha) - np.log(sigma))
+  np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-10)
+  assert np.all(np.diff(found) < 0.0)
+
+
+@every_path
+def test_log_snr_and_its_inverse(path):
+  t = jnp.asarray(within(path), jnp.float32)
+  np.testing.assert_allclose(
+    path.log_snr_inverse(path.log_snr(t)), t, atol=2e-7
+  )
+  with jax.enable_x64(True):
+    t = jnp.asarray(within(path))
+    log_snr = path.log_snr(t)
+    np.testing.assert_allclose(path.log_snr_inverse(log_snr), t, atol=1e-13)
+    least, most = max(log_snr[-1], -20.0), min(log_snr[0], 15.0)
+    log_snr = jnp.asarray(np.linspace(float(most), float(least), 103))
+    again = path.log_snr(path.log_snr_inverse(log_snr))
+  # Near t = 1 lambda depends on 1 - t, of which t has rounded a part away.
+  np.testing.assert_allclose(again, log_snr, rtol=1e-9, atol=1e-9)
+
+
+@every_path
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_finite_within_and_never_nan_outside(path, dtype):
+  schedules = (path.alpha, path.sigma, path.alpha_dot, path.sigma_dot)
+  inside = jnp.asarray(within(path), jnp.float32).astype(dtype)
+  outside = padded(-1.0, -1e-9, 0.0, 1e-30, 1.0, 1.01, 7.0)
+  outside = jnp.asarray(outside, jnp.float32).astype(dtype)
+  for schedule in schedules:
+    for t in (inside, outside):
+      slope = jax.jvp(schedule, (t,), (jnp.ones_like(t),))[1]
+      assert np.all(np.isfinite(schedule(t))) and np.all(np.isfinite(slope))
+  assert not np.any(np.isnan(path.log_snr(outside)))
+  extremes = padded(-np.inf, -1e3, -60.0, 60.0, 1e3, np.inf)
+  t = np.asarray(path.log_snr_inverse(jnp.asarray(extremes, jnp.float32)))
+  assert np.all((0.0 <= t) & (t <= 1.0)) and np.all(np.diff(t[:6]) <= 0.0)
+
+
+@every_path
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_gradient_of_a_loss_is_finite_at_both_ends(path, dtype):
+  x, eps = (a.astype(dtype) for a in draw())
+
+  def loss(t_B, scale):
+    x_t = path.interpolate(x, eps, t_B)
+    v = scale * x_t.astype(dtype)
+    return jnp.mean((v - path.velocity(x, eps, t_B)) ** 2)
+
+  t_B = jnp.array([0.0, path.low, 0.5, path.high, 1.0])
+  grads = jax.grad(loss, (0, 1))(t_B, jnp.ones((), dtype))
+  assert all(np.all(np.isfinite(grad)) for grad in grads)
+
+
+def test_half_precision_is_widened():
+  x, eps = draw()
+  half = x.astype(jnp.bfloat16), eps.astype(jnp.bfloat16)
+  for t in (0.3, jnp.full((5,), 0.3)):
+    assert paths.straight().interpolate(*half, t).dtype == jnp.float32
+    assert paths.straight().velocity(*half, t).dtype == jnp.float32
 
 
 def test_the_straight_path_is_that_of_rectified_flow():
@@ -62,9 +199,187 @@ def test_the_straight_path_is_that_of_rectified_flow():
   np.testing.assert_allclose(path.log_snr(0.25), 2 * np.log(3.0), rtol=1e-6)
 
 
-def test_half_precision_is_widened():
-  x, eps = draw()
-  half = x.astype(jnp.bfloat16), eps.astype(jnp.bfloat16)
-  for t in (0.3, jnp.full((5,), 0.3)):
-    assert paths.straight().interpolate(*half, t).dtype == jnp.float32
-    assert paths.straight().velocity(*half, t).dtype == jnp.float32
+# What the papers write, at 1 - t where they run from noise to data.
+def sit_vp(t):
+  log_alpha = -0.25 * t**2 * 19.9 - 0.5 * t * 0.1
+  alpha = np.exp(log_alpha)
+  return alpha, np.sqrt(1.0 - alpha**2), -(0.5 * t * 19.9 + 0.05) * alpha
+
+
+def sit_gvp(t):
+  turn = np.pi / 2
+  return (
+    np.sin(turn * (1 - t)),
+    np.cos(turn * (1 - t)),
+    -turn * np.sin(turn * t),
+  )
+
+
+def score_sde_vp(t):
+  log_mean = -0.25 * t**2 * (20.0 - 0.1) - 0.5 * t * 0.1
+  return np.exp(log_mean), np.sqrt(1.0 - np.exp(2.0 * log_mean)), None
+
+
+def score_sde_sub_vp(t):
+  log_mean = -0.25 * t**2 * (20.0 - 0.1) - 0.5 * t * 0.1
+  return np.exp(log_mean), 1.0 - np.exp(2.0 * log_mean), None
+
+
+def score_sde_ve(t):
+  return np.ones_like(t), 0.01 * (50.0 / 0.01) ** t, np.zeros_like(t)
+
+
+def edm(t):
+  first, last = 0.002 ** (1 / 7), 80.0 ** (1 / 7)
+  return np.ones_like(t), (last + (1 - t) * (first - last)) ** 7, None
+
+
+def iddpm(t):
+  def f(t):
+    return np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
+
+  alpha_bar = f(t) / f(0.0)
+  return np.sqrt(alpha_bar), np.sqrt(1.0 - alpha_bar), None
+
+
+def lipman(t):
+  return 1 - t, 1 - (1 - 0.1) * (1 - t), -np.ones_like(t)
+
+
+def convex(t):
+  return (1 - t) ** 1.5, 1 - (1 - t) ** 1.5, -1.5 * (1 - t) ** 0.5
+
+
+FORMULAS = [
+  ("vp", sit_vp),
+  ("vp", score_sde_vp),
+  ("sub_vp", score_sde_sub_vp),
+  ("ve", score_sde_ve),
+  ("gvp", sit_gvp),
+  ("edm", edm),
+  ("cosine", iddpm),
+  ("straight sigma_min=0.1", lipman),
+  ("polynomial power=1.5", convex),
+]
+
+
+@pytest.mark.parametrize("case, formula", FORMULAS)
+def test_the_formulas_of_the_papers(case, formula):
+  t = np.linspace(0.01, 1.0, 103)
+  with jax.enable_x64(True):
+    alpha, sigma, alpha_dot, _ = PATHS[case].at(t, jnp.asarray(t))
+  for found, expected in zip(
+    (alpha, sigma, alpha_dot), formula(t), strict=True
+  ):
+    if expected is not None:
+      np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_a_table_is_met_at_each_entry(zero):
+  root = np.cos(np.linspace(0.05, 1.5, 8))
+  root[-1] = 0.0 if zero else root[-1]
+  path = paths.table(root**2, "mine")
+  assert (path.name, path.steps) == ("mine", 8)
+
+  def at(schedule, t):
+    with jax.enable_x64(True):
+      return np.asarray(schedule(jnp.asarray(padded(*t))))[: len(t)]
+
+  t = np.arange(1, 9) / 8
+  np.testing.assert_allclose(at(path.alpha, t), root, atol=1e-15)
+  np.testing.assert_allclose(
+    at(path.sigma, t), np.sqrt(1 - root**2), rtol=1e-14
+  )
+  # Continuous: the same from both sides of every entry.
+  for schedule in (path.alpha, path.sigma):
+    jump = at(schedule, t - 1e-12) - at(schedule, t + 1e-12)
+    np.testing.assert_allclose(jump, 0.0, atol=1e-10)
+  # Halfway between two entries so is lambda.
+  nodes = at(path.log_snr, t[:-1])
+  between = at(path.log_snr, t[:-2] + 1 / 16)
+  np.testing.assert_allclose(between, (nodes[1:] + nodes[:-1]) / 2)
+  # Before the first, sigma is linear; before a last of 0, alpha.
+  half = at(path.sigma, [1 / 16])
+  np.testing.assert_allclose(half, np.sqrt(1 - root[0] ** 2) / 2)
+  if zero:
+    np.testing.assert_allclose(at(path.alpha, [15 / 16]), root[-2] / 2)
+
+
+def test_float32_times_find_their_entries():
+  path, i = PATHS["ddpm"], np.r_[:51, 473:500, 975:1000]
+  alpha_bar = np.cumprod(1.0 - np.linspace(1e-4, 2e-2, 1000))[i]
+  t = jnp.asarray((i + 1) / 1000, jnp.float32)
+  np.testing.assert_allclose(path.alpha(t), np.sqrt(alpha_bar), rtol=1e-6)
+  np.testing.assert_allclose(path.sigma(t), np.sqrt(1 - alpha_bar), rtol=1e-6)
+
+
+def test_tables_and_continuous_time_agree():
+  # beta_i = beta(i / 999) / 1000, and the sum of log(1 - beta_i) is the
+  # integral of -beta(t) but for its second order: 0.07 of lambda at t = 1.
+  t = jnp.linspace(0.01, 1.0, 103)
+  table, continuous = PATHS["ddpm"], PATHS["vp"]
+  np.testing.assert_allclose(table.alpha(t), continuous.alpha(t), atol=1.5e-3)
+  np.testing.assert_allclose(table.sigma(t), continuous.sigma(t), atol=2e-3)
+  difference = table.log_snr(t) - continuous.log_snr(t)
+  np.testing.assert_allclose(difference, 0.0, atol=0.08)
+  # With steps of half the size and half the betas, half as far.
+  finer = paths.build("ddpm", steps=2000, beta_start=5e-5, beta_end=1e-2)
+  ratio = finer.log_snr(t)[50:] - continuous.log_snr(t)[50:]
+  np.testing.assert_allclose(ratio / difference[50:], 0.5, atol=0.02)
+  # The betas of the cosine table are made of its curve: exact at the entries,
+  # 3e-5 between them, but for the cap of the last.
+  table, continuous = paths.build("cosine", steps=1000), PATHS["cosine"]
+  for times, atol in ((np.linspace(0.01, 0.99, 99), 2e-6), (t[:-2], 3e-5)):
+    times = jnp.asarray(padded(*times), jnp.float32)
+    for name in ("alpha", "sigma"):
+      found, expected = getattr(table, name)(times), getattr(continuous, name)
+      np.testing.assert_allclose(found, expected(times), atol=atol)
+
+
+def test_narrowed_keeps_away_from_the_ends():
+  path = paths.build("straight", low=1e-3, high=0.999)
+  assert (path.low, path.high) == (1e-3, 0.999)
+  assert path.prior_scale == pytest.approx(0.999)
+  with pytest.raises(ValueError, match=r"'vp'.*1e-05 to 1.0.*\[0.0, 1.0\]"):
+    paths.build("vp", low=0.0)
+  with pytest.raises(ValueError, match="narrowed"):
+    paths.narrowed(path, low=0.5, high=0.4)
+
+
+def test_an_unknown_path_or_option_says_what_there_is():
+  with pytest.raises(ValueError, match="'strait'.*did you mean 'straight'"):
+    paths.build("strait")
+  with pytest.raises(ValueError, match="'vp' has no option 'rho'.*beta_min"):
+    paths.build("vp", rho=7.0)
+
+
+@pytest.mark.parametrize(
+  "name, options, reason",
+  [
+    ("straight", {"sigma_min": 1.0}, "not 1.0"),
+    ("polynomial", {"power": 0.5}, "infinite.*straight"),
+    ("vp", {"beta_min": 0.0}, "above 0"),
+    ("sub_vp", {"beta_min": 3.0, "beta_max": 2.0}, "from 3.0 to 2.0"),
+    ("cosine", {"s": 0.0}, "not 0.0"),
+    ("cosine", {"steps": 1}, "at least 2 steps, not 1"),
+    ("ddpm", {"steps": 0}, "at least 2 steps, not 0"),
+    ("ddpm", {"beta_end": 1.0}, "within"),
+    ("scaled_linear", {"beta_start": 0.1}, "from 0.1 to 0.012"),
+    ("ve", {"sigma_min": 0.0}, "above 0"),
+    ("edm", {"sigma_max": math.inf}, "inf"),
+    ("edm", {"rho": 0.5}, "not 0.5"),
+  ],
+)
+def test_values_out_of_range_are_refused(name, options, reason):
+  with pytest.raises(ValueError, match=reason):
+    paths.build(name, **options)
+
+
+@pytest.mark.parametrize(
+  "table",
+  [[0.5], [0.5, 0.6], [1.0, 0.5], [0.5, 0.4, -0.1], [0.5, 0.0], [[0.5, 0.1]]],
+)
+def test_a_table_that_does_not_fall_is_refused(table):
+  with pytest.raises(ValueError, match="fall within"):
+    paths.table(np.array(table))

@@ -6,16 +6,26 @@ are written in terms of these. Whatever the network predicts, the field that a
 solver gets is converted to that (`flow/prediction.py`).
 """
 
-import difflib
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from flowjax.flow import paths
-from flowjax.flow.solvers import runge_kutta
+from flowjax.flow import names, paths
+from flowjax.flow.solvers import (
+  adaptive,
+  ancestral,
+  dpm,
+  edm,
+  multistep,
+  runge_kutta,
+  sde,
+  soundness,
+  unipc,
+)
+
+check = soundness.check
 
 # An array, or a tree of arrays that move together.
 State = Any
@@ -33,7 +43,14 @@ class Step(NamedTuple):
 
 
 class Solver(Protocol):
-  """One step of a method, with whatever it must remember between steps."""
+  """One step of a method, with whatever it must remember between steps.
+
+  A solver may have `grid(times)`, the times that it follows in place of those
+  that it is given. One that chooses its own steps has `run(field, x, times,
+  trajectory)` in place of `init` and `step`. What `check` asks of a solver:
+  `stochastic`, if it draws noise on the way down and cannot go up, and
+  `needs_finite_log_snr`, if it divides by alpha or sigma; both default to no.
+  """
 
   name: str
   prediction: str  # What the field returns, as named in flow/prediction.py.
@@ -54,7 +71,16 @@ class Solver(Protocol):
 
 
 # Factories of solvers, factory(path, **options), by the name in a config.
-SOLVERS: dict[str, Callable[..., Any]] = {**runge_kutta.SOLVERS}
+SOLVERS: dict[str, Callable[..., Any]] = {
+  **runge_kutta.SOLVERS,
+  **sde.SOLVERS,
+  **edm.SOLVERS,
+  **adaptive.SOLVERS,
+  **multistep.SOLVERS,
+  **ancestral.SOLVERS,
+  **dpm.SOLVERS,
+  **unipc.SOLVERS,
+}
 
 
 def build(name: str, path: paths.Path, **options: Any) -> Solver:
@@ -62,20 +88,8 @@ def build(name: str, path: paths.Path, **options: Any) -> Solver:
 
   Raises ValueError for an unknown name or an option that it does not take.
   """
-  if name not in SOLVERS:
-    near = difflib.get_close_matches(name, SOLVERS, n=1)
-    hint = (
-      f"did you mean {near[0]!r}?" if near else f"one of {sorted(SOLVERS)}."
-    )
-    raise ValueError(f"There is no solver {name!r}: {hint}")
-  takes = list(inspect.signature(SOLVERS[name]).parameters)[1:]
-  for option in options:
-    if option not in takes:
-      raise ValueError(
-        f"The solver {name!r} has no option {option!r}; it takes "
-        f"{', '.join(takes) or 'none'}."
-      )
-  return SOLVERS[name](path, **options)
+  factory = names.choose("solver", SOLVERS, name, options, given=("path",))
+  return factory(path, **options)
 
 
 def solve(
@@ -96,6 +110,10 @@ def solve(
   `rng` is for methods that draw noise.
   """
   times = jnp.asarray(times)
+  if hasattr(solver, "run"):
+    return solver.run(field, x, times, trajectory)
+  if hasattr(solver, "grid"):
+    times = solver.grid(times)
   count = len(times) - 1
   x = jax.tree.map(lambda leaf: paths.wide(jnp.asarray(leaf)), x)
 

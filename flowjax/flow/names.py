@@ -1,0 +1,33 @@
+"""Choosing from a table of factories by the name that a config gives."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+
+def choose(
+  kind: str,
+  table: Mapping[str, Callable[..., Any]],
+  name: str,
+  options: Collection[str],
+  given: Collection[str] = (),
+) -> Callable[..., Any]:
+  """Returns the factory `name` of `table`, which takes all of `options`.
+
+  `given` are the parameters that are not the config's to set. Raises ValueError
+  for an unknown name, with the nearest, or an option that it does not take.
+  """
+  if name not in table:
+    near = difflib.get_close_matches(name, table, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"one of {sorted(table)}."
+    raise ValueError(f"There is no {kind} {name!r}: {hint}")
+  parameters = inspect.signature(table[name]).parameters
+  takes = [option for option in parameters if option not in given]
+  for option in options:
+    if option not in takes:
+      raise ValueError(
+        f"The {kind} {name!r} has no option {option!r}; it takes "
+        f"{', '.join(takes) or 'none'}."
+      )
+  return table[name]

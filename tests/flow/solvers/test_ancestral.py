@@ -1,0 +1,143 @@
+"""What stochastic methods draw: the moments of what comes out."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flowjax.flow import paths, solvers
+from flowjax.flow.solvers import noise
+
+MEAN, STD = 0.7, 0.3
+
+STOCHASTIC = [
+  ("ddim", {"eta": 0.5}),
+  ("ddim", {"eta": 1.0}),
+  ("ddpm", {}),
+  ("ddpm", {"variance": "large"}),
+  ("dpmpp_sde_2m", {}),
+]
+every_method = pytest.mark.parametrize("name,options", STOCHASTIC, ids=str)
+
+
+def data_field(path):
+  """E[x | x_t] for x ~ N(MEAN, STD^2)."""
+
+  def field(x_t, t):
+    c = path.at(t, x_t)
+    gain = c.alpha * STD**2 / ((c.alpha * STD) ** 2 + c.sigma**2)
+    return MEAN + gain * (x_t - c.alpha * MEAN)
+
+  return field
+
+
+def moments(name, options, path, times):
+  """Returns mean and standard deviation of the samples, without sampling.
+
+  The field is linear, and so is the end in all that is drawn: the start and
+  the noise of every step. Its derivatives in them give the variance.
+  """
+  with jax.enable_x64(True):
+    solver = solvers.build(name, path, **options)
+
+    def end(drawn):
+      given = dataclasses.replace(
+        solver, draw=lambda rng, number, x: drawn[1 + number]
+      )
+      key = jax.random.key(0)
+      start = deviation(path, times[0]) * drawn[0] + path.alpha(times[0]) * MEAN
+      return solvers.solve(given, data_field(path), start, times, rng=key)
+
+    nothing = jnp.zeros(len(times))
+    mean, slopes = jax.value_and_grad(end)(nothing)
+    return float(mean), float(jnp.linalg.norm(slopes))
+
+
+def deviation(path, t):
+  return jnp.sqrt((path.alpha(t) * STD) ** 2 + path.sigma(t) ** 2)
+
+
+@every_method
+@pytest.mark.parametrize("path", ["straight", "gvp"])
+def test_the_moments_of_the_samples_approach_those_of_the_data(
+  name, options, path
+):
+  # To first order, from pure noise to the data, ends included.
+  path = paths.build(path)
+  errors = []
+  for steps in (50, 100):
+    times = np.linspace(1.0, 0.0, steps + 1)
+    mean, std = moments(name, options, path, times)
+    errors.append(max(abs(mean - MEAN), abs(std - STD)))
+  assert errors[1] < 0.7 * errors[0] and errors[1] < 0.02, errors
+
+
+def test_drawn_samples_have_these_moments():
+  path = paths.straight()
+  times = np.linspace(1.0, 0.0, 21)
+  for name, options in (("ddpm", {}), ("dpmpp_sde_2m", {})):
+    mean, std = moments(name, options, path, times)
+    solver = solvers.build(name, path, **options)
+    eps = jax.random.normal(jax.random.key(1), (40_000,))
+    x = solvers.solve(
+      solver,
+      data_field(path),
+      eps,
+      np.float32(times),
+      rng=jax.random.key(2),
+    )
+    # Five standard errors of a mean and of a standard deviation.
+    assert float(jnp.mean(x)) == pytest.approx(mean, abs=5.0 * std / 200.0)
+    assert float(jnp.std(x)) == pytest.approx(std, abs=5.0 * std / 283.0)
+
+
+@every_method
+def test_noise_needs_a_key_and_follows_it(name, options):
+  path = paths.straight()
+  solver = solvers.build(name, path, **options)
+  field = data_field(path)
+  x, times = jnp.ones(4), np.float32([1.0, 0.5, 0.1])
+  with pytest.raises(ValueError, match=f"{name!r} draws noise"):
+    solvers.solve(solver, field, x, times)
+  run = jax.jit(lambda key: solvers.solve(solver, field, x, times, rng=key))
+  one, same, other = (run(jax.random.key(seed)) for seed in (0, 0, 1))
+  np.testing.assert_array_equal(one, same)
+  assert not np.any(one == other)
+
+
+def test_every_step_and_every_leaf_has_its_own_noise():
+  x = {"a": jnp.zeros(100), "b": jnp.zeros(100)}
+  key = jax.random.key(0)
+  first, second = (noise.normal(key, jnp.int32(i), x) for i in range(2))
+  drawn = np.stack([first["a"], first["b"], second["a"], second["b"]])
+  correlations = np.corrcoef(drawn) - np.eye(4)
+  assert np.max(np.abs(correlations)) < 0.4
+
+
+def test_ddpm_is_ddim_with_eta_1_to_the_bit():
+  path = paths.build("ddpm")
+  x, times = jnp.ones(5), np.float32([1.0, 0.4, 0.0])
+  one, other = (
+    solvers.solve(
+      solvers.build(name, path, **options),
+      data_field(path),
+      x,
+      times,
+      rng=jax.random.key(3),
+    )
+    for name, options in (("ddpm", {}), ("ddim", {"eta": 1.0}))
+  )
+  np.testing.assert_array_equal(one, other)
+
+
+@every_method
+def test_the_last_state_holds_no_noise(name, options):
+  # At sigma = 0 it is the data predicted.
+  path = paths.straight()
+  solver = solvers.build(name, path, **options)
+  times = np.float32([0.5, 0.0])
+  x = jnp.linspace(-1.0, 1.0, 5)
+  end = solvers.solve(solver, data_field(path), x, times, rng=jax.random.key(0))
+  np.testing.assert_allclose(end, data_field(path)(x, 0.5), rtol=1e-6)
