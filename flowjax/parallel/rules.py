@@ -36,7 +36,7 @@ DIT: Rules = (
   (r"final/modulation/kernel", ("fsdp", None, None)),
   (r"final/out/kernel", ("fsdp", None)),
   # Biases and scales are small: every device holds them whole.
-  (r".*/(bias|scale)", ()),
+  (r".*/(bias|scale)|uncertainty/kernel", ()),
 )
 
 # SwiGLU keeps its two parts on a dim of their own.
@@ -46,8 +46,20 @@ SWIGLU: Rules = (
 )
 
 
+# The MLPs of a normalizing flow: columns going in, rows coming out.
+COUPLING: Rules = (
+  (r"label_embed/embedding", (None, "fsdp")),
+  (r"blocks/in/kernel", (None, "fsdp", "tensor")),
+  (r"blocks/hidden/kernel", (None, "fsdp", "tensor")),
+  (r"blocks/out/kernel", (None, "tensor", None, "fsdp")),
+  (r".*/(bias|scale)", ()),
+)
+
+
 def for_model(config: Any) -> Rules:
   """Returns the rules for the parameters of a model's config."""
+  if config.name == "coupling":
+    return COUPLING
   return (*SWIGLU, *DIT) if config.mlp == "swiglu" else DIT
 
 
