@@ -101,7 +101,7 @@ def _load() -> tuple[np.ndarray, np.ndarray]:
   except ImportError as error:
     raise errors.UserError(
       "The source 'digits' needs scikit-learn, which is not installed: "
-      "pip install flowjax[demo]"
+      "pip install -e '.[demo]'"
     ) from error
   digits = datasets.load_digits()
   image_NIJ = digits.images.astype(np.float32) / 8.0 - 1.0  # From 0..16.

@@ -3,6 +3,7 @@
 # Shape suffixes: B batch, H height, W width, C channels.
 
 import importlib
+import logging
 from typing import Any, Protocol
 
 import numpy as np
@@ -47,6 +48,10 @@ def open(config: config_lib.DataConfig, split: str) -> Source:
   if split not in SPLITS:
     raise ValueError(f"split={split!r} must be one of {SPLITS}.")
   kind, _, place = config.source.partition(":")
+  if kind in KINDS and not place and "<" in KINDS[kind]:
+    raise errors.UserError(
+      f"The source {config.source!r} names nothing: it must be {KINDS[kind]}."
+    )
   if kind not in KINDS or bool(place) != ("<" in KINDS[kind]):
     known = ", ".join(KINDS.values())
     raise errors.UserError(
@@ -60,11 +65,23 @@ def open(config: config_lib.DataConfig, split: str) -> Source:
 def check(
   source: Source,
   *,
+  batch_size: int,
   num_classes: int,
   channels: int,
   image_size: tuple[int, int],
 ) -> None:
   """Refuses a source that a model of these sizes cannot be trained on."""
+  if source.num_classes < num_classes:
+    logging.warning(
+      "%s has %d classes, and the model has room for %d: those above are never "
+      "trained. config.model.num_classes=%d would do.",
+      source.name, source.num_classes, num_classes, source.num_classes,
+    )  # fmt: skip
+  if batch_size > len(source):
+    logging.warning(
+      "A batch of %d holds each of the %d images of %s more than once.",
+      batch_size, len(source), source.name,
+    )  # fmt: skip
   if source.num_classes > num_classes:
     raise errors.DataError(
       f"{source.name} has {source.num_classes} classes, so its labels go up to "

@@ -111,7 +111,7 @@ def _library():
     import tensorflow_datasets as tfds
   except ImportError as error:
     raise errors.UserError(
-      f"The source 'tfds' cannot be used ({error}): pip install flowjax[tfds]"
+      f"The source 'tfds' cannot be used ({error}): pip install -e '.[tfds]'"
     ) from error
   return tfds
 
@@ -126,7 +126,7 @@ def _builder(tfds, name: str, data_dir: str | None):
     hint = f"Did you mean {near[0]!r}? " if near else ""
     raise errors.DataError(
       f"TensorFlow Datasets cannot open {name!r}: {reason} {hint}"
-      + _how_to_prepare(name, data_dir)
+      + _how_to_prepare(near[0] if near else name, data_dir)
     ) from error
   if not (tfds.core.Path(builder.data_dir) / "dataset_info.json").exists():
     raise errors.DataError(

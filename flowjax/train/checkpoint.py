@@ -9,6 +9,7 @@ that all processes share.
 import collections.abc
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -23,10 +24,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from flowjax.train import lock, manifest, reading
+from flowjax.train import disk, lock, manifest, quiet, reading
 
 # What is in the name of a folder that Orbax has not committed.
 TEMPORARY = ".orbax-checkpoint-tmp"
+# What follows the number of an unsound step that was saved again.
+ASIDE = ".unsound"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +73,6 @@ class Checkpoints:
       config = config or CheckpointConfig()
       self._writer = _Writer(self.directory, config, self._reader)
 
-  @property
-  def failures(self) -> int:
-    """How many saves failed since the last one that did not."""
-    return self._writer.failures if self._writer else 0
-
   def steps(self) -> list[int]:
     """Returns the committed steps on disk, sound or not, oldest first."""
     return self._reader.steps()
@@ -85,8 +83,12 @@ class Checkpoints:
     The arrays are on the host by then, and are written behind the training. A
     step that is there already is left alone. A save still running is waited
     for: no step is skipped, and never more than one copy is held. Returns False
-    if the save could not begin, after saying so; what fails later is said when
-    it does, counts in `failures`, and shows in what `wait` returns.
+    if the disk did not let the save begin, after saying so; if it fails later,
+    that is said when it does, and shows in what `wait` returns. Any other
+    error is a defect, and is raised here or by the next `save` or `wait`.
+
+    An unsound step that is saved again stays beside it, as `3.unsound`, until
+    a later step is saved.
     """
     assert self._writer is not None, "opened read-only"
     return self._writer.save(step, state, extra)
@@ -101,14 +103,6 @@ class Checkpoints:
       self._writer.close()
     self._reader.close()
 
-  def read_extra(self, step: int | None = None) -> Any:
-    """Returns the JSON saved with a step, by default with the newest sound one.
-
-    The arrays are not looked at. Returns None if there is no checkpoint.
-    """
-    self.wait()
-    return self._reader.extra(step)
-
   def restore(
     self, abstract_state: Any, step: int | None = None
   ) -> reading.Restored | None:
@@ -116,8 +110,9 @@ class Checkpoints:
 
     That is a pytree of ShapeDtypeStruct with shardings on any mesh. Returns
     None if there is no checkpoint at all. Raises CheckpointError if there are
-    some and none is sound, and if the names, shapes or dtypes in a sound
-    manifest are not those of `abstract_state`.
+    some and none is sound, if the disk does not let one be read, and if the
+    names, shapes or dtypes in a sound manifest are not those of
+    `abstract_state`.
     """
     self.wait()
     return self._reader.restore(abstract_state, step, whole=True)
@@ -135,7 +130,7 @@ class Checkpoints:
 
 
 class _Writer:
-  """Saves through Orbax, and outlives its failures."""
+  """Saves through Orbax, and outlives a disk that fails."""
 
   def __init__(
     self,
@@ -143,9 +138,10 @@ class _Writer:
     config: CheckpointConfig,
     reader: reading.Reader,
   ):
-    self.failures = 0
     self._directory, self._reader = directory, reader
+    self._failures = 0  # Since the last save that did not fail.
     self._failed: set[int] = set()
+    self._defect: Exception | None = None
     self._watch: threading.Thread | None = None
     self._orbax = ocp.CheckpointManager(
       directory,
@@ -162,19 +158,17 @@ class _Writer:
     if jax.process_index() == 0:
       lock.require_no_other(self._directory)
     self._wait_for_previous()
-    if step in self._reader.steps() and step not in self._reader.unsound:
-      return True
-    extra = json.loads(json.dumps(extra))
-    items = ocp.args.Composite(
-      state=ocp.args.PyTreeSave(manifest.nested(manifest.named_leaves(state))),
-      manifest=ocp.args.JsonSave(manifest.write(step, state, extra)),
-      extra=ocp.args.JsonSave(extra),
-    )
     try:
-      self._make_way(step)
-      self._orbax.save(step, args=items, force=True)
+      if step in self._reader.steps() and step not in self._reader.unsound:
+        return True
+      with quiet.orbax():
+        self._begin(step, state, json.loads(json.dumps(extra)))
     except Exception as error:
-      self._note_failure(step, error)
+      self._failures += 1
+      self._failed.add(step)
+      if not disk.cannot_write(error):
+        raise
+      self._say_failure(step, error)
       return False
     self._watch = threading.Thread(
       target=self._see_through, args=(step,), name="checkpoint_watch"
@@ -186,12 +180,27 @@ class _Writer:
     if self._watch is not None:
       self._watch.join()
       self._watch = None
-    return self.failures == 0
+    if self._defect is not None:
+      defect, self._defect = self._defect, None
+      raise defect
+    return self._failures == 0
 
   def close(self) -> None:
-    self.wait()
-    self._forget_failure()
-    self._orbax.close()
+    try:
+      self.wait()
+    finally:
+      self._forget_failure()
+      with quiet.orbax():
+        self._orbax.close()
+
+  def _begin(self, step: int, state: Any, extra: Any) -> None:
+    items = ocp.args.Composite(
+      state=ocp.args.PyTreeSave(manifest.nested(manifest.named_leaves(state))),
+      manifest=ocp.args.JsonSave(manifest.write(step, state, extra)),
+      extra=ocp.args.JsonSave(extra),
+    )
+    self._make_way(step)
+    self._orbax.save(step, args=items, force=True)
 
   def _wait_for_previous(self) -> None:
     started = time.monotonic()
@@ -206,36 +215,76 @@ class _Writer:
 
   def _forget_failure(self) -> None:
     """Lets Orbax raise in this thread what has been reported already."""
-    if self.failures:
+    if self._failures:
       for ask in (
         self._orbax.wait_until_finished, self._orbax.check_for_errors,
       ):  # fmt: skip
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception), quiet.orbax():
           ask()
+      quiet.let_go()
     self._remove_temporaries(self._failed.__contains__)
 
   def _make_way(self, step: int) -> None:
-    """Deletes an unsound step that is to be saved again."""
+    """Moves aside an unsound step that is to be saved again."""
+    refused = None
+    if jax.process_index() == 0:
+      try:
+        self._move_aside(step)
+      except OSError as error:
+        refused = error
+    if jax.process_count() > 1:  # None goes on before it is moved.
+      failed = multihost_utils.process_allgather(np.array(refused is not None))
+      if failed.any() and refused is None:
+        refused = OSError(f"process 0 cannot move the unsound step {step} away")
+    if refused is not None:
+      raise refused
     self._orbax.reload()
-    stands = np.array(step in self._orbax.all_steps())
-    if jax.process_count() > 1:  # All look before the first one deletes.
-      stands = multihost_utils.process_allgather(stands).any()
-    if stands:
-      self._orbax.delete(step)
     self._reader.unsound.pop(step, None)
+
+  def _move_aside(self, step: int) -> None:
+    path = self._directory / str(step)
+    if not os.path.lexists(path):
+      return
+    names = (f"{step}{ASIDE}{'' if i == 1 else i}" for i in itertools.count(1))
+    free = next(n for n in names if not os.path.lexists(path.with_name(n)))
+    os.rename(path, path.with_name(free))
+    logging.warning("The unsound checkpoint %d is now in %s.", step, free)
+
+  def _remove_outlived(self, step: int) -> None:
+    """Removes what was set aside, once `step` is saved and is the newer one.
+
+    Of what was set aside from `step` itself, the last stays.
+    """
+    if jax.process_index() != 0:
+      return
+    aside = []
+    for path in self._directory.glob(f"*{ASIDE}*"):
+      number, _, turn = path.name.partition(ASIDE)
+      if number.isdecimal() and (turn or "1").isdecimal():
+        aside.append((int(number), int(turn or 1), path))
+    same = sorted(entry for entry in aside if entry[0] == step)
+    older = [entry for entry in aside if entry[0] < step]
+    for _, _, path in older + same[:-1]:
+      shutil.rmtree(path, ignore_errors=True)
 
   def _see_through(self, step: int) -> None:
     """Follows a save behind the training, and says at once if it failed."""
-    try:
-      self._orbax.wait_until_finished()
-    except Exception as error:
-      self._note_failure(step, error)
-    else:
-      self.failures = 0
+    with quiet.orbax():
+      try:
+        self._orbax.wait_until_finished()
+      except Exception as error:
+        self._failures += 1
+        self._failed.add(step)
+        if disk.cannot_write(error):
+          self._say_failure(step, error)
+        else:
+          self._defect = error
+      else:
+        self._failures = 0
+        with contextlib.suppress(OSError):
+          self._remove_outlived(step)
 
-  def _note_failure(self, step: int, error: Exception) -> None:
-    self.failures += 1
-    self._failed.add(step)
+  def _say_failure(self, step: int, error: Exception) -> None:
     # Orbax gives up at the first error, with other files still being written:
     # those bring their folders back for a moment.
     calm = 0
@@ -245,14 +294,21 @@ class _Writer:
       if calm == 5:
         break
       time.sleep(0.05)
-    free = shutil.disk_usage(self._directory).free
     logging.error(
-      "CHECKPOINT %d WAS NOT SAVED (failure %d in a row): %s. %.1f MB are free "
-      "in %s; the checkpoints %s stand. Training goes on, and the next save "
-      "tries again.",
-      step, self.failures, reading.brief(error), free / 1e6, self._directory,
-      self._reader.steps(),
+      "CHECKPOINT %d WAS NOT SAVED (failure %d in a row): %s. %s. Training "
+      "goes on, and the next save tries again.",
+      step, self._failures, reading.brief(error), self._what_stands(),
     )  # fmt: skip
+
+  def _what_stands(self) -> str:
+    try:
+      free = shutil.disk_usage(self._directory).free / 1e6
+      return (
+        f"{free:.1f} MB are free in {self._directory}; the checkpoints "
+        f"{self._reader.steps()} stand"
+      )
+    except OSError as error:
+      return f"{self._directory} cannot be looked at: {reading.brief(error)}"
 
   def _remove_temporaries(
     self, chosen: collections.abc.Callable[[int], bool]
@@ -260,9 +316,13 @@ class _Writer:
     """Removes what saves of some steps left uncommitted, if there is any."""
     if jax.process_index() != 0:
       return False
+    try:
+      found = list(self._directory.glob(f"*{TEMPORARY}*"))
+    except OSError:  # What cannot be listed now is removed some other time.
+      return False
     paths = [
       path
-      for path in self._directory.glob(f"*{TEMPORARY}*")
+      for path in found
       if (number := path.name.partition(TEMPORARY)[0]).isdecimal()
       and chosen(int(number))
     ]

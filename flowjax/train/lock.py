@@ -72,6 +72,8 @@ class WorkdirLock:
 
   def _require_writable(self) -> None:
     workdir = self.path.parent
+    if workdir.is_file():
+      raise errors.UserError(f"--workdir={workdir} is a file; name a folder.")
     try:
       workdir.mkdir(parents=True, exist_ok=True)
       self._now()

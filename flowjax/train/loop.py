@@ -48,7 +48,8 @@ class Evaluator:
 class Result:
   """How a run ended: its state, and the seconds it has trained in all.
 
-  `corrupt` counts how often a corrupt record was passed over, in all sittings.
+  `corrupt` counts how often a corrupt record was passed over, in all sittings
+  and in this process's part of the batches.
   """
 
   state: states.TrainState
@@ -72,6 +73,7 @@ def train(
   source = sources.open(config.data, "train")
   sources.check(
     source,
+    batch_size=config.data.batch_size,
     num_classes=config.model.num_classes,
     channels=config.model.channels,
     image_size=config.model.image_size,
@@ -84,13 +86,12 @@ def train(
     out_of_memory_advice(),
     contextlib.ExitStack() as stack,
   ):
-    rows = workdir.changes(directory, config)
-    if not allow_config_change:
-      workdir.refuse_changes(directory, rows)
     saved = checkpoint.Checkpoints(directory / "checkpoints", config.checkpoint)
     stack.callback(saved.close)
-    same_data = not any(row.startswith("config.data") for row in rows)
-    state, before = _restore_or_begin(run, saved, source, same_data)
+    # A run that never saved has nothing that another config could spoil.
+    if saved.steps() and not allow_config_change:
+      workdir.refuse_changes(directory, workdir.changes(directory, config))
+    state, before = _restore_or_begin(run, saved, source)
     workdir.claim(directory, config)
     stack.enter_context(meshes.use(run.mesh))
     first = int(state.step)
@@ -104,7 +105,8 @@ def train(
     writer.write_hparams(schema.to_dict(config))
     session = _Session(run, source, saved, writer, looks, before, first)
     state = session.go(state)
-    curves.draw(directory / "metrics.jsonl", directory / "curves.png")
+    with _outlived("THE CURVES WERE NOT DRAWN"):
+      curves.draw(directory / "metrics.jsonl", directory / "curves.png")
     return Result(state, session.seconds, session.corrupt)
 
 
@@ -142,7 +144,7 @@ def jit_step(run: parts.Parts):
   """Returns the step, jitted with its shardings and donating its state."""
   config = run.experiment
   step = steps.build(
-    config.flow.loss(run.network.apply),
+    config.flow.loss(run.network),
     run.optimizer,
     seed=config.seed,
     ema_config=config.ema,
@@ -188,12 +190,26 @@ def _warn_of_whole_parameters(run: parts.Parts) -> None:
     )  # fmt: skip
 
 
-def _restore_or_begin(run, saved, source, same_data):
+@contextlib.contextmanager
+def _outlived(what: str):
+  """Says that the disk failed where the run does not depend on it."""
+  try:
+    yield
+  except OSError as error:
+    logging.error(
+      "%s: %s: %s. The run goes on without.", what, type(error).__name__, error
+    )
+
+
+def _restore_or_begin(run, saved, source):
   """Returns the state to go on from, and what earlier sittings add up to."""
   restored = saved.restore(run.abstract)
   if restored is None:
     return run.initial_state(), {"train_seconds": 0.0, "corrupt": 0}
-  if same_data:
+  # Not config.json: it names the new data from the moment the change was
+  # allowed, and a run killed before its next save has seen only the old.
+  rows = workdir.difference(restored.extra["config"], run.experiment)
+  if not any(row.startswith("config.data") for row in rows):
     loader.check_state(restored.extra["data"], run.experiment.data, source)
   logging.info("Going on from step %d.", restored.step)
   state = restored.state
@@ -223,7 +239,7 @@ class _Session:
     self.started = time.monotonic()
     self.behind = metrics.Behind()
     self.first, self.bar = first, self._progress(first)
-    self.corrupt, self.stuck = before["corrupt"], False
+    self.corrupt, self.skipped_in_row = before["corrupt"], 0
 
   @property
   def seconds(self) -> float:
@@ -242,10 +258,18 @@ class _Session:
       self.bar,
     ):
       for number in range(self.first + 1, self.config.steps + 1):
-        state, values = step(state, next(batches))
-        self._report(number, values)
-        if self.stuck:
+        batch, corrupt = next(batches)
+        state, values = step(state, batch)
+        self.corrupt += corrupt
+        self._report(number, {**values, "corrupt_records": self.corrupt})
+        last = number == self.config.steps
+        if last:
+          self._catch_up()
+        if self._is_stuck():
           self._give_up(number, state)
+        # Before evaluators look at it: whatever befalls them, it is safe.
+        if last or number % self.config.checkpoint.every == 0:
+          self._save(number, state)
         self._look(number, state)
         if stop:
           self._save_for_good(number, state)
@@ -253,11 +277,6 @@ class _Session:
             f"{stop.signal.name}: saved at step {number}. The same command "
             "goes on from there."
           )
-        if number % self.config.checkpoint.every == 0:
-          self._save(number, state)
-      self._catch_up()
-      if self.stuck:
-        self._give_up(self.config.steps, state)
       self._save_for_good(self.config.steps, state)
     return state
 
@@ -274,7 +293,10 @@ class _Session:
 
   @contextlib.contextmanager
   def _batches(self, first: int):
-    """Yields batches on the devices, counting records that were corrupt."""
+    """Yields batches on the devices, each with its count of corrupt records.
+
+    They are read ahead: only a batch that is trained on may be counted.
+    """
     count = jax.process_count()
     host = loader.batches(
       self.source,
@@ -284,14 +306,14 @@ class _Session:
       process_count=count,
     )
 
-    def counted():
-      for batch in host:
-        self.corrupt += int(np.sum(batch.pop("skipped", 0)))
-        yield batch
-
     place = put_batch(self.run.mesh)
+
+    def place_and_count(batch):
+      corrupt = int(np.sum(batch.pop("skipped", 0)))
+      return place(batch), corrupt
+
     with contextlib.closing(
-      loader.to_device(counted(), place, self.config.data.prefetch)
+      loader.to_device(host, place_and_count, self.config.data.prefetch)
     ) as batches:
       yield batches
 
@@ -308,13 +330,19 @@ class _Session:
 
   def _note(self, number: int, scalars: dict[str, float]) -> None:
     self.bar.update(number, scalars["loss"])
+    self.skipped_in_row = int(scalars["skipped_in_row"])
     last = number == self.config.steps
     if number % self.config.log.metrics_every == 0 or last:
-      extra = dict(self.bar.rates())
-      if self.corrupt:
-        extra["corrupt_records"] = float(self.corrupt)
-      self.writer.write_scalars(number, {**scalars, **extra})
-    self.stuck |= scalars["skipped_in_row"] >= self.config.optim.max_skipped
+      if not scalars["corrupt_records"]:
+        del scalars["corrupt_records"]
+      self.writer.write_scalars(number, {**scalars, **self.bar.rates()})
+
+  def _is_stuck(self) -> bool:
+    """Tells whether the newest updates, up to the last, were not finite."""
+    most = self.config.optim.max_skipped
+    if self.skipped_in_row >= most:
+      self._catch_up()  # What is known is a step old: that one may be finite.
+    return self.skipped_in_row >= most
 
   def _look(self, number: int, state: states.TrainState) -> None:
     """Runs the evaluators that are due."""
@@ -322,12 +350,13 @@ class _Session:
     for evaluator in self.evaluators:
       if not evaluator.every or not (last or number % evaluator.every == 0):
         continue
-      with self.bar.paused():
-        scalars, images = evaluator.run(state)
-      if scalars:
-        self.writer.write_scalars(number, scalars)
-      if images:
-        self.writer.write_images(number, images)
+      with _outlived(f"AN EVALUATION AT STEP {number} FAILED"):
+        with self.bar.paused():
+          scalars, images = evaluator.run(state)
+        if scalars:
+          self.writer.write_scalars(number, scalars)
+        if images:
+          self.writer.write_images(number, images)
 
   def _save(self, number: int, state: states.TrainState) -> bool:
     # A kill after this save must not lose what was measured before it.
@@ -353,7 +382,7 @@ class _Session:
     """Saves the last good state, which no skipped step has touched."""
     self._save_for_good(number, state)
     raise errors.NumericError(
-      f"The last {self.config.optim.max_skipped} updates were not finite, and "
+      f"The last {self.skipped_in_row} updates were not finite, and "
       f"none was applied; the last good state is saved at step {number}. Try a "
       "lower config.optim.learning_rate, config.optim.clip_norm=1.0, a longer "
       "config.optim.warmup_steps or config.model.dtype='float32', with "

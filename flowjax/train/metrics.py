@@ -1,7 +1,9 @@
 """Where the numbers of a run go: a JSON-lines file always, TensorBoard beside.
 
-`Writer` has the interface of clu's MetricWriter. A backend that fails is
-dropped with one warning: no log is worth a run.
+`Writer` has those methods of clu's MetricWriter that training needs, with its
+signatures: write_scalars, write_images, write_texts, write_hparams, flush and
+close; and none for summaries, histograms, audio, video or point clouds. A
+backend that fails is dropped with one warning: no log is worth a run.
 """
 
 import collections
@@ -44,6 +46,7 @@ class Writer:
     self._resume_step = resume_step
     self._lines: json_lines.JsonLines | None = None
     self._backend: Any = None
+    self._name = backend
     if backend not in BACKENDS:
       raise errors.UserError(
         f"The metrics backend {backend!r} is not one of {BACKENDS}."
@@ -80,7 +83,8 @@ class Writer:
     """Writes the hparams, at the step from which the run goes on."""
     if self._lines:
       self._lines.write(self._resume_step or 0, {"hparams": hparams})
-    self._try("write_hparams", hparams)
+    clu = self._name == "clu"
+    self._try("write_hparams", flat_hparams(hparams) if clu else hparams)
 
   def flush(self) -> None:
     """Hands everything to the operating system."""
@@ -126,10 +130,27 @@ class Writer:
   def _give_up(self, error: Exception) -> None:
     self._backend = None
     logging.warning(
-      "TensorBoard events stop here: %s. Training goes on, and all metrics are "
-      "in metrics.jsonl.",
+      "TensorBoard events stop here: the backend %s raised %s: %s. Training "
+      "goes on, and all metrics are in metrics.jsonl.",
+      self._name,
+      type(error).__name__,
       error,
     )
+
+
+def flat_hparams(
+  hparams: collections.abc.Mapping[str, Any],
+) -> dict[str, bool | int | float | str]:
+  """Returns hparams as TensorBoard takes them: `model.depth`, and no tuples."""
+  flat: dict[str, Any] = {}
+  for name, value in hparams.items():
+    if isinstance(value, collections.abc.Mapping):
+      inner = flat_hparams(value)
+      flat |= {f"{name}.{key}": item for key, item in inner.items()}
+    else:
+      plain = isinstance(value, (bool, int, float, str))
+      flat[name] = value if plain else str(value)
+  return flat
 
 
 class Behind:

@@ -3,17 +3,17 @@
 Orbax trusts directory names and array bytes. Here a step is believed when its
 commit marker, its manifest, and the fingerprints of its loaded arrays agree;
 otherwise it is unsound, is named with the reason, and the one before it is
-tried. Nothing on disk is changed.
+tried. A disk that fails says nothing about a step: that is an error, and no
+step is passed over for it. Nothing on disk is changed.
 """
 
 import collections.abc
 import contextlib
 import dataclasses
-import inspect
 import logging
+import os
 import pathlib
 import re
-import sys
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from flowjax import errors
-from flowjax.train import manifest
+from flowjax.train import disk, manifest, quiet
 
 # The marker that Orbax writes last into a step.
 COMMITTED = "commit_success.txt"
@@ -48,7 +48,6 @@ class Reader:
   def __init__(self, directory: pathlib.Path):
     self.directory = directory
     self.unsound: dict[int, str] = {}
-    hush_orbax()
     # The handler alone: a Checkpointer ends in a barrier, where the others
     # would wait for a process that could not read its part.
     self._orbax = ocp.CompositeCheckpointHandler()
@@ -60,11 +59,6 @@ class Reader:
   def steps(self) -> list[int]:
     """Returns the committed steps, sound or not, oldest first."""
     return [number for number in self._folders() if self._committed(number)]
-
-  def extra(self, step: int | None) -> Any:
-    """Returns the extra data of the newest step whose manifest is sound."""
-    found = self._walk(step, lambda number: self._inspect(number)[1])
-    return None if found is None else found[1]
 
   def restore(
     self, abstract: Any, step: int | None, *, whole: bool
@@ -82,7 +76,10 @@ class Reader:
       arrays = self._load(number, leaves, wanted)
       return jax.tree.unflatten(jax.tree.structure(abstract), arrays), extra
 
-    found = self._walk(step, look)
+    with quiet.orbax():
+      found = self._walk(step, look)
+    if self.unsound:
+      quiet.let_go()
     if found is None:
       return None
     number, (state, extra), passed_over = found
@@ -92,7 +89,11 @@ class Reader:
     self, step: int | None, look: collections.abc.Callable[[int], Any]
   ) -> tuple[int, Any, dict[int, str]] | None:
     """Returns what `look` finds in the newest step it does not call unsound."""
-    numbers = self._folders()
+    try:
+      with _agreement(), _damage("the list of its steps"):
+        numbers = self._folders()
+    except (_Unsound, _Unreadable) as reason:
+      raise self._not_now("What is", reason) from reason
     if step is not None and step not in numbers:
       raise errors.CheckpointError(
         f"There is no checkpoint of step {step} in {self.directory}. There "
@@ -105,6 +106,8 @@ class Reader:
       except _Unsound as reason:
         passed_over[number] = self.unsound[number] = str(reason)
         logging.warning("Checkpoint %d is passed over: %s.", number, reason)
+      except _Unreadable as reason:
+        raise self._not_now(f"Checkpoint {number}", reason) from reason
       else:
         return number, found, passed_over
     if not passed_over:
@@ -116,11 +119,20 @@ class Reader:
       "another --workdir."
     )
 
+  def _not_now(self, what: str, reason: Exception) -> Exception:
+    return errors.CheckpointError(
+      f"{what} in {self.directory} cannot be read now: {reason}. That says "
+      "nothing about what was saved, and nothing was changed. See to the disk, "
+      "its permissions and the limit of open files, and run the same command "
+      "again."
+    )
+
   def _inspect(self, number: int) -> tuple[dict[str, manifest.Leaf], Any]:
     """Returns the leaves a step's manifest lists, and its extra data."""
-    with _agreement():
-      if not self._committed(number):
-        raise _Unsound(f"it was never committed: it has no {COMMITTED}")
+    with _agreement(self.directory / str(number)):
+      with _damage(f"its {COMMITTED}"):
+        if not self._committed(number):
+          raise _Unsound(f"it was never committed: it has no {COMMITTED}")
       with _damage("its manifest"):
         items = self._read(
           number, manifest=ocp.args.JsonRestore(), extra=ocp.args.JsonRestore()
@@ -171,7 +183,8 @@ class Reader:
       restore_args=ocp.checkpoint_utils.construct_restore_args(item),
       partial_restore=True,
     )
-    with _agreement(), _damage("its data", wanted):
+    folder = self.directory / str(number)
+    with _agreement(folder), _damage("its data", wanted):
       state = self._read(number, state=arguments).state
       found = manifest.named_leaves(state)
       # Where its own metadata are damaged, Orbax may hand the template back.
@@ -192,44 +205,29 @@ class Reader:
 
   def _folders(self) -> list[int]:
     """Returns the numbers of all step folders, committed or not."""
-    if not self.directory.is_dir():
+    try:
+      with os.scandir(self.directory) as entries:
+        names = [entry.name for entry in entries if entry.is_dir()]
+    except FileNotFoundError:
       return []
-    names = [path.name for path in self.directory.iterdir() if path.is_dir()]
     return sorted(
       int(name) for name in names if name.isdecimal() and str(int(name)) == name
     )
 
   def _committed(self, number: int) -> bool:
-    return (self.directory / str(number) / COMMITTED).is_file()
-
-
-def hush_orbax() -> None:
-  """Drops what Orbax prints, hundreds of lines, about what it also raises.
-
-  It logs a failure once per thread that hears of it; and as it closes the event
-  loop at the first one, whatever is still under way complains when it ends.
-  """
-  for name in ("absl", "asyncio"):
-    logging.getLogger(name).addFilter(_is_no_echo)
-  if sys.unraisablehook is not _drop_stragglers:
-    _drop_stragglers.before = sys.unraisablehook  # type: ignore[attr-defined]
-    sys.unraisablehook = _drop_stragglers
-
-
-def _is_no_echo(record: logging.LogRecord) -> bool:
-  if record.name == "asyncio":
-    return "exception was never retrieved" not in record.getMessage()
-  return not (record.exc_info and "orbax" in record.pathname)
-
-
-def _drop_stragglers(report: Any) -> None:
-  closed = str(report.exc_value) == "Event loop is closed"
-  if not closed and not inspect.iscoroutine(report.object):
-    _drop_stragglers.before(report)  # type: ignore[attr-defined]
+    try:  # `is_file` would be False of a disk that fails, too.
+      os.stat(self.directory / str(number) / COMMITTED)
+    except (FileNotFoundError, NotADirectoryError):
+      return False
+    return True
 
 
 class _Unsound(Exception):
   """Why a step is passed over."""
+
+
+class _Unreadable(Exception):
+  """Why nothing can be said about a step now."""
 
 
 @contextlib.contextmanager
@@ -244,21 +242,30 @@ def _damage(what: str, paths: collections.abc.Iterable[str] = ()):
     names = set(re.findall(r"[\"']([^\"'/]+)/", str(error)))
     bad = [path for path in paths if path.replace("/", ".") in names]
     where = f" at {_some(bad)}" if bad else ""
-    raise _Unsound(f"{what} cannot be read{where}: {brief(error)}") from error
+    kind = _Unreadable if disk.cannot_read(error) else _Unsound
+    raise kind(f"{what} cannot be read{where}: {brief(error)}") from error
 
 
 @contextlib.contextmanager
-def _agreement():
-  """Makes a step unsound for every process if it is so for one."""
-  reason = None
+def _agreement(folder: pathlib.Path | None = None):
+  """Makes a step unsound, or unreadable, for all processes if it is for one.
+
+  No step is unsound while a file in its `folder` cannot be read at all.
+  """
+  reason: Exception | None = None
   try:
     yield
-  except _Unsound as error:
+  except (_Unsound, _Unreadable) as error:
     reason = error
+  if isinstance(reason, _Unsound) and folder is not None:
+    refusal = disk.unreadable(folder)
+    reason = reason if refusal is None else _Unreadable(brief(refusal))
   if jax.process_count() > 1:
-    refusals = multihost_utils.process_allgather(np.array(reason is not None))
-    if refusals.any() and reason is None:
-      reason = _Unsound(f"process {refusals.argmax()} cannot read it")
+    mine = (type(None), _Unsound, _Unreadable).index(type(reason))
+    verdicts = multihost_utils.process_allgather(np.array(mine))
+    if verdicts.max() > mine:
+      kind = (_Unsound, _Unreadable)[verdicts.max() - 1]
+      reason = kind(f"process {verdicts.argmax()} cannot read it")
   if reason is not None:
     raise reason
 

@@ -32,16 +32,17 @@ def write_json(path: pathlib.Path, values: Any) -> None:
 
 def require_writable(path: pathlib.Path, flag: str) -> None:
   """Raises UserError where the file that a flag asks for cannot be written."""
+  if path.is_dir():
+    raise errors.UserError(f"{flag}={path} is a folder; name a file in it.")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=path.parent):
       pass
   except OSError as error:
     raise errors.UserError(
-      f"{flag}={path} cannot be written: {error}."
+      f"{flag}={path}: the folder {path.parent} cannot be written "
+      f"({error.strerror}). Choose another place, or make room there."
     ) from error
-  if path.is_dir():
-    raise errors.UserError(f"{flag}={path} is a folder; name a file in it.")
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -52,8 +53,8 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     values = error
   if not isinstance(values, dict):
     raise errors.UserError(
-      f"{path} is damaged: {values}. Restore it from a copy; the checkpoints "
-      "beside it also hold the config."
+      f"{path} is damaged: {values}. Bring it back from a copy, or delete it "
+      "and give the same `flowjax train` command again, which writes it anew."
     )
   return values
 
@@ -63,8 +64,14 @@ def changes(workdir: pathlib.Path, config: experiment.Experiment) -> list[str]:
   path = workdir / "config.json"
   if not path.exists():
     return []
-  new = schema.to_dict(config)
-  return schema.difference(_fixed(read_json(path)), _fixed(new))
+  return difference(read_json(path), config)
+
+
+def difference(
+  saved: dict[str, Any], config: experiment.Experiment
+) -> list[str]:
+  """Lists where `config` would compute something else than a saved one."""
+  return schema.difference(_fixed(saved), _fixed(schema.to_dict(config)))
 
 
 def refuse_changes(workdir: pathlib.Path, rows: list[str]) -> None:
@@ -93,13 +100,19 @@ def read_config(workdir: pathlib.Path) -> experiment.Experiment:
   path = workdir / "config.json"
   if not path.exists():
     raise errors.UserError(
-      f"{workdir} is no workdir of a run: it has no config.json. Train into it "
-      "first, or correct --workdir."
+      f"{workdir} is no workdir of a run: it has no config.json. Correct "
+      "--workdir, or train into it: `flowjax train` also writes a config.json "
+      "that was lost."
     )
+  values = read_json(path)
   try:
-    return experiment.build(read_json(path))
+    config = experiment.build(values)
+    schema.require_all(config, values, "config")
+    return config
   except errors.UserError as error:
-    raise errors.UserError(f"{path}: {error}") from error
+    raise errors.UserError(
+      f"{path} does not hold the config of a run: {error}"
+    ) from error
 
 
 def _fixed(values: dict) -> dict:

@@ -39,9 +39,9 @@ def test_an_unknown_split_is_refused():
 def test_a_model_of_another_size_is_refused(change, error, text):
   source = sources.open(config_lib.DataConfig(), "held_out")
   model = {"num_classes": 10, "channels": 1, "image_size": (8, 8)}
+  model["batch_size"] = 8
 
   sources.check(source, **model)
-  sources.check(source, **(model | {"num_classes": 1000}))
   with pytest.raises(error, match=text):
     sources.check(source, **(model | change))
 
@@ -67,13 +67,13 @@ def test_an_impossible_value_is_refused_with_its_key(key, value):
 
 def test_a_missing_scikit_learn_says_what_to_install(monkeypatch):
   monkeypatch.setitem(sys.modules, "sklearn", None)
-  with pytest.raises(errors.UserError, match=r"pip install flowjax\[demo\]"):
+  with pytest.raises(errors.UserError, match=r"pip install -e '.\[demo\]'"):
     sources.open(config_lib.DataConfig(), "train")
 
 
 def test_a_missing_tfds_says_what_to_install(monkeypatch):
   monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-  with pytest.raises(errors.UserError, match=r"pip install flowjax\[tfds\]"):
+  with pytest.raises(errors.UserError, match=r"pip install -e '.\[tfds\]'"):
     sources.open(config_lib.DataConfig(source="tfds:mnist"), "train")
 
 
@@ -82,3 +82,14 @@ def test_a_missing_pillow_says_what_to_install(monkeypatch, tmp_path):
   config = config_lib.DataConfig(source=f"folder:{tmp_path}")
   with pytest.raises(errors.UserError, match="pip install pillow"):
     sources.open(config, "train")
+
+
+def test_what_is_allowed_and_unusual_is_said(caplog):
+  source = sources.open(config_lib.DataConfig(), "held_out")
+  model = {"channels": 1, "image_size": (8, 8)}
+  sources.check(source, **model, num_classes=10, batch_size=8)
+  assert not caplog.records
+  sources.check(source, **model, num_classes=12, batch_size=8)
+  assert "config.model.num_classes=10 would do" in caplog.text
+  sources.check(source, **model, num_classes=10, batch_size=1000)
+  assert "more than once" in caplog.text

@@ -209,15 +209,6 @@ def test_another_template_is_refused_before_reading(
   assert said in str(error.value) and "Checkpoint 2" in str(error.value)
 
 
-def test_extra_is_read_without_arrays(store, monkeypatch):
-  assert store.read_extra() is None
-  for step in (1, 2):
-    store.save(step, make(), {"of": step})
-  monkeypatch.setattr(store._reader, "_load", None)
-  assert store.read_extra(1) == {"of": 1}
-  assert store.read_extra() == {"of": 2}
-
-
 def test_a_given_step(store):
   for step in (1, 2):
     store.save(step, make(step), {})

@@ -13,6 +13,7 @@ import pytest
 
 from flowjax import errors, schema
 from flowjax.data import config as data_config
+from flowjax.data import sources
 from flowjax.models import dit
 from flowjax.parallel import mesh as meshes
 from flowjax.train import checkpoint, experiment, loop, optim, parts
@@ -189,6 +190,165 @@ def test_training_that_is_never_finite_stops_with_the_last_good_state(
   saved.close()
   assert int(restored.state.skipped) >= 3
   _assert_same(restored.state.params, run.initial_state().params)
+
+
+def _steps_on_disk(directory):
+  saved = checkpoint.Checkpoints(directory / "checkpoints", read_only=True)
+  saved.close()
+  return saved.steps()
+
+
+def _poison(monkeypatch, bad):
+  """Makes the batches of some steps not finite."""
+  real = loop.jit_step
+
+  def jit_step(run):
+    step = real(run)
+
+    def poisoned(state, batch):
+      if int(state.step) + 1 in bad:
+        batch = {**batch, "image": batch["image"] * np.nan}
+      return step(state, batch)
+
+    return poisoned
+
+  monkeypatch.setattr(loop, "jit_step", jit_step)
+
+
+def test_a_stop_is_for_updates_that_were_the_last(tmp_path, monkeypatch):
+  config = dataclasses.replace(
+    TINY, optim=dataclasses.replace(TINY.optim, max_skipped=2)
+  )
+  with monkeypatch.context() as patch:
+    _poison(patch, {3, 4})  # What step 4 did is known when 5 was taken.
+    state = _train(config, tmp_path / "through")
+  assert (int(state.step), int(state.skipped)) == (7, 2)
+
+  _poison(monkeypatch, {3, 4, 5, 6, 7})
+  with pytest.raises(errors.NumericError, match="The last 3 .* at step 5"):
+    _train(config, tmp_path / "stopped")
+  assert _steps_on_disk(tmp_path / "stopped")[-1] == 5
+
+
+def test_a_stop_at_the_last_step_is_a_stop(tmp_path, monkeypatch):
+  config = dataclasses.replace(
+    TINY, optim=dataclasses.replace(TINY.optim, max_skipped=2)
+  )
+  _poison(monkeypatch, {6, 7})
+  with pytest.raises(errors.NumericError, match="The last 2 .* at step 7"):
+    _train(config, tmp_path)
+
+
+def test_a_disk_that_takes_no_picture_does_not_end_training(
+  straight, tmp_path, monkeypatch, caplog
+):
+  def look(*unused):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(loop.curves, "draw", look)
+  state = _train(TINY, tmp_path, look)
+  _assert_same(state, straight[0])
+  assert _steps_on_disk(tmp_path)[-1] == 7
+  for said in ("AN EVALUATION AT STEP 3 FAILED", "THE CURVES", "No space left"):
+    assert said in caplog.text
+
+
+def test_an_evaluator_that_breaks_costs_no_checkpoint(tmp_path):
+  def look(state):
+    if int(state.step) == 4:
+      raise RuntimeError("a defect of the evaluator")
+    return {}, {}
+
+  with pytest.raises(RuntimeError, match="a defect"):
+    _train(TINY, tmp_path, look)
+  assert _steps_on_disk(tmp_path) == [2, 4]
+
+
+class _Killed(BaseException):
+  pass
+
+
+def test_new_data_that_was_allowed_may_be_killed_before_its_first_save(
+  tmp_path, monkeypatch
+):
+  """config.json names the new data then, and no checkpoint does."""
+  _train(dataclasses.replace(TINY, steps=3), tmp_path)
+  other = dataclasses.replace(
+    TINY, steps=5, data=dataclasses.replace(TINY.data, batch_size=8)
+  )
+
+  def kill(*unused, **also_unused):
+    raise _Killed
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.metrics, "Writer", kill)
+    with pytest.raises(_Killed):
+      _train(other, tmp_path, allow_config_change=True)
+  assert json.loads((tmp_path / "config.json").read_text())["steps"] == 5
+  assert int(_train(other, tmp_path).step) == 5
+
+
+def test_data_that_changed_unasked_is_refused(tmp_path, monkeypatch):
+  _train(dataclasses.replace(TINY, steps=3), tmp_path)
+  opened = sources.open(TINY.data, "train")
+  changed = dataclasses.replace(opened, hash="of other pixels")
+  monkeypatch.setattr(sources, "open", lambda config, split: changed)
+  with pytest.raises(errors.DataError, match="of other pixels"):
+    _train(
+      dataclasses.replace(TINY, steps=4), tmp_path, allow_config_change=True
+    )
+
+
+class _Rotten:
+  """The digits, read one by one, of which every fifth is corrupt."""
+
+  def __init__(self, sound):
+    self.sound = sound
+    for name in ("name", "class_names", "num_classes", "shape", "fingerprint"):
+      setattr(self, name, getattr(sound, name))
+
+  def __len__(self):
+    return len(self.sound)
+
+  def __getitem__(self, i):
+    if i % 5 == 0:
+      raise sources.Corrupt(f"Record {i} is corrupt.")
+    return self.sound[i]
+
+
+def _corrupt_by_step(directory):
+  rows = (directory / "metrics.jsonl").read_text().splitlines()
+  found = [json.loads(row) for row in rows]
+  return {
+    row["step"]: row["corrupt_records"]
+    for row in found
+    if "corrupt_records" in row
+  }
+
+
+def test_corrupt_records_are_counted_as_in_the_straight_run(
+  tmp_path, monkeypatch
+):
+  rotten = _Rotten(sources.open(TINY.data, "train"))
+  monkeypatch.setattr(sources, "open", lambda config, split: rotten)
+
+  def train(name, look=None):
+    looks = [] if look is None else [loop.Evaluator(1, look)]
+    return loop.train(TINY, tmp_path / name, evaluators=lambda run: looks)
+
+  def stop(state):
+    if int(state.step) in (3, 5):
+      os.kill(os.getpid(), signal.SIGTERM)
+    return {}, {}
+
+  straight = train("straight").corrupt
+  for _ in range(2):
+    with pytest.raises(errors.Preempted):
+      train("resumed", stop)
+  assert train("resumed").corrupt == straight > 7
+  by_step = _corrupt_by_step(tmp_path / "straight")
+  assert _corrupt_by_step(tmp_path / "resumed") == by_step
+  assert by_step[7] == straight > by_step[3] > 0
 
 
 def test_a_change_that_cannot_be_restored_leaves_the_config(tmp_path):

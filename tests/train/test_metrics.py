@@ -1,6 +1,8 @@
 """Metrics survive kills, resumes, full disks and broken backends."""
 
+import ast
 import errno
+import inspect
 import json
 import logging
 import os
@@ -233,7 +235,8 @@ def test_a_tensorboard_that_breaks_warns_once(tmp_path, caplog, monkeypatch):
       writer.write_scalars(step, {"loss": 1.0})
       writer.write_images(step, {"a": np.zeros((1, 4, 4, 3), np.uint8)})
     writer.close()
-  assert len(caplog.records) == 1 and "No space left" in caplog.text
+  assert len(caplog.records) == 1
+  assert "tensorboardX raised OSError: [Errno 28] No space" in caplog.text
   assert [row["step"] for row in _rows(tmp_path)] == [1, 2, 3]
 
 
@@ -270,14 +273,48 @@ def test_clu_gets_every_write_when_asked_for(tmp_path, monkeypatch):
   writer = metrics.Writer(tmp_path, backend="clu")
   writer.write_scalars(1, {"loss": 1.0})
   writer.write_texts(1, {"note": "x"})
+  writer.write_hparams(
+    {"steps": 5, "data": {"flip": True, "rules": ((".*", 0.5),)},
+     "optim": {"adam": {"rate": 1e-4}, "clip_norm": None, "law": "uniform"}}
+  )  # fmt: skip
   writer.close()
   assert calls == [
     str(tmp_path),
     ("write_scalars", 1, {"loss": 1.0}),
     ("write_texts", 1, {"note": "x"}),
+    ("write_hparams", {
+      "steps": 5, "data.flip": True, "data.rules": "(('.*', 0.5),)",
+      "optim.adam.rate": 1e-4, "optim.clip_norm": "None",
+      "optim.law": "uniform",
+    }),
     ("close",),
-  ]
-  assert len(_rows(tmp_path)) == 2
+  ]  # fmt: skip
+  assert len(_rows(tmp_path)) == 3
+  # What is kept beside it keeps its groups.
+  assert _rows(tmp_path)[2]["hparams"]["optim"]["clip_norm"] is None
+
+
+def test_the_methods_are_those_of_clu_in_part():
+  """Read from its source: to import it would need tensorflow."""
+  clu = pytest.importorskip("clu")
+  path = pathlib.Path(clu.__path__[0]) / "metric_writers" / "interface.py"
+  (theirs,) = (
+    node
+    for node in ast.parse(path.read_text()).body
+    if isinstance(node, ast.ClassDef) and node.name == "MetricWriter"
+  )
+  parameters = {
+    node.name: [argument.arg for argument in node.args.args]
+    for node in theirs.body
+    if isinstance(node, ast.FunctionDef)
+  }
+  ours = {
+    name: list(inspect.signature(method).parameters)
+    for name, method in inspect.getmembers(metrics.Writer, inspect.isfunction)
+    if not name.startswith("_")
+  }
+  assert ours == {name: parameters[name] for name in ours}
+  assert len(ours) == 6
 
 
 def test_behind_fetches_only_what_is_lag_steps_old(monkeypatch):
