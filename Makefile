@@ -19,9 +19,8 @@ $(VENV)/test.installed: $(VENV)/demo.installed
 	$(BIN)/python -m pip install --quiet --editable '.[test,oracles]'
 	@touch $@
 
-# Large pages spare XLA's CPU client many page faults; others ignore it.
 demo: $(VENV)/demo.installed
-	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python launch/demo.py
+	$(BIN)/python launch/demo.py
 
 test: $(VENV)/test.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile

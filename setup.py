@@ -23,6 +23,8 @@ TFDS = [
 ]
 # Below 2.14: the ends that are tested.
 TORCH = ["torch>=2.6,<2.14"]
+ADAPTIVE = ["diffrax>=0.7,<0.8"]
+COUPLINGS = ["scipy>=1.13", "ott-jax>=0.6,<0.7"]
 CLU = "clu>=0.0.12,<0.1"
 DIGITS = ["scikit-learn>=1.5,<2"]
 
@@ -30,6 +32,9 @@ EXTRAS = {
   "demo": DIGITS,
   "tfds": TFDS,
   "torch": TORCH,
+  # Solvers that choose their own steps, and couplings by optimal transport.
+  "adaptive": ADAPTIVE,
+  "couplings": COUPLINGS,
   # TensorBoard through clu.metric_writers (config.log.backend = "clu").
   "clu": [CLU, "tensorflow>=2.18", "tensorboard>=2.18"],
   "gpu": ["jax[cuda13]>=0.10,<0.13"],
@@ -37,16 +42,22 @@ EXTRAS = {
   "test": [
     *DIGITS,
     *TFDS,
+    *ADAPTIVE,
+    *COUPLINGS,
     CLU,
     "pytest>=8",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
-    "scipy>=1.13",
     "ruff==0.17.*",
     "mypy>=1.15,<3",
   ],
   # Independent implementations that tests compare with.
-  "oracles": [*TORCH, "diffusers>=0.36,<0.43", "torchcfm>=1.0.7,<2"],
+  "oracles": [
+    *TORCH,
+    "diffusers>=0.36,<0.43",
+    "torchcfm>=1.0.7,<2",
+    "torchdiffeq>=0.2.5,<0.3",
+  ],
 }
 
 setuptools.setup(

@@ -2,14 +2,19 @@
 
   flowjax train --config=configs/digits_dit.py --workdir=runs/digits
 
-2 CPU cores, a few minutes. The data is inside scikit-learn.
+2 CPU cores, about 2 minutes. The data is inside scikit-learn. `flowjax
+evaluate` then finds at least 98% of guided samples recognised as their class,
+and unguided ones at a Fréchet distance of at most twice that of real digits.
+
+An argument names a preset of flowjax/train/presets.py, to train the same
+network by the mathematics of another paper: configs/digits_dit.py:edm.
 """
 
-from flowjax.train import experiment
+from flowjax.train import experiment, presets
 
 
-def get_config():
-  """Returns the config."""
+def get_config(preset: str | None = None):
+  """Returns the config, by the mathematics of `preset` if it is given."""
   config = experiment.defaults("dit")
   config.steps = 1000
   config.model.update(
@@ -26,9 +31,12 @@ def get_config():
     learning_rate=2e-3, schedule="cosine", warmup_steps=100, clip_norm=1.0
   )
   config.ema.decay = 0.995
-  config.sample.update(solver="heun", steps=25, guidance=1.5)
+  config.sample.steps = 25
+  config.sample.guidance.scale = 1.5
   config.log.update(
     metrics_every=10, validation_every=100, samples_every=500, sample_count=50
   )
   config.checkpoint.every = 500
+  if preset is not None:
+    presets.apply(config, preset)
   return config

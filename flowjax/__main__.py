@@ -4,6 +4,7 @@ import importlib
 import logging
 import sys
 
+import flowjax
 from flowjax import errors, schema
 from flowjax.commands import flags
 
@@ -11,6 +12,7 @@ COMMANDS = {
   "train": "train a network from a config, or continue a workdir",
   "sample": "draw a grid of samples from a workdir",
   "evaluate": "score the samples of a workdir against held-out data",
+  "compare": "draw several workdirs side by side, with their scores",
   "export": "write the weights of a workdir for PyTorch",
   "describe": "show parameters, FLOPs, sharding and memory of a config",
   "bench": "time the training step of a config on this machine",
@@ -33,6 +35,9 @@ def main(words: list[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
   if not words or words[0] in ("-h", "--help"):
     print(flags.overview(COMMANDS))
+    return 0
+  if words[0] == "--version":
+    print(f"flowjax {flowjax.__version__}")
     return 0
   name = words[0]
   if name not in COMMANDS:

@@ -4,6 +4,9 @@
 value that is wrong, why, and what would do.
 """
 
+import contextlib
+import re
+
 
 class UserError(ValueError):
   """A mistake in a flag, a config or an argument."""
@@ -33,3 +36,12 @@ class Preempted(RuntimeError):
   """A run that was asked to stop, saved, and can be started again."""
 
   exit_code = 42
+
+
+@contextlib.contextmanager
+def naming(where: str):
+  """Turns what is wrong with a value into a UserError that says where it is."""
+  try:
+    yield
+  except (ValueError, re.error) as error:
+    raise UserError(f"{where}: {error}") from error

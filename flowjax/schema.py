@@ -29,7 +29,8 @@ def build(cls: type[T], values: collections.abc.Mapping, where: str) -> T:
   """Builds the dataclass `cls` from `values`, found at `where` in a config.
 
   Nested dataclasses are built from nested mappings. Raises UserError with the
-  key, the value and what would do.
+  key, the value and what would do. A key that is missing has its default; where
+  there may be none, `require_all` says so.
   """
   fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
   hints = typing.get_type_hints(cls)
@@ -47,6 +48,20 @@ def build(cls: type[T], values: collections.abc.Mapping, where: str) -> T:
     raise
   except (ValueError, TypeError) as error:
     raise errors.UserError(f"{where}: {error}") from error
+
+
+def require_all(config: Any, values: collections.abc.Mapping, where: str):
+  """Raises UserError for a key of `config` that `values` do not have."""
+  for field in dataclasses.fields(config):
+    if field.name not in values:
+      raise errors.UserError(
+        f"{where}.{field.name} is missing: the config is damaged, or of "
+        "another version of FlowJAX. Its default here is "
+        f"{getattr(config, field.name)!r}."
+      )
+    item = getattr(config, field.name)
+    if dataclasses.is_dataclass(item):
+      require_all(item, values[field.name], f"{where}.{field.name}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -108,7 +123,7 @@ def _convert_tuple(value: Any, arguments: tuple, where: str) -> tuple:
   if len(value) != len(arguments):
     raise errors.UserError(
       f"{where} must have {len(arguments)} entries, not {len(value)}: "
-      f"{value!r}."
+      f"{value!r}; on a command line '--{where}=(8, 8)'."
     )
   return tuple(
     _convert(item, hint, f"{where}[{i}]")

@@ -3,7 +3,7 @@
   python launch/demo.py [WORKDIR [--config.KEY=VALUE ...]]
 
 WORKDIR is runs/demo by default. It runs the same commands that are printed, so
-each can be repeated by hand.
+each can be repeated by hand. Exits with 1 if a score is not what it should be.
 """
 
 import importlib.util
@@ -13,6 +13,7 @@ import shlex
 import sys
 
 from flowjax import __main__ as door
+from flowjax.commands import evaluate
 
 HERE = pathlib.Path(__file__).resolve().parent.parent
 
@@ -33,21 +34,45 @@ def main(workdir: str = "runs/demo", *overrides: str) -> int:
     if code:
       return code
   folder = pathlib.Path(workdir)
-  print("\nScores, on the averaged weights and data that training never saw:")
   report = json.loads((folder / "report.json").read_text())
-  print(json.dumps(report, indent=2))
+  print("\nScores, on the averaged weights and data that training never saw:")
+  evaluate.print_report(report)
+  reached = goals(report)
+  print("\nWhat these scores should be:")
+  for text, is_met in reached.items():
+    print(f"  {'met   ' if is_met else 'MISSED'}  {text}")
   print("\nWhere everything is:")
   for name, file in (
     ("sample grid", "samples.png"),
     ("curves", "curves.png"),
+    ("metrics", "metrics.jsonl"),
+    ("samples on the way", "samples"),
     ("checkpoint", "checkpoints"),
     ("weights for PyTorch", "export"),
     ("scores", "report.json"),
   ):
     print(f"  {name:<20} {folder / file}")
   if not torch:
-    print("  (pip install 'flowjax[torch]' to check the weights in PyTorch)")
-  return 0
+    print("  (pip install -e '.[torch]' to check the weights in PyTorch)")
+  return 0 if all(reached.values()) else 1
+
+
+def goals(report: dict) -> dict[str, bool]:
+  """Returns what the demo promises, and whether the report keeps it."""
+  return {
+    "the judge recognises at least 97% of held-out digits": (
+      report["classifier_accuracy"] >= 0.97
+    ),
+    "at least 98% of guided samples are recognised as their class": (
+      report["sample_accuracy"] >= 0.98
+    ),
+    "unguided, the Frechet distance is at most twice that of real digits": (
+      report["frechet_unguided"] <= 2.0 * report["frechet_real"]
+    ),
+    "no sample is a copy of a training image": (
+      report["nearest_neighbour"]["copies"] == 0.0
+    ),
+  }
 
 
 if __name__ == "__main__":

@@ -15,6 +15,20 @@ from flowjax.train import loop, parts
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 VARIANTS = {
   "digits_dit.py": [""],
+  "digits_nf.py": ["", ":additive"],
+  **{
+    f"digits_paths/{name}.py": [""]
+    for name in (
+      "straight_logit_normal",
+      "straight_uniform",
+      "vp_noise",
+      "vp_v",
+      "cosine_v",
+      "sub_vp",
+      "edm",
+      "gvp",
+    )
+  },
   "imagenet_dit.py": [
     f":{size}_{patch}" for size in ("s", "b", "l", "xl") for patch in (2, 4, 8)
   ],
@@ -29,7 +43,8 @@ MILLIONS = {
 
 
 def test_no_config_is_forgotten():
-  assert {path.name for path in FOLDER.glob("*.py")} == set(VARIANTS)
+  found = {str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.py")}
+  assert found == set(VARIANTS)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +55,7 @@ def test_it_builds_and_its_header_says_how_to_run_it(name):
   file, _, variant = name.partition(":")
   header = (FOLDER / file).read_text().split('"""')[1]
   assert f"flowjax train --config=configs/{file}" in header
-  if variant:
+  if file == "imagenet_dit.py":
     size, patch = variant.split("_")
     network = models.build(config.model)
     params = jax.eval_shape(network.init, jax.random.key(0))

@@ -24,12 +24,15 @@ def test_the_demo_ends_with_scores_and_where_everything_is(tmp_path, capsys):
   spec = importlib.util.spec_from_file_location("demo", DEMO)
   demo = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(demo)
-  assert demo.main(str(tmp_path), *SMALL) == 0
+  # Two steps make no digits, and the demo must say so.
+  assert demo.main(str(tmp_path), *SMALL) == 1
 
   out = capsys.readouterr().out
+  assert "met     the judge" in out
+  assert "MISSED  at least 98%" in out and "MISSED  unguided" in out
   told = out.split("Where everything is:")[1].splitlines()
   files = [line.split()[-1] for line in told if str(tmp_path) in line]
-  assert len(files) == 5
+  assert len(files) == 7
   assert all(pathlib.Path(file).exists() for file in files)
   report = json.loads((tmp_path / "report.json").read_text())
   wanted = "parameters train_seconds classifier_accuracy sample_accuracy"

@@ -9,15 +9,14 @@ example:
     --config.data.batch_size=8 --json=step.json
 """
 
-import pathlib
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flowjax import __version__
-from flowjax.commands import configs
+from flowjax import __version__, errors
+from flowjax.commands import configs, flags
 from flowjax.train import loop, parts, progress, workdir
 
 
@@ -27,11 +26,13 @@ def add_flags(parser) -> None:
   parser.add_argument(
     "--seconds", type=float, default=20.0, help="how long to step, about"
   )
-  parser.add_argument("--json", type=pathlib.Path, help="where to keep it")
+  parser.add_argument("--json", type=flags.path, help="where to keep it")
 
 
 def run(args) -> None:
   """Steps on random data for a while, and prints the rates."""
+  if not args.seconds > 0:
+    raise errors.UserError(f"--seconds={args.seconds} must be above 0.")
   config = configs.load(args.config, args.overrides)
   if args.json:
     workdir.require_writable(args.json, "--json")

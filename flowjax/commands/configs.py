@@ -12,54 +12,93 @@ from ml_collections import config_flags
 from flowjax import errors, schema
 from flowjax.train import experiment
 
+Words = collections.abc.Sequence[str]
+Define = collections.abc.Callable[[flags.FlagValues, list[str]], list[str]]
+
 HELP = (
   "a Python file with get_config(), run as code; FILE:ARGUMENT calls "
   "get_config(ARGUMENT). Any key can be overridden: --config.optim.b=c"
 )
 
 
-def load(
-  file: str, overrides: collections.abc.Sequence[str]
-) -> experiment.Experiment:
+def load(file: str, overrides: Words) -> experiment.Experiment:
   """Loads a config file, applies `--config.key=value` words, and checks it.
 
   Raises UserError for a file that is not there, a key that does not exist
   (naming the closest), a value of the wrong type or an impossible value.
   """
-  config = _parse(file, [])
+  if not pathlib.Path(file.partition(":")[0]).is_file():
+    raise errors.UserError(f"There is no config file {file!r}.")
+
+  def define(values, words):
+    argv = ["flowjax", f"--config={file}", *words]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    return argv
+
+  return _overridden(define, overrides, f"--config={file}")
+
+
+def adjusted(
+  config: experiment.Experiment, overrides: Words, group: str
+) -> experiment.Experiment:
+  """Applies `--config.group.key=value` words to the config of a run."""
+  for key in map(_key, overrides):
+    if key.split(".")[0] != group:
+      raise errors.UserError(
+        f"config.{key} is part of how the run was trained; only config.{group} "
+        "can be changed here."
+      )
+
+  def define(values, words):
+    start = experiment.to_config_dict(config)
+    argv = ["flowjax", *words]
+    config_flags.DEFINE_config_dict(
+      "config", start, flag_values=values, sys_argv=argv
+    )
+    return argv
+
+  return _overridden(define, overrides, f"config.{group}")
+
+
+def _overridden(
+  define: Define, overrides: Words, where: str
+) -> experiment.Experiment:
+  before = _parse(define, [], where)
   nones = [word for word in overrides if word.endswith("=None")]
   others = [word for word in overrides if word not in nones]
   for key in filter(None, map(_key, overrides)):
-    _check_key(config, key)
-  config = _parse(file, others)
+    _check_key(before, key)
+  try:
+    config = _parse(define, others, where)
+  except errors.UserError as error:
+    found = re.search(r"flag --config\.([\w.]+)=(.*?): .", str(error))
+    if not found:
+      raise
+    key, value = found.groups()
+    raise errors.UserError(
+      f"config.{key} cannot be {value!r}: {_kind(before, key)}."
+    ) from error
   for word in nones:
     _set_none(config, _key(word))
   return experiment.build(config)
 
 
-def _parse(file: str, overrides: list[str]) -> ml_collections.ConfigDict:
-  if not pathlib.Path(file.partition(":")[0]).is_file():
-    raise errors.UserError(f"There is no config file {file!r}.")
+def _parse(
+  define: Define, words: list[str], where: str
+) -> ml_collections.ConfigDict:
   values = flags.FlagValues()
-  words = ["flowjax", f"--config={file}", *overrides]
-  config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=words)
+  argv = define(values, words)
   try:
-    rest = values(words)
+    rest = values(argv)
   # The file is the user's code, and whatever it raises is the answer. What is
   # raised in it comes wrapped with its traceback, of which the end says it.
   except Exception as error:
     reason = str(error).strip().splitlines()[-1]
-    found = re.match(r"flag --(config\.[\w.]+)=(.*?): .", reason)
-    if found:
-      key, value = found.groups()
-      raise errors.UserError(
-        f"{key} cannot be {value!r}: {_kind(file, key)}."
-      ) from error
-    raise errors.UserError(f"--config={file}: {reason}") from error
+    raise errors.UserError(f"{where}: {reason}") from error
   config = values["config"].value
   if not isinstance(config, ml_collections.ConfigDict):
     raise errors.UserError(
-      f"get_config() of {file!r} must return a ConfigDict, such as that of "
+      f"{where}: get_config() must return a ConfigDict, such as that of "
       f"flowjax.train.experiment.defaults(), not {type(config).__name__}."
     )
   if rest[1:]:
@@ -67,13 +106,15 @@ def _parse(file: str, overrides: list[str]) -> ml_collections.ConfigDict:
   return config
 
 
-def _kind(file: str, key: str) -> str:
+def _kind(config: ml_collections.ConfigDict, key: str) -> str:
   """Says of what type the value of a key has to be."""
-  node: Any = _parse(file, [])
-  for part in key.split(".")[1:]:
+  node: Any = config
+  for part in key.split("."):
     kind = node.get_type(part)
     node = node[part]
-  return f"it must be of type {kind.__name__}, such as {node!r}"
+  return f"it must be of type {kind.__name__}" + (
+    "" if node is None else f", such as {node!r}"
+  )
 
 
 def _key(word: str) -> str:
@@ -91,6 +132,12 @@ def _check_key(config: ml_collections.ConfigDict, key: str) -> None:
         f"Unknown key {where}.{part}. {schema.closest(part, node.keys())}"
       )
     node, where = node[part], f"{where}.{part}"
+  if isinstance(node, ml_collections.ConfigDict):
+    raise errors.UserError(
+      f"{where} is a group of keys: set one of them, {where}."
+      + f", {where}.".join(list(node.keys())[:3])
+      + ", ..."
+    )
 
 
 def _set_none(config: ml_collections.ConfigDict, key: str) -> None:

@@ -16,8 +16,7 @@ import jax
 import rich.console
 import rich.table
 
-from flowjax import errors
-from flowjax.commands import configs
+from flowjax.commands import configs, flags
 from flowjax.parallel import mesh as meshes
 from flowjax.parallel import rules
 from flowjax.train import loop, parts
@@ -29,7 +28,7 @@ def add_flags(parser) -> None:
   """Adds the flags of `describe`."""
   parser.add_argument("--config", required=True, help=configs.HELP)
   parser.add_argument(
-    "--devices", type=int, help="imagine so many devices (on CPU)"
+    "--devices", type=flags.count, help="imagine so many devices (on CPU)"
   )
   parser.add_argument(
     "--compile", action="store_true", help="compile the training step"
@@ -40,8 +39,6 @@ def run(args) -> None:
   """Prints the tables."""
   config = configs.load(args.config, args.overrides)
   if args.devices is not None:
-    if args.devices < 1:
-      raise errors.UserError(f"--devices={args.devices} must be at least 1.")
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", args.devices)
   built = parts.build(config)

@@ -1,6 +1,6 @@
 """Scores the samples of a workdir against data that training never saw.
 
-Writes `report.json` and `samples.png` into the workdir. For digits: how many
+Writes `report.json` into the workdir. For digits also `samples.png`: how many
 samples a classifier of real digits recognises, the Fréchet distance in its
 features beside that of real digits among themselves, and how near samples
 come to the training images. For any source: the validation loss.
@@ -9,39 +9,44 @@ example:
   flowjax evaluate --workdir=runs/digits
 """
 
+import dataclasses
+
 import numpy as np
 
-from flowjax import errors
-from flowjax.commands import export, restored, train
+from flowjax.commands import export, flags, restored, train
 from flowjax.data import sources
 from flowjax.evaluate import digits, pictures
 from flowjax.parallel import mesh as meshes
-from flowjax.train import loop, progress, workdir
+from flowjax.train import loop, methods, progress, workdir
 
 
 def add_flags(parser) -> None:
   """Adds the flags of `evaluate`."""
   restored.add_run(parser)
   parser.add_argument(
-    "--num", type=int, default=500, help="samples to be recognised"
+    "--num", type=flags.count, default=500, help="samples to be recognised"
   )
-  parser.add_argument("--guidance", type=float, help="guidance scale")
-  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument(
+    "--likelihood",
+    action="store_true",
+    help="also the bits per dimension of the held-out images, along the ODE",
+  )
+  restored.add_method(parser)
+  parser.add_argument("--seed", type=flags.seed, default=0, help="of the noise")
 
 
 def run(args) -> None:
   """Evaluates, writes the report, and prints it."""
-  if args.num < 1:
-    raise errors.UserError(f"--num={args.num} must be at least 1.")
   found = restored.open(args.workdir, ema=args.ema)
+  workdir.require_writable(args.workdir / "report.json", "report")
   report = {
-    **export.read_report(args.workdir, found.step, ema=args.ema),
-    "step": found.step,
-    "weights": export.weights_name(args.ema),
+    **export.read_report(found, ema=args.ema),
+    **export.identity(found, ema=args.ema),
     "parameters": found.run.parameters,
-    "train_seconds": round(found.extra["train_seconds"], 1),
     **_validation(found),
   }
+  if args.likelihood:
+    report |= _bits(found)
   if found.config.data.source == "digits":
     report |= _digits(found, args)
   path = args.workdir / "report.json"
@@ -73,10 +78,18 @@ def _validation(found: restored.Restored) -> dict[str, float]:
   return {"validation_loss": scores["validation_loss"]}
 
 
+def _bits(found: restored.Restored) -> dict[str, float]:
+  """Returns -log2 p of held-out images per dimension, as levels of grey."""
+  loss = found.config.flow.bits(found.run.network)
+  with meshes.use(found.run.mesh), loop.out_of_memory_advice():
+    scores = train.held_out(found.run, loss).run(found.params)
+  return {"bits_per_dimension": scores["validation_loss"]}
+
+
 def _digits(found: restored.Restored, args) -> dict:
   """Scores samples of digits, with the guidance of the config and without."""
-  train_images, train_labels = _all(sources.open(found.config.data, "train"))
-  held_images, held_labels = _all(sources.open(found.config.data, "held_out"))
+  train_images, train_labels = all_of(sources.open(found.config.data, "train"))
+  held_images, held_labels = all_of(sources.open(found.config.data, "held_out"))
   judge = digits.Digits(
     train_images, train_labels, held_images, held_labels, seed=args.seed
   )
@@ -84,23 +97,23 @@ def _digits(found: restored.Restored, args) -> dict:
   # As many unguided samples as training images, of the same classes: the two
   # distances to the held-out images are then estimated alike.
   total = len(labels) + len(train_labels)
-  changes = {} if args.guidance is None else {"guidance": args.guidance}
+  method = restored.method(found.config, args)
+  unguided = dataclasses.replace(method, guidance=methods.GuidanceConfig())
   with progress.counter("samples", total) as done:
-    guided = found.draw(labels, seed=args.seed, done=done, **changes)
+    guided = found.draw(labels, seed=args.seed, done=done, method=method)
     plain = found.draw(
       train_labels,
       seed=args.seed + 1,
       done=lambda count: done(len(labels) + count),
-      guidance=1.0,
+      method=unguided,
     )
   path = found.directory / "samples.png"
   pictures.save_png(pictures.grid(guided[:100], columns=10), path)
   with_guidance = judge.score(guided, labels)
   without = judge.score(plain, train_labels)
-  scale = changes.get("guidance", found.config.sample.guidance)
   return {
     "samples": args.num,
-    "guidance": scale,
+    "guidance": method.guidance.scale,
     "classifier_accuracy": judge.accuracy,
     "sample_accuracy": with_guidance["sample_accuracy"],
     "sample_accuracy_unguided": without["sample_accuracy"],
@@ -111,7 +124,7 @@ def _digits(found: restored.Restored, args) -> dict:
   }
 
 
-def _all(source: sources.Source) -> tuple[np.ndarray, np.ndarray]:
+def all_of(source: sources.Source) -> tuple[np.ndarray, np.ndarray]:
   """Returns every image and label of a source that fits into memory."""
   records = [source[i] for i in range(len(source))]
   images = np.stack([record["image"] for record in records])

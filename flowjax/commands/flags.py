@@ -2,6 +2,7 @@
 
 import argparse
 import collections.abc
+import pathlib
 from typing import NoReturn
 
 from flowjax import errors, schema
@@ -26,12 +27,35 @@ usage: flowjax COMMAND [--flag=value ...]
 {EXIT_CODES}"""
 
 
+def path(text: str) -> pathlib.Path:
+  """Reads a flag that names a file or a folder."""
+  if not text:
+    raise argparse.ArgumentTypeError("it names nothing; is a variable empty?")
+  return pathlib.Path(text)
+
+
+def count(text: str) -> int:
+  """Reads a flag that is a number of things: 1, 2, ..."""
+  if not text.isdecimal() or int(text) < 1:
+    raise argparse.ArgumentTypeError(f"{text!r} must be a number, at least 1")
+  return int(text)
+
+
+def seed(text: str) -> int:
+  """Reads a seed: 0, 1, ... below 2^32."""
+  if not text.isdecimal() or int(text) >= 2**32:
+    raise argparse.ArgumentTypeError(f"{text!r} must be a number from 0 on")
+  return int(text)
+
+
 class Parser(argparse.ArgumentParser):
   """A parser of one command that names the closest flag to a mistyped one.
 
-  Where the command has a flag `--config`, the words `--config.KEY=VALUE` are
-  collected as `overrides`.
+  Where the command has a flag `--config`, or is `adjustable`, the words
+  `--config.KEY=VALUE` are collected as `overrides`.
   """
+
+  adjustable = False
 
   def __init__(self, name: str, **kwargs):
     self._flags: list[str] = []
@@ -44,7 +68,10 @@ class Parser(argparse.ArgumentParser):
     )
 
   def add_argument(self, *names, **kwargs) -> argparse.Action:
-    """Adds a flag, and remembers what it is called."""
+    """Adds a flag, says its default, and remembers what it is called."""
+    default = kwargs.get("default")
+    if default not in (None, argparse.SUPPRESS, True, False):
+      kwargs["help"] = f"{kwargs['help']} (default: {default})"
     action = super().add_argument(*names, **kwargs)
     self._flags.extend(action.option_strings)
     return action
@@ -52,7 +79,7 @@ class Parser(argparse.ArgumentParser):
   def read(self, words: collections.abc.Sequence[str]) -> argparse.Namespace:
     """Returns the flags of `words`; raises UserError for what is wrong."""
     overrides = [w for w in words if w.startswith("--config.")]
-    if "--config" not in self._flags:
+    if not self.adjustable and "--config" not in self._flags:
       overrides = []
     for word in overrides:
       if "=" not in word:

@@ -1,6 +1,7 @@
 """A run that is only read: its parts, and its weights on these devices."""
 
 import argparse
+import collections.abc
 import dataclasses
 import pathlib
 from typing import Any
@@ -8,10 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from flowjax import errors, schema
-from flowjax.evaluate import sampling
+from flowjax import errors
+from flowjax.commands import configs, drawing, flags
 from flowjax.parallel import mesh as meshes
-from flowjax.train import checkpoint, experiment, loop, parts, workdir
+from flowjax.train import checkpoint, experiment, loop, methods, parts, workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,30 +30,34 @@ class Restored:
     return self.run.experiment
 
   def draw(
-    self, labels: np.ndarray, *, seed: int, done=lambda count: None, **changes
+    self,
+    labels: np.ndarray,
+    *,
+    seed: int,
+    done: collections.abc.Callable[[int], None] = lambda count: None,
+    method: methods.SampleConfig | None = None,
+    worse: "Restored | None" = None,
   ) -> np.ndarray:
-    """Draws an image per label as the config says, but for `changes`."""
-    chosen = {**schema.to_dict(self.config.sample), **changes}
-    sample = sampling.build(
-      self.run.network,
-      solver=chosen["solver"],
-      steps=chosen["steps"],
-      scale=chosen["guidance"],
-      interval=tuple(chosen["guidance_interval"]),
-      shift=chosen["shift"],
+    """Draws an image per label, by `method` or as the config says.
+
+    `worse` is a run to be guided away from (autoguidance).
+    """
+    draw = drawing.build(
+      self.run,
+      self.config.sample if method is None else method,
+      min(len(labels), self.config.data.batch_size),
+      worse.run if worse else None,
     )
-    most = min(len(labels), self.config.data.batch_size)
-    with meshes.use(self.run.mesh), loop.out_of_memory_advice():
-      return sampling.draw(
-        sample,
-        self.params,
-        labels,
-        shape=(*self.config.model.image_size, self.config.model.channels),
-        seed=seed,
-        batch_size=meshes.padded(most, self.run.mesh),
-        put=loop.put_batch(self.run.mesh),
-        done=done,
+    params = (self.params, worse.params) if worse else self.params
+    images_NHWC = draw(params, labels, seed=seed, done=done)
+    broken = int(np.sum(~np.isfinite(images_NHWC).all(axis=(1, 2, 3))))
+    if broken:
+      raise errors.NumericError(
+        f"{broken} of {len(labels)} samples are not finite: the weights are "
+        "broken, or the solver takes too few steps. Try more --steps, another "
+        "--solver, or an earlier checkpoint."
       )
+    return images_NHWC
 
 
 def open(directory: pathlib.Path, *, ema: bool = True) -> Restored:
@@ -63,13 +68,16 @@ def open(directory: pathlib.Path, *, ema: bool = True) -> Restored:
   sound.
   """
   config = workdir.read_config(directory)
+  model = config.model
+  if hasattr(model, "attention"):
+    # The body that the run was trained with may not exist on this machine.
+    model = dataclasses.replace(model, attention="auto")
   here = dataclasses.replace(
     config,
     mesh=meshes.MeshConfig(data=1, fsdp=-1),
     data=dataclasses.replace(config.data, batch_size=jax.device_count()),
     optim=dataclasses.replace(config.optim, accumulate=1),
-    # The body that the run was trained with may not exist on this machine.
-    model=dataclasses.replace(config.model, attention="auto"),
+    model=model,
   )
   run = parts.build(here)
   run = dataclasses.replace(run, experiment=config)
@@ -84,19 +92,42 @@ def open(directory: pathlib.Path, *, ema: bool = True) -> Restored:
     saved.close()
   if restored is None:
     raise errors.UserError(
-      f"{directory} holds no checkpoint yet. `flowjax train --workdir="
-      f"{directory}` makes one."
+      f"{directory} holds no checkpoint yet: train into it until the first "
+      "is saved (config.checkpoint.every), with the command that made it."
     )
   return Restored(
     directory, run, restored.step, restored.state[name], restored.extra
   )
 
 
+def worse(directory: pathlib.Path | None, better: Restored) -> Restored | None:
+  """Restores a run for autoguidance (arXiv:2406.02507): it must be of a kind.
+
+  Raises UserError for one whose flow or images are not those of `better`.
+  """
+  if directory is None:
+    return None
+  found = open(directory)
+  ours, theirs = better.config, found.config
+  same = (
+    ours.flow.path == theirs.flow.path
+    and ours.flow.prediction == theirs.flow.prediction
+    and ours.model.image_size == theirs.model.image_size
+    and ours.model.channels == theirs.model.channels
+  )
+  if not same:
+    raise errors.UserError(
+      f"--worse={directory}: path, prediction, image_size and channels must be "
+      f"those of {better.directory}, or the two cannot be compared."
+    )
+  return found
+
+
 def add_run(parser) -> None:
   """Adds the flags that name a run and which of its weights."""
   parser.add_argument(
     "--workdir",
-    type=pathlib.Path,
+    type=flags.path,
     required=True,
     help="the folder that `flowjax train` wrote",
   )
@@ -106,6 +137,34 @@ def add_run(parser) -> None:
     default=True,
     help="the averaged weights, or the raw ones",
   )
+
+
+# Flags for what is changed most; every key has its --config.sample.KEY.
+_METHOD = {
+  "steps": ("steps", flags.count, "steps of the solver"),
+  "solver": ("solver.name", str, "a solver, as named in flowjax/flow/solvers"),
+  "grid": ("grid.name", str, "its times, as named in flowjax/flow/grids.py"),
+  "shift": ("grid.shift", float, "resolution shift of the times"),
+  "guidance": ("guidance.scale", float, "guidance scale; 1 is none"),
+}
+
+
+def add_method(parser) -> None:
+  """Adds the flags that change how the config of a run draws samples."""
+  parser.adjustable = True
+  for name, (_, kind, text) in _METHOD.items():
+    parser.add_argument(f"--{name}", type=kind, help=text)
+
+
+def method(config: experiment.Experiment, args) -> methods.SampleConfig:
+  """Returns how samples are drawn, from the config and then the flags."""
+  words = [
+    f"--config.sample.{key}={getattr(args, name)}"
+    for name, (key, *_) in _METHOD.items()
+    if getattr(args, name) is not None
+  ]
+  changed = configs.adjusted(config, [*args.overrides, *words], "sample")
+  return changed.sample
 
 
 def parse_labels(text: str | None, count: int, classes: int) -> np.ndarray:

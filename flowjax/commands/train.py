@@ -13,9 +13,10 @@ import pathlib
 import jax
 import numpy as np
 
-from flowjax.commands import configs
+from flowjax.commands import configs, drawing, flags
 from flowjax.data import loader, sources
-from flowjax.evaluate import pictures, sampling, validation
+from flowjax.evaluate import pictures, validation
+from flowjax.flow import losses
 from flowjax.parallel import mesh as meshes
 from flowjax.train import loop, parts
 from flowjax.train import state as states
@@ -24,7 +25,12 @@ from flowjax.train import state as states
 def add_flags(parser) -> None:
   """Adds the flags of `train`."""
   parser.add_argument("--config", required=True, help=configs.HELP)
-  parser.add_argument("--workdir", type=pathlib.Path, required=True)
+  parser.add_argument(
+    "--workdir",
+    type=flags.path,
+    required=True,
+    help="the folder for checkpoints, metrics and pictures",
+  )
   parser.add_argument(
     "--allow_config_change",
     action="store_true",
@@ -66,11 +72,17 @@ def evaluators(
 
 def held_out_loss(built: parts.Parts) -> validation.Validation:
   """Returns what evaluates weights on the held-out split, at fixed times."""
+  loss = built.experiment.flow.validation_loss(built.network)
+  return held_out(built, loss)
+
+
+def held_out(built: parts.Parts, loss: losses.Loss) -> validation.Validation:
+  """Returns what evaluates a loss on the held-out split."""
   config = built.experiment
   source = sources.open(config.data, "held_out")
   size = meshes.padded(min(config.data.batch_size, len(source)), built.mesh)
   return validation.Validation(
-    config.flow.validation_loss(built.network.apply),
+    loss,
     lambda: loader.epoch_batches(
       source, size, on_corrupt=config.data.on_corrupt
     ),
@@ -90,26 +102,12 @@ def _validation(built: parts.Parts):
 
 def _samples(built: parts.Parts, directory: pathlib.Path):
   config = built.experiment
-  sample = sampling.build(
-    built.network,
-    solver=config.sample.solver,
-    steps=config.sample.steps,
-    scale=config.sample.guidance,
-    interval=config.sample.guidance_interval,
-    shift=config.sample.shift,
-  )
-  labels = np.arange(config.log.sample_count) % config.model.num_classes
+  count = config.log.sample_count
+  draw = drawing.build(built, config.sample, count)
+  labels = np.arange(count) % config.model.num_classes
 
   def look(state: states.TrainState):
-    images = sampling.draw(
-      sample,
-      state.ema,
-      labels,
-      shape=(*config.model.image_size, config.model.channels),
-      seed=config.seed,
-      batch_size=meshes.padded(len(labels), built.mesh),
-      put=loop.put_batch(built.mesh),
-    )
+    images = draw(state.ema, labels, seed=config.seed)
     grid = pictures.grid(images, columns=10)
     if jax.process_index() == 0:
       folder = directory / "samples"

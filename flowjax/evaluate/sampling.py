@@ -11,44 +11,52 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowjax import models
-from flowjax.flow import guidance, paths, solvers, times
+from flowjax.flow import losses, sampling
 
+# sample(params, cond, start_BHWC, rng_B) -> images_BHWC
 Sampler = collections.abc.Callable[
-  [Any, dict[str, jax.Array], jax.Array], jax.Array
+  [Any, dict[str, jax.Array], jax.Array, jax.Array], jax.Array
 ]
 
 
 def build(
   network: models.Network,
+  predict: losses.Predictor,
+  method: sampling.Method,
   *,
-  solver: str,
-  steps: int,
-  scale: float = 1.0,
-  interval: tuple[float, float] = (0.0, 1.0),
-  shift: float = 1.0,
+  degraded: losses.Predictor | None = None,
+  worse: losses.Predictor | None = None,
 ) -> Sampler:
-  """Returns the jitted `sample(params, cond, noise_BHWC) -> images_BHWC`.
+  """Returns the jitted `sample(params, cond, start_BHWC, rng_B)`.
 
-  Images are float32, near [-1, 1] and not clipped. Guidance of `scale` acts
-  for t in `interval`; 1 is the plain conditional field.
+  `predict(params, x_BHWC, t_B, cond, rng)` is the network as its prediction
+  wants it; `degraded` is the same without some of its parts, for skip-layer
+  guidance. `worse` is another network, guided away from (autoguidance); params
+  are then the pair of both. `start` is standard normal noise, or the image at
+  t = 1 of a flow between images; `rng_B` holds a key per example, for methods
+  that draw noise. Images are float32, near [-1, 1] and not clipped. A network
+  that is invertible needs no method.
   """
-  grid = times.uniform_grid(steps, shift)
-  method = solvers.build(solver, paths.straight())
 
-  def sample(params, cond, noise_BHWC):
-    def velocity(x_BHWC, t_B, cond):
-      return network.apply(params, x_BHWC, t_B, cond)
-
-    field = guidance.classifier_free(
-      velocity,
+  def sample(params, cond, start_BHWC, rng_B):
+    if network.inverse is not None:
+      return network.inverse(params, start_BHWC, cond)
+    params, others = params if worse else (params, None)
+    return method.sample(
+      _of(predict, params),
       cond,
       network.unconditional(cond),
-      scale=scale,
-      interval=interval,
+      start_BHWC,
+      rng_B,
+      degraded=_of(degraded, params) if degraded else None,
+      worse=_of(worse, others) if worse else None,
     )
-    return solvers.solve(method, field, noise_BHWC, grid)
 
   return jax.jit(sample)
+
+
+def _of(predict: losses.Predictor, params: Any) -> sampling.Predict:
+  return lambda x_BHWC, t_B, cond: predict(params, x_BHWC, t_B, cond, None)
 
 
 def noise(seed: int, indices_B: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -74,24 +82,40 @@ def draw(
   batch_size: int,
   put: collections.abc.Callable[[dict], dict],
   done: collections.abc.Callable[[int], None] = lambda count: None,
+  starts_BHWC: np.ndarray | None = None,
 ) -> np.ndarray:
   """Draws one image [H, W, C] for each label, `batch_size` at a time.
 
   `put` places a batch on the devices and `done` is told how many images are
-  drawn so far. The last batch is padded, so that one program serves all.
+  drawn so far. The last batch is padded, so that one program serves all. They
+  start from noise, or from `starts`.
   """
   make_noise = jax.jit(noise, static_argnums=(0, 2))
   parts = []
   for start in range(0, len(labels_B), batch_size):
     indices_B = np.arange(start, start + batch_size)
-    chosen_B = labels_B[np.minimum(indices_B, len(labels_B) - 1)]
+    kept_B = np.minimum(indices_B, len(labels_B) - 1)
+    starts = (
+      np.asarray(make_noise(seed, indices_B, shape))
+      if starts_BHWC is None
+      else starts_BHWC[kept_B]
+    )
     batch = put(
       {
-        "label": chosen_B.astype(np.int32),
-        "image": np.asarray(make_noise(seed, indices_B, shape)),
+        "label": labels_B[kept_B].astype(np.int32),
+        "start": starts,
+        "index": indices_B.astype(np.uint32),
       }
     )
-    noise_BHWC = batch.pop("image")
-    parts.append(np.asarray(sample(params, batch, noise_BHWC)))
+    start_BHWC, index_B = batch.pop("start"), batch.pop("index")
+    rng_B = _keys(seed, index_B)
+    parts.append(np.asarray(sample(params, batch, start_BHWC, rng_B)))
     done(min(start + batch_size, len(labels_B)))
   return np.concatenate(parts)[: len(labels_B)]
+
+
+@jax.jit
+def _keys(seed, index_B):
+  # Another stream than that of the noise that the samples start from.
+  key = jax.random.fold_in(jax.random.key(seed), 2**31)
+  return jax.vmap(lambda index: jax.random.fold_in(key, index))(index_B)

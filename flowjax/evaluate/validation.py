@@ -41,34 +41,38 @@ class Validation:
     self._key = jax.random.key(seed)
 
     def total(params, batch, key, index):
-      _, metrics = loss(params, batch, jax.random.fold_in(key, index))
+      mean, metrics = loss(params, batch, jax.random.fold_in(key, index))
       count = jnp.float32(len(batch["image"]))
       if "mask" in batch:
         count = jnp.sum(batch["mask"].astype(jnp.float32))
-      return count, metrics["loss_by_time"]
+      return count, mean, metrics.get("loss_by_time", jnp.zeros((0,)))
 
     self._total = jax.jit(total)
 
   def run(self, params: Any) -> dict[str, float]:
     """Returns `validation_loss`, and `validation_loss_t0`, ... for each time.
 
+    A loss that knows no times, such as that of a normalizing flow, has only the
+    first.
+
     Each example counts the same, in whatever batch it is.
     """
-    parts: list[tuple[jax.Array, jax.Array]] = []
+    parts: list[tuple[jax.Array, jax.Array, jax.Array]] = []
     for index, batch in enumerate(self._batches()):
       placed = self._put(batch)
       parts.append(self._total(params, placed, self._key, index))
       # At most two batches at once, or the device would hold them all.
       jax.block_until_ready(parts[-2:][0])
-    count_B = np.array([count for count, _ in parts], np.float64)
+    count_B = np.array([count for count, *_ in parts], np.float64)
     if not count_B.sum():
       raise errors.DataError(
         "The held-out split has no example to validate on: hold out more by "
         "config.data.held_out, or set config.log.validation_every=0."
       )
-    loss_BT = np.array([loss_T for _, loss_T in parts], np.float64)
-    loss_T = count_B @ loss_BT / count_B.sum()
+    share_B = count_B / count_B.sum()
+    mean = share_B @ np.array([mean for _, mean, _ in parts], np.float64)
+    loss_T = share_B @ np.array([loss_T for *_, loss_T in parts], np.float64)
     by_time = {
       f"validation_loss_t{i}": float(loss) for i, loss in enumerate(loss_T)
     }
-    return {"validation_loss": float(np.mean(loss_T)), **by_time}
+    return {"validation_loss": float(mean), **by_time}

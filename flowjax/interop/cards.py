@@ -62,7 +62,9 @@ import torch
 import model  # this folder must be on sys.path
 
 dit = model.load(".")
-images_BCHW = model.sample(dit, torch.tensor([0]){_settings(card.config)})
+images_BCHW = model.sample(
+  dit, torch.tensor([0]){_settings(card.config)}
+)
 ```
 
 {_drawing(config)}
@@ -88,9 +90,19 @@ says so.
 
 def _settings(config: dict) -> str:
   """Returns the arguments of `sample` with which the run drew its samples."""
-  chosen = config.get("sample", {})
-  names = [n for n in ("steps", "guidance", "shift") if n in chosen]
-  return "".join(f", {name}={chosen[name]}" for name in names)
+  chosen = config.get("sample")
+  if not chosen:
+    return ""
+  solver = chosen["solver"]["name"]
+  arguments = {
+    "steps": chosen["steps"],
+    # The sampler of the PyTorch source has two solvers.
+    "solver": solver if solver in ("euler", "heun") else "heun",
+    "guidance": chosen["guidance"]["scale"],
+    "interval": tuple(chosen["guidance"]["interval"]),
+    "shift": chosen["grid"]["shift"] or 1.0,
+  }
+  return "".join(f",\n  {name}={arguments[name]!r}" for name in arguments)
 
 
 def _drawing(config: Any) -> str:

@@ -33,8 +33,13 @@ def export(
   *,
   card: dict | str | None = None,
   dtype: str = "float32",
+  path: str = "straight",
+  prediction: str = "velocity",
 ):
   """Writes the weights, the config, the PyTorch source and the model card.
+
+  `path` and `prediction` are what the network was trained for; the sampler in
+  the PyTorch source refuses all but a velocity on the straight path.
 
   All four files appear together or not at all. `card` is the text of the
   README, or what `cards.Card` asks for. Only an earlier export is replaced.
@@ -54,6 +59,7 @@ def export(
     "format": FORMAT,
     "flowjax": flowjax.__version__,
     "dtype": dtype,
+    "flow": {"path": path, "prediction": prediction},
     "model": schema.to_dict(config),
   }
   out_dir = pathlib.Path(out_dir)
@@ -144,8 +150,7 @@ def require_torch() -> types.ModuleType:
     import torch
   except ImportError as error:
     raise errors.UserError(
-      f"Comparing with PyTorch needs {error.name}: "
-      "pip install 'flowjax[torch]'."
+      f"Comparing with PyTorch needs {error.name}: pip install -e '.[torch]'."
     ) from error
   return torch
 
@@ -161,6 +166,11 @@ def load_module(directory: str | pathlib.Path) -> types.ModuleType:
 
 
 def _table(config: Any) -> tables.Table:
+  if config.name not in _LAYOUTS:
+    raise errors.UserError(
+      f"A network of the kind {config.name!r} cannot be exported for PyTorch; "
+      f"those that can: {', '.join(_LAYOUTS)}."
+    )
   return _LAYOUTS[config.name](config)
 
 

@@ -139,9 +139,7 @@ def _impossible(sizes: tuple[int, ...], count: int) -> str:
 
   near = sorted(shapes, key=distance)[:3]
   rows = [
-    "dict("
-    + ", ".join(f"{a}={n}" for a, n in zip(AXES, shape, strict=True))
-    + ")"
+    " ".join(f"--config.mesh.{a}={n}" for a, n in zip(AXES, shape, strict=True))
     for shape in near
   ]
   return (

@@ -14,79 +14,15 @@ import ml_collections
 
 from flowjax import errors, models, schema
 from flowjax.data import config as data_config
-from flowjax.flow import losses, paths, times
-from flowjax.flow import solvers as solver_table
 from flowjax.parallel import mesh as meshes
 from flowjax.train import checkpoint as checkpoints
 from flowjax.train import ema as averages
-from flowjax.train import metrics
+from flowjax.train import flows, methods, metrics
 from flowjax.train import optim as optimizers
 
 
 def _group(kind: Any) -> Any:
   return dataclasses.field(default_factory=kind)
-
-
-@dataclasses.dataclass(frozen=True)
-class FlowConfig:
-  """The path from data to noise and the law of t that training draws from.
-
-  `time_mean` and `time_std` are those of logit t (arXiv:2403.03206, section
-  3.1): a mean above 0 trains more towards noise. `shift` is the resolution
-  shift of eq. 23, applied after the law; 1 is none.
-  """
-
-  path: str = "straight"
-  time_law: str = "logit_normal"
-  time_mean: float = 0.0
-  time_std: float = 1.0
-  shift: float = 1.0
-
-  def __post_init__(self):
-    _member("path", self.path, paths.PATHS)
-    _member("time_law", self.time_law, times.LAWS)
-    _above_zero(self, "time_std", "shift")
-
-  def law(self) -> times.TimeLaw:
-    """Returns the law of t that training draws from."""
-    shape = {
-      "uniform": {},
-      "logit_normal": {"mean": self.time_mean, "std": self.time_std},
-    }[self.time_law]
-    return times.shifted(times.LAWS[self.time_law](**shape), self.shift)
-
-  def loss(self, velocity: losses.Velocity) -> losses.Loss:
-    """Returns the training loss of a velocity network."""
-    return losses.flow_matching(velocity, paths.PATHS[self.path](), self.law())
-
-  def validation_loss(self, velocity: losses.Velocity) -> losses.Loss:
-    """Returns the loss at eight fixed timesteps, t = (i + 0.5) / 8."""
-    return losses.fixed_time(velocity, paths.PATHS[self.path](), losses.EIGHTHS)
-
-
-@dataclasses.dataclass(frozen=True)
-class SampleConfig:
-  """How samples are drawn: solver, steps, guidance, and the grid of times.
-
-  Guidance scale 1 is the plain conditional field; it acts for t inside
-  `guidance_interval`.
-  """
-
-  solver: str = "heun"
-  steps: int = 50
-  guidance: float = 1.0
-  guidance_interval: tuple[float, float] = (0.0, 1.0)
-  shift: float = 1.0
-
-  def __post_init__(self):
-    _member("solver", self.solver, solver_table.SOLVERS)
-    _above_zero(self, "steps", "shift")
-    low, high = self.guidance_interval
-    if not 0 <= low <= high <= 1:
-      raise ValueError(
-        f"guidance_interval = {self.guidance_interval} must be two times, "
-        "0 <= low <= high <= 1."
-      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,14 +58,14 @@ class Experiment:
   seed: int = 0
   model: Any = None
   data: data_config.DataConfig = _group(data_config.DataConfig)
-  flow: FlowConfig = _group(FlowConfig)
+  flow: flows.FlowConfig = _group(flows.FlowConfig)
   optim: optimizers.OptimConfig = _group(optimizers.OptimConfig)
   ema: averages.EmaConfig = _group(averages.EmaConfig)
   mesh: meshes.MeshConfig = _group(meshes.MeshConfig)
   checkpoint: checkpoints.CheckpointConfig = _group(
     checkpoints.CheckpointConfig
   )
-  sample: SampleConfig = _group(SampleConfig)
+  sample: methods.SampleConfig = _group(methods.SampleConfig)
   log: LogConfig = _group(LogConfig)
 
   def __post_init__(self):
@@ -151,10 +87,20 @@ class Experiment:
         raise ValueError(
           f"model.{key} = {ours} and data.{key} = {theirs} must be the same."
         )
-    if self.model.out_channels not in (None, self.model.channels):
+    self.sample.method(self.flow)
+    self._check_channels()
+
+  def _check_channels(self):
+    """Refuses a network whose output is not what the flow predicts."""
+    if not hasattr(self.model, "out_channels"):
+      return
+    wanted = self.model.channels * (2 if self.flow.learned_variance else 1)
+    found = self.model.out_channels or self.model.channels
+    if found != wanted:
       raise ValueError(
-        f"model.out_channels = {self.model.out_channels}: a velocity has the "
-        f"{self.model.channels} channels of the image; set None."
+        f"model.out_channels = {self.model.out_channels}, where the flow needs "
+        f"{wanted}: one per channel of the image, twice that with "
+        "flow.learned_variance."
       )
 
 
@@ -167,6 +113,16 @@ def defaults(model: str = "dit") -> ml_collections.ConfigDict:
     for field in dataclasses.fields(Experiment)
   }
   return _config_dict({**groups, "model": models.CONFIGS[model]()})
+
+
+def to_config_dict(config: Experiment) -> ml_collections.ConfigDict:
+  """Returns the locked config of an experiment, as `build` takes it."""
+  return _config_dict(
+    {
+      field.name: getattr(config, field.name)
+      for field in dataclasses.fields(config)
+    }
+  )
 
 
 def build(values: collections.abc.Mapping) -> Experiment:

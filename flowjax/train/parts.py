@@ -1,10 +1,8 @@
 """What a command needs of an experiment, put together in one place."""
 
 import collections.abc
-import contextlib
 import dataclasses
 import functools
-import re
 from typing import Any
 
 import jax
@@ -64,15 +62,17 @@ def build(
   name = "data.batch_size" + " / optim.accumulate" * (
     config.optim.accumulate > 1
   )
-  with _naming("config.mesh"):
+  with errors.naming("config.mesh"):
     mesh = meshes.build(config.mesh, devices)
     meshes.check_batch(part, mesh, name)
   network = models.build(config.model)
-  with _naming("config.model"):
+  if config.flow.uncertainty:
+    network = models.with_uncertainty(network)
+  with errors.naming("config.model"):
     abstract_params = jax.eval_shape(network.init, jax.random.key(0))
     with meshes.use(mesh):
       _trace(network, abstract_params, part)
-  with _naming("config.optim.weight_decay_rules"):
+  with errors.naming("config.optim.weight_decay_rules"):
     optimizer = optim.build(config.optim, config.steps, abstract_params)
   shapes = jax.eval_shape(
     lambda: states.initial(network.init, optimizer, config.seed)
@@ -88,27 +88,17 @@ def build(
   return Parts(config, mesh, network, optimizer, table, abstract)
 
 
-@contextlib.contextmanager
-def _naming(where: str):
-  """Turns what is wrong with a value into a UserError that says where."""
-  try:
-    yield
-  except (ValueError, re.error) as error:
-    raise errors.UserError(f"{where}: {error}") from error
-
-
 def _trace(network: models.Network, params: Any, batch: int) -> None:
   """Finds what the network cannot do on this mesh; nothing is computed."""
   config = network.config
   size = (batch, *config.image_size, config.channels)
   cond = {"label": jax.ShapeDtypeStruct((batch,), jnp.int32)}
-  jax.eval_shape(
-    network.apply,
-    params,
-    jax.ShapeDtypeStruct(size, jnp.float32),
-    jax.ShapeDtypeStruct((batch,), jnp.float32),
-    cond,
-  )
+  x = jax.ShapeDtypeStruct(size, jnp.float32)
+  if network.forward is not None:
+    jax.eval_shape(network.forward, params, x, cond)
+    return
+  t = jax.ShapeDtypeStruct((batch,), jnp.float32)
+  jax.eval_shape(network.apply, params, x, t, cond)
 
 
 def shardings_of(abstract: Any) -> Any:

@@ -127,3 +127,63 @@ def test_bench_writes_its_figures(tmp_path):
   assert found["images_per_second"] > 0
   assert found["share_of_matmul"] > 0
   assert found["batch_size"] == 64
+
+
+@pytest.mark.slow
+def test_every_key_of_sampling_can_be_changed_by_a_flag(workdir, tmp_path):
+  def draw(*words):
+    out = tmp_path / "grid.png"
+    _flowjax("sample", f"--workdir={workdir}", f"--out={out}", *words)
+    return np.asarray(PIL.Image.open(out))
+
+  plain = draw("--num=3")
+  for words in (
+    ["--solver=ddim", "--config.sample.solver.eta=0.5"],
+    ["--grid=karras", "--config.sample.grid.sigma_min=0.01"],
+    ["--guidance=3", "--config.sample.guidance.name=apg"],
+    ["--guidance=3", f"--worse={workdir}"],
+  ):
+    changed = draw("--num=3", *words)
+    assert not np.array_equal(plain, changed), words
+  # Guided away from itself, a network says what it says.
+  same = draw("--num=3", "--guidance=3", f"--worse={workdir}")
+  unguided = draw("--num=3", "--guidance=1")
+  assert np.abs(same.astype(int) - unguided).max() <= 1
+
+
+@pytest.mark.slow
+def test_runs_are_compared_in_one_picture_and_table(workdir, tmp_path, capsys):
+  nf = tmp_path / "nf"
+  _flowjax(
+    "train",
+    f"--config={CONFIGS}/digits_nf.py",
+    f"--workdir={nf}",
+    "--config.steps=2",
+    "--config.optim.warmup_steps=0",
+    "--config.model.width=16",
+    "--config.model.depth=2",
+    "--config.log.tensorboard=False",
+  )
+  out = tmp_path / "compare.png"
+  _flowjax(
+    "compare",
+    "--workdirs",
+    workdir,
+    nf,
+    f"--out={out}",
+    "--evaluations=2,4",
+    "--num=40",
+  )
+  assert "| nf |" in capsys.readouterr().out
+  found = json.loads(out.with_suffix(".json").read_text())
+  run, flow = (found["runs"][path.name] for path in (workdir, nf))
+  assert run["evaluations"] == [2, 4] and len(run["frechet"]) == 2
+  assert flow["evaluations"] == [1] and flow["error"] == []
+  # More noise, more error; and never more than that of saying nothing.
+  assert run["error"][0] > 10 * run["error"][-1] > 0.0
+  assert PIL.Image.open(out).size[0] > 1000
+  _flowjax("evaluate", f"--workdir={nf}", "--num=20", "--likelihood")
+  report = json.loads((nf / "report.json").read_text())
+  assert report["bits_per_dimension"] == pytest.approx(
+    report["validation_loss"], rel=0.05
+  )

@@ -56,8 +56,23 @@ def test_help_comes_at_once():
     (["sample", "--workdir=x", "--guidence=2"], "'--guidance'"),
     (["train", "--config=nowhere.py", "--workdir=x"], "nowhere.py"),
     (["sample", "--workdir=/nowhere"], "no workdir"),
-    (["sample", "--workdir=/nowhere", "--config.steps=3"], "'--steps'"),
-    (["sample", "--workdir=x", "--num=0"], "--num=0"),
+    (["export", "--workdir=/nowhere", "--config.steps=3"], "no flag"),
+    (["sample", "--workdir=x", "--num=0"], "--num: '0' must be"),
+    (["sample", "--workdir=x", "--seed=-1"], "from 0 on"),
+    (["sample", "--workdir="], "names nothing"),
+    (["train", f"--config={DIGITS}", "--workdir="], "names nothing"),
+    (["bench", f"--config={DIGITS}", "--seconds=0"], "--seconds=0"),
+    (["describe", f"--config={DIGITS}", "--config.model=3"], "group of keys"),
+    (
+      ["describe", f"--config={DIGITS}", "--config.model.depth=abc"],
+      "of type int, such as 4",
+    ),
+    (
+      ["describe", f"--config={DIGITS}", "--config.model.image_size=8"],
+      "'--config.model.image_size=(8, 8)'",
+    ),
+    (["compare", "--workdirs", "x", "--evaluations=a"], "commas"),
+    (["describe", f"--config={CONFIGS}/digits_dit.py:edmm"], "'edm'"),
     (["sample", "--workdir=x", "--out=grid.jpg"], ".png"),
     (
       ["describe", f"--config={DIGITS}", "--config.optim.learnin_rate=1"],
@@ -125,14 +140,14 @@ def test_overrides_reach_the_experiment():
       "--config.data.image_size=(16, 16)",
       "--config.checkpoint.keep_every=7",
       "--config.optim.clip_norm=None",
-      "--config.sample.solver=euler",
+      "--config.sample.solver.name=euler",
     ],
   )
   assert config.optim.learning_rate == 3e-4
   assert config.model.image_size == (16, 16)
   assert config.checkpoint.keep_every == 7
   assert config.optim.clip_norm is None
-  assert config.sample.solver == "euler"
+  assert config.sample.solver.name == "euler"
 
 
 def test_labels():

@@ -107,7 +107,12 @@ def test_the_card_tells_what_is_known(tiny, draw, tmp_path):
     "scores": {"sample_accuracy": 0.9912345, "parameters": 1_300_000},
     "config": {
       "data": {"source": "digits"},
-      "sample": {"steps": 30, "guidance": 1.5, "solver": "heun", "shift": 2.0},
+      "sample": {
+        "steps": 30,
+        "solver": {"name": "euler"},
+        "guidance": {"scale": 1.5, "interval": [0.1, 0.6]},
+        "grid": {"shift": 2.0},
+      },
     },
   }
   torch_export.export(draw(config), config, tmp_path, card=card)
@@ -121,7 +126,8 @@ def test_the_card_tells_what_is_known(tiny, draw, tmp_path):
     "| `patch_size` | 2 |",
     "| `rope_theta` | 10000 |",
     "- Images: 4 x 4; channels in: 1, out: 1",
-    "torch.tensor([0]), steps=30, guidance=1.5, shift=2.0)",
+    "steps=30,\n  solver='euler',\n  guidance=1.5,",
+    "interval=(0.1, 0.6),\n  shift=2.0",
     "python model.py --labels",
     "Not chosen yet",
   ):
@@ -219,3 +225,17 @@ def test_config_json_holds_the_whole_model(tiny, draw, tmp_path):
   assert content["dtype"] == "bfloat16"
   assert content["model"]["rope_theta"] == 100.0
   assert content["model"]["image_size"] == [4, 4]
+
+
+def test_a_network_of_another_flow_is_not_sampled_as_a_velocity(
+  tiny, draw, tmp_path
+):
+  torch = pytest.importorskip("torch")
+  config = tiny()
+  torch_export.export(
+    draw(config), config, tmp_path, path="vp", prediction="noise"
+  )
+  module = torch_export.load_module(tmp_path)
+  net = module.load(tmp_path)
+  with pytest.raises(ValueError, match="predicts 'noise' on the path 'vp'"):
+    module.sample(net, torch.tensor([0]))

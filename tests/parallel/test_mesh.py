@@ -29,7 +29,10 @@ def test_a_mesh_may_take_some_of_the_devices():
 def test_an_impossible_mesh_names_the_nearest():
   with pytest.raises(ValueError, match="8 devices") as caught:
     meshes.build(meshes.MeshConfig(data=1, fsdp=16))
-  assert "dict(data=1, fsdp=8, tensor=1, context=1)" in str(caught.value)
+  assert (
+    "--config.mesh.data=1 --config.mesh.fsdp=8 --config.mesh.tensor=1"
+    in str(caught.value)
+  )
   with pytest.raises(ValueError, match="data=-1"):
     meshes.build(meshes.MeshConfig(data=-1, fsdp=3))
 

@@ -38,17 +38,37 @@ def test_a_saved_config_builds_the_same_experiment():
     ("model", "heads", 16, "head"),
     ("model", "out_channels", 2, "out_channels"),
     ("model", "image_size", (16, 16), "data.image_size"),
-    ("flow", "time_law", "lognormal", "logit_normal"),
-    ("flow", "time_std", 0.0, "time_std"),
-    ("sample", "solver", "huen", "heun"),
-    ("sample", "guidance_interval", (0.5, 0.1), "guidance_interval"),
+    ("flow", "law", {"name": "lognormal"}, "logit_normal"),
+    ("flow", "law", {"std": 0.0}, "above 0"),
+    ("flow", "law", {"shift": 0.0}, "shift"),
+    ("flow", "path", {"name": "vpp"}, "'vp'"),
+    ("flow", "path", {"sigma_max": 1.0}, "no option 'sigma_max'"),
+    ("flow", "path", {"low": 0.5, "high": 0.2}, "cannot be narrowed"),
+    ("flow", "prediction", "epsilon", "noise"),
+    ("flow", "prediction", "noise", "is multiplied by"),
+    ("flow", "weight", {"name": "min_snrr"}, "min_snr"),
+    ("flow", "distance", "l3", "l2"),
+    ("flow", "coupling", {"name": "optimal"}, "optimal_transport"),
+    ("flow", "objective", "likelihood", "maximum_likelihood"),
+    ("flow", "learned_variance", True, "table"),
+    ("sample", "steps", 0, "steps"),
+    ("sample", "solver", {"name": "huen"}, "heun"),
+    ("sample", "solver", {"eta": 1.0}, "no option 'eta'"),
+    ("sample", "grid", {"shift": -1.0}, "shift"),
+    ("sample", "grid", {"name": "karas"}, "karras"),
+    ("sample", "guidance", {"interval": (0.5, 0.1)}, "interval"),
+    ("sample", "guidance", {"scale": float("nan")}, "finite"),
+    ("sample", "guidance", {"name": "apgg"}, "apg"),
     ("optim", "accumulate", 3, "accumulate"),
     ("data", "batch_size", 0, "batch_size"),
   ],
 )
 def test_impossible_values_are_refused(group, key, value, text):
   values = _config().to_dict()
-  values[group][key] = value
+  if isinstance(value, dict):
+    values[group][key].update(value)
+  else:
+    values[group][key] = value
   with pytest.raises(errors.UserError, match=text):
     experiment.build(values)
 

@@ -48,6 +48,10 @@ class Config:
   timestep_scale: float
 
 
+# What `sample` can follow; config.json says what the network was trained for.
+FLOW = {"path": "straight", "prediction": "velocity"}
+
+
 def load(
   directory: str | pathlib.Path,
   *,
@@ -56,13 +60,15 @@ def load(
 ) -> "DiT":
   """Returns the network with the weights of an exported folder."""
   directory = pathlib.Path(directory)
-  values = json.loads((directory / "config.json").read_text())["model"]
+  description = json.loads((directory / "config.json").read_text())
+  values = description["model"]
   names = [field.name for field in dataclasses.fields(Config)]
   # Nothing is allocated or drawn for weights that the file replaces.
   with torch.device("meta"):
     model = DiT(Config(**{name: values[name] for name in names}))
   weights = safetensors.torch.load_file(directory / "model.safetensors")
   model.load_state_dict(weights, strict=True, assign=True)
+  model.flow = description["flow"]
   return model.to(device, dtype).eval()
 
 
@@ -72,7 +78,7 @@ class DiT(nn.Module):
   def __init__(self, config: Config):
     super().__init__()
     patch, width = config.patch_size**2, config.width
-    self.config = config
+    self.config, self.flow = config, FLOW
     self.patch_embed = nn.Linear(patch * config.channels, width)
     self.time_embed = TimeEmbed(width, config.timestep_scale)
     # The last row stands for no label at all.
@@ -296,6 +302,11 @@ def sample(
   closely, for t in `interval`; `shift` above 1 spends more of the steps near
   noise, by t <- s t / (s t + 1 - t) (arXiv:2403.03206, eq. 23).
   """
+  if model.flow != FLOW:
+    raise ValueError(
+      f"this network predicts {model.flow['prediction']!r} on the path "
+      f"{model.flow['path']!r}; sample() follows a velocity on the straight one"
+    )
   if solver not in ("euler", "heun"):
     raise ValueError(f"solver must be 'euler' or 'heun', not {solver!r}")
   device = model.patch_embed.weight.device

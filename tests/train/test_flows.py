@@ -1,0 +1,184 @@
+"""What a config says of the mathematics reaches the mathematics."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flowjax import errors, models
+from flowjax.train import experiment, flows, methods, presets
+
+SHAPE = (6, 4, 4, 1)
+
+
+def config(preset=None, **model):
+  values = experiment.defaults("dit")
+  values.model.update(
+    image_size=(8, 8), channels=1, num_classes=10, width=32, heads=2, **model
+  )
+  if preset:
+    presets.apply(values, preset)
+  return values
+
+
+def network(apply, **more):
+  """A network of one number, that says apply(scale, x, t)."""
+  return models.Network(
+    config=None,
+    init=lambda rng: {"scale": jnp.ones(())},
+    apply=lambda params, x, t, cond, rng=None: apply(params["scale"], x, t),
+    unconditional=lambda cond: cond,
+    flops=0,
+    **more,
+  )
+
+
+def batch(std=1.0, shape=SHAPE):
+  image = std * jax.random.normal(jax.random.key(0), shape)
+  return {"image": image, "label": jnp.zeros(shape[:1], jnp.int32)}
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_each_preset_trains_and_can_be_sampled(name):
+  built = experiment.build(config(name))
+  channels = 2 if built.flow.learned_variance else 1
+
+  def apply(scale, x, t):
+    return jnp.concatenate([scale * x] * channels, axis=-1)
+
+  net = network(apply)
+  loss = built.flow.loss(net)
+  value, slopes = jax.value_and_grad(
+    lambda params: loss(params, batch(), jax.random.key(1))[0]
+  )(net.init(None))
+  assert np.isfinite(value) and float(slopes["scale"]) != 0.0
+
+  short = dataclasses.replace(built.sample, steps=3)
+  method = short.method(built.flow)
+  predict = built.flow.predictor(net)
+  images = method.sample(
+    lambda x, t, cond: predict(net.init(None), x, t, cond, None),
+    {},
+    {},
+    batch()["image"],
+    jax.random.key(2),
+  )
+  assert images.shape == SHAPE and bool(jnp.isfinite(images).all())
+
+
+def test_an_unknown_preset_names_the_nearest():
+  with pytest.raises(ValueError, match="'score_sde_vp'"):
+    presets.apply(config(), "score_sde_pv")
+
+
+def test_options_that_are_not_set_are_the_papers():
+  path = experiment.build(config("score_sde_vp")).flow.path.build()
+  values = config("score_sde_vp")
+  values.flow.path.beta_max = 10.0
+  other = experiment.build(values).flow.path.build()
+  t = jnp.float32(0.7)
+  assert float(path.alpha(t)) < float(other.alpha(t))
+
+
+def test_bits_along_the_ode_are_those_of_a_gaussian():
+  # x ~ N(0, 4) on the straight path: v = (t - 4 (1 - t)) / var(t) x_t.
+  def velocity(scale, x, t):
+    t = t.reshape(-1, 1, 1, 1)
+    variance = 4.0 * (1.0 - t) ** 2 + t**2
+    return scale * (t - 4.0 * (1.0 - t)) / variance * x
+
+  flow = flows.FlowConfig(
+    objective="maximum_likelihood",
+    likelihood=flows.LikelihoodConfig(divergence="exact", steps=32),
+  )
+  net, data = network(velocity), batch(2.0)
+  value, _ = flow.loss(net)(net.init(None), data, jax.random.key(0))
+  log_p = -0.5 * data["image"] ** 2 / 4.0 - 0.5 * math.log(2 * math.pi * 4.0)
+  expected = -float(jnp.mean(log_p)) / math.log(2.0)
+  assert float(value) == pytest.approx(expected, abs=1e-3)
+  estimated = dataclasses.replace(flow, likelihood=flows.LikelihoodConfig())
+  # The field is linear and isotropic: any probe of signs finds its trace.
+  guess, _ = estimated.loss(net)(net.init(None), data, jax.random.key(0))
+  assert float(guess) == pytest.approx(expected, abs=1e-2)
+
+
+def test_a_normalizing_flow_needs_its_objective():
+  net = network(None, forward=lambda *args: None)
+  with pytest.raises(ValueError, match="maximum_likelihood"):
+    flows.FlowConfig().loss(net)
+
+
+def test_uncertainty_is_learned_beside_the_network():
+  plain = network(lambda scale, x, t: scale * x)
+  net = models.with_uncertainty(plain)
+  params = net.init(jax.random.key(0))
+  loss = flows.FlowConfig(uncertainty=True).loss(net)
+  slopes = jax.grad(lambda p: loss(p, batch(), jax.random.key(1))[0])(params)
+  assert float(jnp.abs(slopes["uncertainty"]["kernel"]).max()) > 0.0
+  # At its start u = 0, and the loss is the plain one.
+  rest = flows.FlowConfig().loss(plain)(
+    {"scale": params["scale"]}, batch(), jax.random.key(1)
+  )[0]
+  mine = loss(params, batch(), jax.random.key(1))[0]
+  np.testing.assert_allclose(mine, rest, rtol=1e-6)
+  t = jnp.linspace(0.0, 1.0, 5)
+  moved = {**params, "uncertainty": {"kernel": jnp.ones(128)}}
+  assert len(np.unique(np.round(net.uncertainty(moved, t), 4))) == 5
+
+
+@pytest.mark.parametrize("solver", ["euler_maruyama", "ddpm", "dpmpp_sde_2m"])
+def test_what_an_example_receives_does_not_depend_on_the_others(solver):
+  flow = flows.FlowConfig(
+    path=flows.PathConfig("vp"),
+    prediction="data",
+    law=flows.LawConfig("uniform"),
+  )
+  method = methods.SampleConfig(
+    steps=4, solver=methods.SolverConfig(solver)
+  ).method(flow)
+  keys = jax.random.split(jax.random.key(3), SHAPE[0])
+  start = batch()["image"]
+
+  def draw(count):
+    predict = lambda x, t, cond: 0.5 * x  # noqa: E731
+    return method.sample(predict, {}, {}, start[:count], keys[:count])
+
+  np.testing.assert_allclose(draw(6)[:2], draw(2), rtol=1e-5, atol=1e-6)
+  assert not np.allclose(draw(6)[0], draw(6)[1])
+
+
+def test_skipped_layers_push_and_must_exist():
+  values = config().sample.to_dict()
+  values["guidance"].update(skip_layers=(0,), skip_scale=0.0)
+  full = config().to_dict() | {"sample": values}
+  with pytest.raises(errors.UserError, match="need each other"):
+    experiment.build(full)
+
+
+def test_a_network_without_layers_is_the_one_whose_gates_are_shut():
+  built = experiment.build(config(depth=3))
+  net = models.build(built.model)
+  params = net.init(jax.random.key(0))
+  params = jax.tree.map(
+    lambda p: p + 0.1 * jax.random.normal(jax.random.key(1), p.shape), params
+  )
+  shut = jax.tree.map(lambda p: p, params)
+  modulation = shut["blocks"]["modulation"]
+  for name in ("kernel", "bias"):
+    gates = modulation[name]
+    index = (1, Ellipsis, 2, slice(None)), (1, Ellipsis, 5, slice(None))
+    for i in index:
+      gates = gates.at[i].set(0.0)
+    modulation[name] = gates
+  x = jax.random.normal(jax.random.key(2), (2, 8, 8, 1))
+  inputs = (x, jnp.array([0.2, 0.7]), {"label": jnp.array([1, 2])})
+  np.testing.assert_allclose(
+    models.without_layers(net, (1,))(params, *inputs),
+    net.apply(shut, *inputs),
+    atol=1e-5,
+  )
+  with pytest.raises(ValueError, match="0 to 2"):
+    models.without_layers(net, (3,))
