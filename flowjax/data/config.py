@@ -27,6 +27,7 @@ class DataConfig:
   eval_split: str = "validation"
   prefetch: int = 2
   data_dir: str | None = None
+  pair_source: str | None = None  # Images at t = 1, for the coupling "pairs".
 
   def __post_init__(self):
     if len(self.image_size) != 2 or min(self.image_size) < 1:

@@ -11,7 +11,7 @@ import numpy as np
 
 from flowjax import errors, schema
 from flowjax.data import config as config_lib
-from flowjax.data import order, prefetch, reading, sources, workers
+from flowjax.data import order, pairs, prefetch, reading, sources, workers
 
 Batch = dict[str, np.ndarray]
 
@@ -76,6 +76,8 @@ def epoch_batches(
   """
   local = _share(batch_size, process_count)
   blank = {"image": np.zeros(source.shape, np.float32), "label": np.int32(0)}
+  if isinstance(source, pairs.Paired):
+    blank["source"] = blank["image"]
   tried = sound = 0
   for step_start in range(0, len(source), batch_size):
     start = step_start + process_index * local
@@ -99,22 +101,32 @@ def to_device(
 
 @dataclasses.dataclass(frozen=True)
 class _Read:
-  """Reads the records of a part, and flips those whose position says so."""
+  """Reads the records of a part, and flips those whose position says so.
+
+  Of two sources that are paired, each has an order and flips of its own.
+  """
 
   source: Any
   config: config_lib.DataConfig
   local: int
 
   def __call__(self, part: int) -> Batch:
-    seed = self.config.shuffle_seed
     position_B = part * self.local + np.arange(self.local)
-    records_B = order.records(seed, len(self.source), position_B)
-    if hasattr(self.source, "gather"):
-      batch = self.source.gather(records_B)
+    seed = self.config.shuffle_seed
+    if not isinstance(self.source, pairs.Paired):
+      return self._read(self.source, seed, position_B)
+    batch = self._read(self.source.first, seed, position_B)
+    other = self._read(self.source.other, seed + 1, position_B)
+    if "skipped" in other:
+      batch["skipped"] = batch.get("skipped", 0) + other["skipped"]
+    return {**batch, "source": other["image"]}
+
+  def _read(self, source: Any, seed: int, position_B: np.ndarray) -> Batch:
+    records_B = order.records(seed, len(source), position_B)
+    if hasattr(source, "gather"):
+      batch = source.gather(records_B)
     else:
-      batch = reading.sound(
-        self.source, records_B.tolist(), self.config.on_corrupt
-      )
+      batch = reading.sound(source, records_B.tolist(), self.config.on_corrupt)
     if self.config.flip:
       flip_B111 = order.coins(seed, position_B)[:, None, None, None]
       image_BHWC = batch["image"]

@@ -2,6 +2,7 @@
 
 # Shape suffixes: B batch, H height, W width, C channels.
 
+import dataclasses
 import importlib
 import logging
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ import numpy as np
 
 from flowjax import errors, schema
 from flowjax.data import config as config_lib
+from flowjax.data import pairs
 
 SPLITS = ("train", "held_out")
 KINDS = {"digits": "digits", "tfds": "tfds:<name>", "folder": "folder:<dir>"}
@@ -24,9 +26,14 @@ class Source(Protocol):
   offers `gather(records_B)`, which returns the stacked examples at once.
   """
 
-  name: str
-  class_names: tuple[str, ...]
-  shape: tuple[int, int, int]
+  @property
+  def name(self) -> str: ...
+
+  @property
+  def class_names(self) -> tuple[str, ...]: ...
+
+  @property
+  def shape(self) -> tuple[int, int, int]: ...
 
   @property
   def num_classes(self) -> int: ...
@@ -44,9 +51,16 @@ class Corrupt(errors.DataError):
 
 
 def open(config: config_lib.DataConfig, split: str) -> Source:
-  """Opens `split`, "train" or "held_out", of the source that `config` names."""
+  """Opens `split`, "train" or "held_out", of the source that `config` names.
+
+  With `pair_source`, of both sources, paired.
+  """
   if split not in SPLITS:
     raise ValueError(f"split={split!r} must be one of {SPLITS}.")
+  if config.pair_source is not None:
+    alone = dataclasses.replace(config, pair_source=None)
+    other = dataclasses.replace(alone, source=config.pair_source)
+    return pairs.paired(open(alone, split), open(other, split))
   kind, _, place = config.source.partition(":")
   if kind in KINDS and not place and "<" in KINDS[kind]:
     raise errors.UserError(

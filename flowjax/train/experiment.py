@@ -89,6 +89,14 @@ class Experiment:
         )
     self.sample.method(self.flow)
     self._check_channels()
+    paired = self.flow.coupling.name == "pairs"
+    if paired != (self.data.pair_source is not None):
+      raise ValueError(
+        f"flow.coupling.name = {self.flow.coupling.name!r} and "
+        f"data.pair_source = {self.data.pair_source!r}: a flow from images to "
+        'images needs the coupling "pairs" and the source of the images at '
+        "t = 1, and any other flow neither."
+      )
 
   def _check_channels(self):
     """Refuses a network whose output is not what the flow predicts."""

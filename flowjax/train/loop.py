@@ -169,6 +169,8 @@ def lower_step(run: parts.Parts):
     "image": ((count, *size, config.model.channels), np.float32),
     "label": ((count,), np.int32),
   }
+  if config.data.pair_source is not None:
+    shapes["source"] = shapes["image"]
   batch = {
     key: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
     for key, (shape, dtype) in shapes.items()

@@ -187,3 +187,43 @@ def test_runs_are_compared_in_one_picture_and_table(workdir, tmp_path, capsys):
   assert report["bits_per_dimension"] == pytest.approx(
     report["validation_loss"], rel=0.05
   )
+
+
+@pytest.mark.slow
+def test_a_flow_goes_from_one_set_of_images_to_another(tmp_path):
+  random = np.random.default_rng(0)
+  for name, level in (("dark", 60), ("light", 200)):
+    for label in ("a", "b"):
+      folder = tmp_path / name / label
+      folder.mkdir(parents=True)
+      for i in range(12):
+        pixels = random.integers(level - 40, level + 40, (8, 8), np.uint8)
+        PIL.Image.fromarray(pixels).save(folder / f"{i}.png")
+  workdir, out = tmp_path / "run", tmp_path / "grid.png"
+  words = [
+    *SMALL,
+    f"--workdir={workdir}",
+    f"--config.data.source=folder:{tmp_path}/light",
+    "--config.data.batch_size=8",
+    "--config.data.held_out=0.3",
+    "--config.model.num_classes=2",
+    "--config.optim.learning_rate=0.01",
+    "--config.steps=60",
+    "--config.log.validation_every=0",
+    "--config.log.samples_every=0",
+    "--config.ema.decay=0.9",
+  ]
+  pair = f"--config.data.pair_source=folder:{tmp_path}/dark"
+  assert door.main(["train", *words, pair]) == 2  # Without its coupling.
+  _flowjax("train", *words, pair, "--config.flow.coupling.name=pairs")
+  rows = [json.loads(x) for x in (workdir / "metrics.jsonl").open()]
+  losses = [row["loss"] for row in rows if "loss" in row]
+  assert losses[-1] < 0.5 * losses[0]
+  _flowjax(
+    "sample", f"--workdir={workdir}", f"--out={out}", "--num=10", "--guidance=1"
+  )
+  # It starts from dark images, and ends with light ones.
+  pixels = np.asarray(PIL.Image.open(out))
+  shown = pixels[pixels < 255]  # Not the paper.
+  assert 170 < shown.mean() < 230
+  _flowjax("evaluate", f"--workdir={workdir}")
