@@ -22,5 +22,6 @@ def get_config():
   config.flow.sigma_data = 0.85  # Of these images; EDM's own have 0.5.
   config.flow.law.name = "log_normal_sigma"
   config.sample.solver.name = "edm_heun"
-  config.sample.grid.name = "karras"
+  config.flow.path.sigma_min = 1e-3  # Below the last sigma of the grid.
+  config.sample.grid.update(name="karras", sigma_min=2e-3)
   return config

@@ -47,6 +47,7 @@ class Method:
       sigma_data=self.sigma_data,
     )
     solvers.check(self.solver, self.path, self.grid, prediction=self.prediction)
+    self._remembering()
 
   @property
   def evaluations(self) -> int:
@@ -91,11 +92,15 @@ class Method:
       field = guidance.autoguided(strong, weak, cond, self.rule, **options)
     if self.still_above < self.path.high:
       field = guidance.zero_init(field, self.still_above, **space)
-    solver: Any = self.solver
-    if self.rule.momentum:
-      solver = guidance.Remembering(solver)
+    solver = self._remembering()
     x = self.path.prior_scale * start
     return solvers.solve(solver, field, x, jnp.asarray(self.grid), rng=rng)
+
+  def _remembering(self) -> Any:
+    """Returns the solver, with the memory that guidance of momentum needs."""
+    if self.rule.momentum:
+      return guidance.Remembering(self.solver)
+    return self.solver
 
   def _converted(self, predict: Predict) -> Predict:
     return prediction.field(

@@ -20,6 +20,7 @@ from flowjax.flow import (
   likelihood,
   losses,
   maximum_likelihood,
+  objective,
   paths,
   prediction,
   solvers,
@@ -184,6 +185,9 @@ class FlowConfig:
     path = self.path.build()
     self.law.build(path)
     self._weight(path)
+    objective.Objective(
+      path, self.prediction, self.coupling.build(), self.sigma_data
+    )
     if self.learned_variance and path.steps is None:
       raise ValueError(
         f"learned_variance is that of the steps of a table, which the path "

@@ -49,6 +49,8 @@ def test_a_saved_config_builds_the_same_experiment():
     ("flow", "weight", {"name": "min_snrr"}, "min_snr"),
     ("flow", "distance", "l3", "l2"),
     ("flow", "coupling", {"name": "optimal"}, "optimal_transport"),
+    ("flow", "coupling", {"name": "pairs"}, "pair_source"),
+    ("data", "pair_source", "digits", "pair_source"),
     ("flow", "objective", "likelihood", "maximum_likelihood"),
     ("flow", "learned_variance", True, "table"),
     ("sample", "steps", 0, "steps"),

@@ -182,3 +182,19 @@ def test_a_network_without_layers_is_the_one_whose_gates_are_shut():
   )
   with pytest.raises(ValueError, match="0 to 2"):
     models.without_layers(net, (3,))
+
+
+def test_a_bridge_is_refused_for_what_does_not_determine_it():
+  full = config().to_dict()
+  full["flow"]["prediction"] = "data"
+  full["flow"]["coupling"]["name"] = "schrodinger_bridge"
+  with pytest.raises(errors.UserError, match="velocity"):
+    experiment.build(full)
+
+
+def test_momentum_is_refused_where_a_solver_chooses_its_steps():
+  full = config().to_dict()
+  full["sample"]["solver"]["name"] = "dopri5"
+  full["sample"]["guidance"].update(name="apg", scale=2.0, momentum=-0.5)
+  with pytest.raises(errors.UserError, match="chooses its own steps"):
+    experiment.build(full)
