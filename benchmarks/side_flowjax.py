@@ -70,7 +70,7 @@ def make_step(work: workload.Workload, device: jax.Device) -> Step:
   mesh = meshes.build(meshes.MeshConfig(), [device])
   shapes = jax.eval_shape(initial)
   shardings = states.shardings(shapes, rules.for_model(config), mesh)
-  law = times.shifted(times.logit_normal(), 1.0)
+  law = times.logit_normal()
   step = steps.build(
     losses.flow_matching(network.apply, paths.straight(), law),
     optimizer,

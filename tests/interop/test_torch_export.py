@@ -158,7 +158,7 @@ def test_a_mistyped_entry_of_the_card_is_refused(tiny, draw, tmp_path):
 
 def test_without_torch_the_error_says_what_to_install(monkeypatch):
   monkeypatch.setitem(sys.modules, "torch", None)
-  with pytest.raises(errors.UserError, match=r"pip install 'flowjax\[torch\]'"):
+  with pytest.raises(errors.UserError, match=r"pip install -e '.\[torch\]'"):
     torch_export.require_torch()
 
 
