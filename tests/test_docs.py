@@ -131,6 +131,7 @@ def test_the_forms_of_diffusion():
     assert re.search(rf"\b{form}\b", TEXT), form
 
 
+@pytest.mark.slow
 def test_each_preset_has_its_row_and_each_row_its_preset():
   rows = {names(row["preset"])[0]: row for row in MAP["paper"]}
   assert set(rows) == set(presets.PRESETS) and len(rows) == len(MAP["paper"])

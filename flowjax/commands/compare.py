@@ -110,6 +110,12 @@ def _costing(
   flow = found.config.flow
   if found.run.network.inverse is not None:
     return method, 1
+  if hasattr(method.method(flow).solver, "run"):
+    raise errors.UserError(
+      f"{found.directory}: the solver {method.solver.name!r} decides while "
+      "running how often it evaluates the network, and cannot be asked for so "
+      "many. Compare runs whose solver follows a grid."
+    )
 
   def cost(steps: int) -> int:
     chosen = dataclasses.replace(method, steps=steps)
@@ -147,7 +153,12 @@ def _errors(found: restored.Restored) -> tuple[list[float], list[float]]:
       sigma_data=flow.sigma_data,
     )
 
-  loss = losses.fixed_time(data, path, times, prediction="data")
+  coupling = flow.coupling.build()
+  if coupling.spread is not None:  # x_t has then more in it than x and eps.
+    return [], []
+  loss = losses.fixed_time(
+    data, path, times, prediction="data", coupling=coupling
+  )
   with meshes.use(found.run.mesh), loop.out_of_memory_advice():
     scores = train.held_out(found.run, loss).run(found.params)
   return log_snr, [scores[f"validation_loss_t{i}"] for i in range(len(times))]

@@ -13,6 +13,7 @@ import dataclasses
 
 import numpy as np
 
+from flowjax import errors
 from flowjax.commands import export, flags, restored, train
 from flowjax.data import sources
 from flowjax.evaluate import digits, pictures
@@ -31,6 +32,11 @@ def add_flags(parser) -> None:
     action="store_true",
     help="also the bits per dimension of the held-out images, along the ODE",
   )
+  parser.add_argument(
+    "--levels",
+    type=flags.count,
+    help="how many values a pixel has; default: config.flow.levels",
+  )
   restored.add_method(parser)
   parser.add_argument("--seed", type=flags.seed, default=0, help="of the noise")
 
@@ -46,7 +52,7 @@ def run(args) -> None:
     **_validation(found),
   }
   if args.likelihood:
-    report |= _bits(found)
+    report |= _bits(found, args.levels)
   if found.config.data.source == "digits":
     report |= _digits(found, args)
   path = args.workdir / "report.json"
@@ -78,9 +84,17 @@ def _validation(found: restored.Restored) -> dict[str, float]:
   return {"validation_loss": scores["validation_loss"]}
 
 
-def _bits(found: restored.Restored) -> dict[str, float]:
+def _bits(found: restored.Restored, levels: int | None) -> dict[str, float]:
   """Returns -log2 p of held-out images per dimension, as levels of grey."""
-  loss = found.config.flow.bits(found.run.network)
+  flow = found.config.flow
+  levels = levels or flow.levels
+  if levels is None or flow.coupling.name == "pairs":
+    raise errors.UserError(
+      "--likelihood needs the number of values that a pixel has (--levels=256 "
+      "for images of 8 bits), and a flow from noise, not from images."
+    )
+  flow = dataclasses.replace(flow, levels=levels)
+  loss = flow.bits(found.run.network)
   with meshes.use(found.run.mesh), loop.out_of_memory_advice():
     scores = train.held_out(found.run, loss).run(found.params)
   return {"bits_per_dimension": scores["validation_loss"]}

@@ -110,15 +110,17 @@ def worse(directory: pathlib.Path | None, better: Restored) -> Restored | None:
   found = open(directory)
   ours, theirs = better.config, found.config
   same = (
-    ours.flow.path == theirs.flow.path
+    better.run.network.inverse is None
+    and ours.flow.path == theirs.flow.path
+    and ours.flow.sigma_data == theirs.flow.sigma_data
     and ours.flow.prediction == theirs.flow.prediction
     and ours.model.image_size == theirs.model.image_size
     and ours.model.channels == theirs.model.channels
   )
   if not same:
     raise errors.UserError(
-      f"--worse={directory}: path, prediction, image_size and channels must be "
-      f"those of {better.directory}, or the two cannot be compared."
+      f"--worse={directory}: path, prediction, sigma_data, image_size and "
+      f"channels must be those of {better.directory}, which must have a field."
     )
   return found
 

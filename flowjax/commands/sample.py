@@ -44,6 +44,10 @@ def run(args) -> None:
   found = restored.open(args.workdir, ema=args.ema)
   method = restored.method(found.config, args)
   worse = restored.worse(args.worse, found)
+  if worse and method.guidance.scale == 1.0:
+    raise errors.UserError(
+      "--worse has no effect at guidance scale 1; set --guidance above it."
+    )
   count = args.num or (len(args.labels.split(",")) if args.labels else 100)
   labels = restored.parse_labels(
     args.labels, count, found.config.model.num_classes

@@ -87,7 +87,7 @@ class Experiment:
         raise ValueError(
           f"model.{key} = {ours} and data.{key} = {theirs} must be the same."
         )
-    self.sample.method(self.flow)
+    self._check_sampling()
     self._check_channels()
     paired = self.flow.coupling.name == "pairs"
     if paired != (self.data.pair_source is not None):
@@ -96,6 +96,24 @@ class Experiment:
         f"data.pair_source = {self.data.pair_source!r}: a flow from images to "
         'images needs the coupling "pairs" and the source of the images at '
         "t = 1, and any other flow neither."
+      )
+
+  def _check_sampling(self):
+    """Refuses a way to sample that this flow or this model does not allow."""
+    method, coupling = self.sample.method(self.flow), self.flow.coupling.name
+    if getattr(method.solver, "stochastic", False) and coupling in (
+      flows.DEPENDENT
+    ):
+      raise ValueError(
+        f"sample.solver.name = {method.solver.name!r} draws noise by a score "
+        "that only noise drawn apart from the data has; after the coupling "
+        f"{coupling!r} follow the ODE, as 'heun' does."
+      )
+    skipped, depth = self.sample.guidance.skip_layers, self.model.depth
+    if any(not 0 <= layer < depth for layer in skipped):
+      raise ValueError(
+        f"sample.guidance.skip_layers = {skipped}: the model has the blocks 0 "
+        f"to {depth - 1}."
       )
 
   def _check_channels(self):

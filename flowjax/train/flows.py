@@ -30,6 +30,8 @@ from flowjax.flow import (
 )
 
 OBJECTIVES = ("matching", "maximum_likelihood")
+# Couplings whose noise, given the data, is not normal.
+DEPENDENT = ("optimal_transport", "sinkhorn", "schrodinger_bridge", "pairs")
 
 
 def _group(kind: Any) -> Any:
@@ -62,6 +64,7 @@ class PathConfig:
   beta_start: float | None = None
   beta_end: float | None = None
   steps: int | None = None
+  s: float | None = None
   power: float | None = None
   zero_terminal_snr: bool | None = None
   low: float | None = None
@@ -145,6 +148,12 @@ class LikelihoodConfig:
     if self.steps < 1:
       raise ValueError(f"steps = {self.steps} must be at least 1.")
     self.way()
+    solver = solvers.build(self.solver, paths.straight())
+    if solver.prediction != "velocity" or getattr(solver, "stochastic", False):
+      raise ValueError(
+        f"solver = {self.solver!r} does not follow a velocity alone; take one "
+        "that does, such as 'rk4' or 'dopri5'."
+      )
 
   def way(self) -> likelihood.Divergence:
     """Returns the way to the divergence."""
@@ -194,10 +203,34 @@ class FlowConfig:
         f"{path.name!r} is not: take 'ddpm', 'scaled_linear' or 'cosine' with "
         "path.steps=1000."
       )
-    if self.learned_variance and self.uncertainty:
+    if self.learned_variance and (
+      self.uncertainty
+      or self.prediction == "edm"
+      or self.coupling.name != "independent"
+    ):
       raise ValueError(
-        "learned_variance and uncertainty are losses of their own: choose one."
+        "learned_variance is a loss of its own, of noise that is drawn apart "
+        "from the data: not with uncertainty, with the prediction 'edm', or "
+        f"with the coupling {self.coupling.name!r}."
       )
+    if self.objective == "maximum_likelihood":
+      self._check_likelihood()
+
+  def _check_likelihood(self):
+    """Refuses what the log-density of the data does not depend on."""
+    plain = FlowConfig()
+    for name in (
+      "weight",
+      "distance",
+      "coupling",
+      "learned_variance",
+      "uncertainty",
+    ):
+      if getattr(self, name) != getattr(plain, name):
+        raise ValueError(
+          f"{name} belongs to the objective 'matching' and would be without "
+          "effect under 'maximum_likelihood'; leave it as it is by default."
+        )
 
   def loss(self, network: models.Network) -> losses.Loss:
     """Returns the training loss of a network."""
@@ -239,7 +272,7 @@ class FlowConfig:
     self, network: models.Network, *, training: bool = False
   ) -> losses.Loss:
     """Returns the bits per dimension as a loss: exact, or along the ODE."""
-    forward = network.forward or self._along_the_ode(network)
+    forward = network.forward or self._along_the_ode(network, training)
     return maximum_likelihood.maximum_likelihood(
       forward, levels=self.levels, training=training or network.forward is None
     )
@@ -254,7 +287,7 @@ class FlowConfig:
       )
     return True
 
-  def _along_the_ode(self, network: models.Network):
+  def _along_the_ode(self, network: models.Network, training: bool):
     """Returns the ODE as forward(params, x, cond, rng) -> (z, log|det|)."""
     chosen, path = self.likelihood, self.path.build()
     solver = solvers.build(chosen.solver, path)
@@ -262,8 +295,9 @@ class FlowConfig:
     predict, kind = self.predictor(network), self.prediction
     scale_of_data = self.sigma_data
 
-    def velocity(params, x, t_B, cond):
-      value = predict(params, x, t_B, cond, None)
+    def velocity(params, x, t_B, cond, rng):
+      # One key for the whole solve: what is dropped stays dropped.
+      value = predict(params, x, t_B, cond, rng if training else None)
       return prediction.convert(
         path, kind, "velocity", value, x, t_B, sigma_data=scale_of_data
       )
@@ -271,7 +305,7 @@ class FlowConfig:
     def forward(params, x, cond, rng):
       def field(x, t):
         t_B = jnp.broadcast_to(t, x.shape[:1])
-        return velocity(params, x, t_B, cond)
+        return velocity(params, x, t_B, cond, rng)
 
       end, change_B = likelihood.transport(
         field, x, times, solver, chosen.way(), rng

@@ -122,6 +122,11 @@ class SampleConfig:
   def __post_init__(self):
     if self.steps < 1:
       raise ValueError(f"steps = {self.steps} must be at least 1.")
+    if self.guidance.zero_init_steps >= self.steps:
+      raise ValueError(
+        f"guidance.zero_init_steps = {self.guidance.zero_init_steps} of "
+        f"steps = {self.steps}: at least one step must move."
+      )
     self._rule()
 
   def method(self, flow: flows.FlowConfig) -> sampling.Method:

@@ -11,6 +11,8 @@ from typing import Any
 
 import ml_collections
 
+from flowjax.train import experiment
+
 _DDPM_STEPS = {"steps": 1000}
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -18,17 +20,20 @@ PRESETS: dict[str, dict[str, Any]] = {
   "rectified_flow": {
     "flow.law.name": "uniform",
     "sample.solver.name": "euler",
+    "sample.steps": 50,
   },
   # Flow matching (arXiv:2210.02747): the optimal-transport conditional path.
   "cfm": {
     "flow.path.sigma_min": 1e-4,
     "flow.law.name": "uniform",
     "sample.solver.name": "midpoint",
+    "sample.steps": 50,
   },
   # OT-CFM (arXiv:2302.00482): minibatch optimal transport.
   "ot_cfm": {
     "flow.law.name": "uniform",
     "flow.coupling.name": "optimal_transport",
+    "sample.steps": 50,
   },
   # SiT (arXiv:2401.08740): linear path, velocity, SDE sampling.
   "sit": {
@@ -42,6 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
   "minrf": {
     "flow.law.stratified": True,
     "sample.solver.name": "euler",
+    "sample.steps": 50,
   },
   # SD3 (arXiv:2403.03206): logit-normal(0, 1), resolution shift 3 at 1024^2.
   "sd3": {
@@ -74,6 +80,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "flow.law.name": "uniform",
     "sample.solver.name": "ddim",
     "sample.grid.name": "leading",
+    "sample.steps": 50,
   },
   # iDDPM (arXiv:2102.09672): cosine betas, learned variance.
   "iddpm": {
@@ -139,6 +146,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "sample.solver.name": "ddim",
     "sample.grid.name": "leading",
     "sample.grid.offset": 1,
+    "sample.steps": 50,
   },
   "sd1": {
     "flow.path.name": "scaled_linear",
@@ -156,6 +164,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "flow.law.name": "uniform",
     "sample.solver.name": "ddim",
     "sample.grid.name": "trailing",
+    "sample.steps": 50,
   },
 }
 
@@ -163,7 +172,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 def apply(
   config: ml_collections.ConfigDict, name: str
 ) -> ml_collections.ConfigDict:
-  """Sets the keys of the preset `name` in `config`, and returns it.
+  """Gives `config` the flow, solver, grid and steps of a preset; returns it.
+
+  What the preset does not name is as by default; guidance stays.
 
   Raises ValueError for an unknown name.
   """
@@ -171,6 +182,12 @@ def apply(
     near = difflib.get_close_matches(name, PRESETS, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"one of {list(PRESETS)}."
     raise ValueError(f"There is no preset {name!r}: {hint}")
+  plain = experiment.defaults()
+  levels = config.flow.levels
+  config.flow = plain.flow
+  for group in ("steps", "solver", "grid"):
+    config.sample[group] = plain.sample[group]
+  config.flow.levels = levels
   config.update_from_flattened_dict(PRESETS[name])
   if config.flow.learned_variance:
     config.model.out_channels = 2 * config.model.channels

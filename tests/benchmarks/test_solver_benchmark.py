@@ -76,6 +76,7 @@ def test_all_take_turns_and_another_begins_each_round(monkeypatch):
   assert len(turns.take_turns(contestants, 2)["a"]["wall"]) == 1
 
 
+@pytest.mark.slow
 def test_solvers_are_measured_beside_as_many_evaluations(flags):
   part = benchmark.solver_overhead(flags)
   assert part["bare_beside_itself"]["seconds_per_evaluation_min"] > 0.0
@@ -91,6 +92,7 @@ def test_solvers_are_measured_beside_as_many_evaluations(flags):
     assert row["own_percent"] == pytest.approx(100.0 * share)
 
 
+@pytest.mark.slow
 def test_loops_in_python_end_where_the_solve_ends(flags, monkeypatch):
   monkeypatch.setattr(benchmark, "has_diffusers", lambda: False)
   found = benchmark.beside_loops(flags)["networks"]["tiny"]
@@ -110,6 +112,7 @@ def test_loops_in_python_end_where_the_solve_ends(flags, monkeypatch):
   )
 
 
+@pytest.mark.slow
 def test_guidance_is_counted_where_it_acts(flags):
   part = benchmark.guidance_interval(flags)
   grid, (low, high) = _uniform(8), benchmark.INTERVAL

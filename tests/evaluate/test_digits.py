@@ -36,6 +36,7 @@ def test_it_knows_digits_that_it_never_saw(judge):
   assert judge.accuracy >= 0.975
 
 
+@pytest.mark.slow
 def test_the_seed_decides(judge, train, held_out):
   again = digits.Digits(*train, *held_out, seed=0)
   assert (again.accuracy, again.frechet_real) == (
@@ -134,6 +135,7 @@ def test_an_empty_split_is_an_error(train):
     digits.Digits(images, labels, images[:0], labels[:0])
 
 
+@pytest.mark.slow
 def test_enlarged_digits_are_judged_too(monkeypatch):
   monkeypatch.setattr(classifier, "STEPS", 500)
   judge = digits.Digits(

@@ -158,6 +158,7 @@ def test_skipped_layers_push_and_must_exist():
     experiment.build(full)
 
 
+@pytest.mark.slow
 def test_a_network_without_layers_is_the_one_whose_gates_are_shut():
   built = experiment.build(config(depth=3))
   net = models.build(built.model)
@@ -198,3 +199,66 @@ def test_momentum_is_refused_where_a_solver_chooses_its_steps():
   full["sample"]["guidance"].update(name="apg", scale=2.0, momentum=-0.5)
   with pytest.raises(errors.UserError, match="chooses its own steps"):
     experiment.build(full)
+
+
+@pytest.mark.parametrize(
+  ("changes", "text"),
+  [
+    # The score that a solver with noise needs is not that of these pairs.
+    (
+      {
+        "flow": {"coupling": {"name": "optimal_transport"}},
+        "sample": {"solver": {"name": "euler_maruyama"}},
+      },
+      "follow the ODE",
+    ),
+    (
+      {"flow": {"objective": "maximum_likelihood", "uncertainty": True}},
+      "without effect",
+    ),
+    ({"flow": {"likelihood": {"solver": "ddim"}}}, "follow a velocity alone"),
+    ({"flow": {"likelihood": {"solver": "rk5"}}}, "'rk4'"),
+    (
+      {"sample": {"guidance": {"skip_layers": (12,), "skip_scale": 1.0}}},
+      "blocks 0 to",
+    ),
+    (
+      {"sample": {"steps": 2, "guidance": {"zero_init_steps": 2}}},
+      "must move",
+    ),
+  ],
+)
+def test_what_would_be_wrong_or_without_effect_is_refused(changes, text):
+  def merged(values, more):
+    for key, item in more.items():
+      if isinstance(item, dict):
+        merged(values[key], item)
+      else:
+        values[key] = item
+
+  full = config().to_dict()
+  merged(full, changes)
+  with pytest.raises(errors.UserError, match=text):
+    experiment.build(full)
+
+
+def test_a_preset_replaces_all_of_another():
+  values = presets.apply(config("edm"), "rectified_flow")
+  fresh = presets.apply(config(), "rectified_flow")
+  assert experiment.build(values) == experiment.build(fresh)
+
+
+def test_the_likelihood_trains_with_labels_dropped():
+  seen = []
+
+  def apply(params, x, t, cond, rng=None):
+    seen.append(rng is not None)
+    return params["scale"] * x
+
+  net = dataclasses.replace(network(None), apply=apply)
+  flow = flows.FlowConfig(objective="maximum_likelihood")
+  flow.loss(net)(net.init(None), batch(), jax.random.key(0))
+  assert all(seen)
+  seen.clear()
+  flow.validation_loss(net)(net.init(None), batch(), jax.random.key(0))
+  assert not any(seen)

@@ -114,6 +114,7 @@ def test_sigterm_saves_says_so_and_exits_with_its_own_code(straight, tmp_path):
   assert _losses(tmp_path) == straight[1]
 
 
+@pytest.mark.slow
 def test_sigterm_is_caught_in_this_process_too(straight, tmp_path):
   def act(state):
     if int(state.step) == 3:
@@ -127,6 +128,7 @@ def test_sigterm_is_caught_in_this_process_too(straight, tmp_path):
   _assert_same(_train(TINY, tmp_path), straight[0])
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_left_as_it_is(straight, tmp_path):
   first = _train(TINY, tmp_path)
   _assert_same(_train(TINY, tmp_path), first)
@@ -155,6 +157,7 @@ def test_another_mesh_goes_on_with_the_same_loss(straight, tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_another_config_is_refused_with_the_difference(tmp_path):
   short = dataclasses.replace(TINY, steps=3)
   _train(short, tmp_path)
@@ -169,6 +172,7 @@ def test_another_config_is_refused_with_the_difference(tmp_path):
   assert kept["optim"]["learning_rate"] == 0.01
 
 
+@pytest.mark.slow
 def test_training_that_is_never_finite_stops_with_the_last_good_state(
   tmp_path,
 ):
@@ -215,6 +219,7 @@ def _poison(monkeypatch, bad):
   monkeypatch.setattr(loop, "jit_step", jit_step)
 
 
+@pytest.mark.slow
 def test_a_stop_is_for_updates_that_were_the_last(tmp_path, monkeypatch):
   config = dataclasses.replace(
     TINY, optim=dataclasses.replace(TINY.optim, max_skipped=2)
@@ -230,6 +235,7 @@ def test_a_stop_is_for_updates_that_were_the_last(tmp_path, monkeypatch):
   assert _steps_on_disk(tmp_path / "stopped")[-1] == 5
 
 
+@pytest.mark.slow
 def test_a_stop_at_the_last_step_is_a_stop(tmp_path, monkeypatch):
   config = dataclasses.replace(
     TINY, optim=dataclasses.replace(TINY.optim, max_skipped=2)
@@ -239,6 +245,7 @@ def test_a_stop_at_the_last_step_is_a_stop(tmp_path, monkeypatch):
     _train(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_disk_that_takes_no_picture_does_not_end_training(
   straight, tmp_path, monkeypatch, caplog
 ):
@@ -253,6 +260,7 @@ def test_a_disk_that_takes_no_picture_does_not_end_training(
     assert said in caplog.text
 
 
+@pytest.mark.slow
 def test_an_evaluator_that_breaks_costs_no_checkpoint(tmp_path):
   def look(state):
     if int(state.step) == 4:
@@ -268,6 +276,7 @@ class _Killed(BaseException):
   pass
 
 
+@pytest.mark.slow
 def test_new_data_that_was_allowed_may_be_killed_before_its_first_save(
   tmp_path, monkeypatch
 ):
@@ -288,6 +297,7 @@ def test_new_data_that_was_allowed_may_be_killed_before_its_first_save(
   assert int(_train(other, tmp_path).step) == 5
 
 
+@pytest.mark.slow
 def test_data_that_changed_unasked_is_refused(tmp_path, monkeypatch):
   _train(dataclasses.replace(TINY, steps=3), tmp_path)
   opened = sources.open(TINY.data, "train")
@@ -326,6 +336,7 @@ def _corrupt_by_step(directory):
   }
 
 
+@pytest.mark.slow
 def test_corrupt_records_are_counted_as_in_the_straight_run(
   tmp_path, monkeypatch
 ):
@@ -351,6 +362,7 @@ def test_corrupt_records_are_counted_as_in_the_straight_run(
   assert by_step[7] == straight > by_step[3] > 0
 
 
+@pytest.mark.slow
 def test_a_change_that_cannot_be_restored_leaves_the_config(tmp_path):
   short = dataclasses.replace(TINY, steps=3)
   _train(short, tmp_path)
@@ -363,6 +375,7 @@ def test_a_change_that_cannot_be_restored_leaves_the_config(tmp_path):
   assert (tmp_path / "config.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_how_a_model_is_computed_may_change(tmp_path):
   _train(dataclasses.replace(TINY, steps=3), tmp_path)
   other = dataclasses.replace(
@@ -371,6 +384,7 @@ def test_how_a_model_is_computed_may_change(tmp_path):
   assert int(_train(other, tmp_path).step) == 3
 
 
+@pytest.mark.slow
 def test_no_sound_checkpoint_stops_and_never_starts_over(tmp_path):
   short = dataclasses.replace(TINY, steps=3)
   _train(short, tmp_path)
