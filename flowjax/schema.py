@@ -116,14 +116,14 @@ def _convert_tuple(value: Any, arguments: tuple, where: str) -> tuple:
     )
     raise errors.UserError(
       f"{where} must be a tuple ({kinds}), not {value!r}; on a command line "
-      f"'--{where}=(1, 2)'."
+      f"'--{where}=(A, B)'."
     )
   if len(arguments) == 2 and arguments[1] is Ellipsis:
     arguments = (arguments[0],) * len(value)
   if len(value) != len(arguments):
     raise errors.UserError(
       f"{where} must have {len(arguments)} entries, not {len(value)}: "
-      f"{value!r}; on a command line '--{where}=(8, 8)'."
+      f"{value!r}; on a command line '--{where}=(A, B)'."
     )
   return tuple(
     _convert(item, hint, f"{where}[{i}]")

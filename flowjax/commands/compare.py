@@ -55,6 +55,8 @@ def add_flags(parser) -> None:
 def run(args) -> None:
   """Measures each run, draws all, and prints the table."""
   counts = _counts(args.evaluations)
+  if args.num < 2:
+    raise errors.UserError(f"--num={args.num} samples have no distance; 1000.")
   workdir.require_writable(args.out, "--out")
   runs = [restored.open(directory) for directory in args.workdirs]
   judge = _judge(runs, args.seed)

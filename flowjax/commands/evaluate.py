@@ -33,6 +33,12 @@ def add_flags(parser) -> None:
     help="also the bits per dimension of the held-out images, along the ODE",
   )
   parser.add_argument(
+    "--likelihood_steps",
+    type=flags.count,
+    default=64,
+    help="steps of the likelihood's solver, rk4 unless the config has another",
+  )
+  parser.add_argument(
     "--levels",
     type=flags.count,
     help="how many values a pixel has; default: config.flow.levels",
@@ -52,7 +58,7 @@ def run(args) -> None:
     **_validation(found),
   }
   if args.likelihood:
-    report |= _bits(found, args.levels)
+    report |= _bits(found, args.levels, args.likelihood_steps)
   if found.config.data.source == "digits":
     report |= _digits(found, args)
   path = args.workdir / "report.json"
@@ -84,7 +90,9 @@ def _validation(found: restored.Restored) -> dict[str, float]:
   return {"validation_loss": scores["validation_loss"]}
 
 
-def _bits(found: restored.Restored, levels: int | None) -> dict[str, float]:
+def _bits(
+  found: restored.Restored, levels: int | None, steps: int
+) -> dict[str, float]:
   """Returns -log2 p of held-out images per dimension, as levels of grey."""
   flow = found.config.flow
   levels = levels or flow.levels
@@ -93,7 +101,8 @@ def _bits(found: restored.Restored, levels: int | None) -> dict[str, float]:
       "--likelihood needs the number of values that a pixel has (--levels=256 "
       "for images of 8 bits), and a flow from noise, not from images."
     )
-  flow = dataclasses.replace(flow, levels=levels)
+  way = dataclasses.replace(flow.likelihood, steps=steps)
+  flow = dataclasses.replace(flow, levels=levels, likelihood=way)
   loss = flow.bits(found.run.network)
   with meshes.use(found.run.mesh), loop.out_of_memory_advice():
     scores = train.held_out(found.run, loss).run(found.params)

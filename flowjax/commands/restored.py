@@ -54,8 +54,9 @@ class Restored:
     if broken:
       raise errors.NumericError(
         f"{broken} of {len(labels)} samples are not finite: the weights are "
-        "broken, or the solver takes too few steps. Try more --steps, another "
-        "--solver, or an earlier checkpoint."
+        "broken, guidance is too strong, or the solver takes too few steps. "
+        "Try --guidance=1, more --steps (for dopri5 and tsit5 more "
+        "config.sample.solver.max_steps), or an earlier checkpoint."
       )
     return images_NHWC
 
@@ -111,6 +112,7 @@ def worse(directory: pathlib.Path | None, better: Restored) -> Restored | None:
   ours, theirs = better.config, found.config
   same = (
     better.run.network.inverse is None
+    and found.run.network.inverse is None
     and ours.flow.path == theirs.flow.path
     and ours.flow.sigma_data == theirs.flow.sigma_data
     and ours.flow.prediction == theirs.flow.prediction

@@ -60,7 +60,10 @@ class Guided:
   """A guided field: field(x, t).
 
   `pair(x, t_B)` is what `rule` combines, (strong, weak), where t is within
-  `interval`; elsewhere one evaluation gives the strong one alone.
+  `interval`; elsewhere one evaluation gives the strong one alone. Both, and
+  what the pushes evaluate, are of the network's own `prediction`. The field is
+  of the prediction `target`, or where that is None of the same: a rule does
+  what it does whatever the solver follows.
   """
 
   strong: Callable[[jax.Array, jax.Array], jax.Array]
@@ -71,14 +74,22 @@ class Guided:
   pushes: Sequence[Push] = ()
   path: paths.Path | None = None
   prediction: str = "velocity"
+  target: str | None = None
   sigma_data: float = 0.5
 
   def __post_init__(self):
     _check_interval(self.interval)
-    if self._converts and self.path is None:
+    if self.path is not None:
+      return
+    if self._converts:
       raise ValueError(
         f"This guidance acts on the prediction {self.rule.space!r}, and the "
         f"network predicts {self.prediction!r}: to convert, give path=."
+      )
+    if self.target not in (None, self.prediction):
+      raise ValueError(
+        f"A network that predicts {self.prediction!r} is to be followed by its "
+        f"{self.target!r}: to convert, give path=."
       )
 
   def __call__(self, x: jax.Array, t: jax.Array) -> jax.Array:
@@ -96,6 +107,10 @@ class Guided:
     """Returns the field, and the sum of differences that follows `total`."""
     t = jnp.asarray(t)
     t_B = jnp.broadcast_to(t, x.shape[:1])
+    value, total = self._predicted(x, t, t_B, total)
+    return self._convert(self.prediction, self.target, value, x, t_B), total
+
+  def _predicted(self, x, t, t_B, total):
     pushes = [push for push in self.pushes if not rules.known(push.scale, 0)]
     if self.rule.idle:
       value = strong = self.strong(x, t_B)
@@ -152,7 +167,7 @@ class Guided:
     return self._convert(self.rule.space, self.prediction, value, x, t_B)
 
   def _convert(self, source, target, value, x, t_B):
-    if not self._converts:
+    if None in (source, target) or source == target:
       return value
     assert self.path is not None
     return predictions.convert(
@@ -167,7 +182,8 @@ def guided(
 
   These two are trees of the same structure, one row per example. Where any
   example is guided, one call sees [cond; uncond]; elsewhere one sees cond.
-  Options are those of `Guided`: interval, pushes, path, prediction, sigma_data.
+  Options are those of `Guided`: interval, pushes, path, prediction, target,
+  sigma_data.
   """
   if not rule.idle:
     _check_conditions(cond, uncond)
@@ -230,47 +246,6 @@ def distilled(cond: dict[str, Any], scale: rules.Scale) -> dict[str, Any]:
     )
   scale_B = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), len(leaves[0]))
   return {**cond, "guidance": scale_B}
-
-
-def zero_init(
-  field: Field,
-  above: float,
-  *,
-  path: paths.Path | None = None,
-  prediction: str = "velocity",
-  sigma_data: float = 0.5,
-) -> Field:
-  """Returns a field that stands still where t > above, and evaluates nothing.
-
-  The zero-init of CFG-Zero* (arXiv:2503.18886, section 4.2): a velocity early
-  in sampling is worse than none. `during` turns a number of steps into the time
-  that ends them: zero_init(field, during(grid, 0, steps)[0]).
-  """
-  if prediction != "velocity" and path is None:
-    raise ValueError(
-      f"The {prediction!r} that stands still depends on the path: give path=."
-    )
-
-  def rest(x, t, still):
-    del still
-    zeros = paths.wide(jnp.zeros_like(x))
-    if path is None:
-      return zeros
-    return predictions.convert(
-      path, "velocity", prediction, zeros, x, t, sigma_data=sigma_data
-    )
-
-  def move(x, t, still):
-    still_x = paths.over(still, x)
-    moved = paths.wide(field(x, t))
-    return jnp.where(still_x, rest(x, t, still), moved)
-
-  def zeroed(x, t):
-    t = jnp.asarray(t)
-    still = t > above
-    return jax.lax.cond(jnp.all(still), rest, move, x, t, still)
-
-  return zeroed
 
 
 def during(times: Sequence[float], start: int, stop: int) -> Interval:
@@ -346,6 +321,67 @@ class Remembering:
 
     x, inner = self.solver.step(remembering, x, inner, step)
     return x, (inner, totals[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Resting:
+  """A solver that stands still in its first `steps`, and evaluates nothing.
+
+  The zero-init of CFG-Zero* (arXiv:2503.18886, section 4.2): a velocity early
+  in sampling is worse than none. The solver begins at the step after them, as
+  if there had been none before it. Around `Remembering`, not within it.
+  """
+
+  solver: Any
+  steps: int
+
+  @property
+  def name(self) -> str:
+    return self.solver.name
+
+  @property
+  def prediction(self) -> str:
+    return self.solver.prediction
+
+  def __post_init__(self):
+    if self.steps < 0:
+      raise ValueError(
+        f"steps = {self.steps} cannot stand still: it must be 0 (none) or more."
+      )
+    if hasattr(self.solver, "run"):
+      raise ValueError(
+        f"The solver {self.solver.name!r} chooses its own steps, of which none "
+        "is the first of a grid to stand still: take another, as 'heun'."
+      )
+
+  def __getattr__(self, name: str) -> Any:
+    # What else a solver may have: `grid`, `stochastic`, `needs_finite_log_snr`.
+    if name.startswith("_") or name in ("solver", "steps"):
+      raise AttributeError(name)
+    return getattr(self.solver, name)
+
+  def evaluations(self, count: int) -> int:
+    """Returns how often `count` steps evaluate the field."""
+    return self.solver.evaluations(count - self.steps)
+
+  def init(self, x: jax.Array, rng: jax.Array | None) -> Any:
+    """Returns the solver's memory."""
+    return self.solver.init(x, rng)
+
+  def step(
+    self, field: Field, x: jax.Array, memory: Any, step: Any
+  ) -> tuple[jax.Array, Any]:
+    """Moves x by a step of the solver, or not at all."""
+    number = step.number - self.steps
+    later = step._replace(number=number, total=step.total - self.steps)
+
+    def move(x, memory):
+      return self.solver.step(field, x, memory, later)
+
+    def rest(x, memory):
+      return x, memory
+
+    return jax.lax.cond(number < 0, rest, move, x, memory)
 
 
 def _within(interval, t, act, rest, *operands):

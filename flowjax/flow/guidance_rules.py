@@ -85,7 +85,7 @@ def zero_star(scale: Scale) -> Rule:
   """Builds s weak + scale (strong - s weak), s weak being nearest to strong.
 
   s = <strong, weak> / |weak|^2 (CFG-Zero*, arXiv:2503.18886, section 4.1), in
-  terms of velocity. The other half of that method is `guidance.zero_init`.
+  terms of velocity. The other half of that method is `guidance.Resting`.
   """
 
   def change(strong, difference):

@@ -1,7 +1,7 @@
 """A whole sampler: path, prediction, solver, grid and guidance in one value.
 
 Whatever the network predicts, on whatever path it was trained: what it returns
-is converted to what the solver integrates, and guided.
+is guided, and converted to what the solver integrates.
 """
 
 # Shape suffixes: B batch. Images have any shape that starts with B.
@@ -25,7 +25,7 @@ class Method:
   """How to go from noise to data with a network trained on `path`.
 
   `prediction` is what the network predicts. Guidance acts for t in `interval`;
-  above the time `still_above` nothing moves (CFG-Zero*'s zero-init).
+  in the first `still_steps` nothing moves (CFG-Zero*'s zero-init).
   """
 
   path: paths.Path
@@ -34,7 +34,7 @@ class Method:
   grid: np.ndarray
   rule: guidance_rules.Rule
   interval: guidance.Interval = guidance.ALWAYS
-  still_above: float = 1.0
+  still_steps: int = 0
   push_scale: float = 0.0
   push_interval: guidance.Interval = guidance.ALWAYS
   sigma_data: float = 0.5
@@ -47,7 +47,13 @@ class Method:
       sigma_data=self.sigma_data,
     )
     solvers.check(self.solver, self.path, self.grid, prediction=self.prediction)
-    self._remembering()
+    steps = len(self.grid) - 1
+    if not 0 <= self.still_steps < steps:
+      raise ValueError(
+        f"still_steps = {self.still_steps} of the {steps} of this grid cannot "
+        "stand still: 0 is none, and at least one step must move."
+      )
+    self._stepper()
 
   @property
   def evaluations(self) -> int:
@@ -55,7 +61,7 @@ class Method:
 
     Raises ValueError where the solver decides that while running.
     """
-    return self.solver.evaluations(len(self.grid) - 1)
+    return self._stepper().evaluations(len(self.grid) - 1)
 
   def sample(
     self,
@@ -75,38 +81,31 @@ class Method:
     worse network, guided away from instead of from no condition
     (autoguidance).
     """
-    space: Any = {"path": self.path, "prediction": self.solver.prediction}
-    options = {"interval": self.interval, **space}
+    options: Any = {
+      "interval": self.interval,
+      "path": self.path,
+      "prediction": self.prediction,
+      "target": self.solver.prediction,
+      "sigma_data": self.sigma_data,
+    }
     if degraded is not None:
       options["pushes"] = [
-        guidance.Push(
-          self._converted(degraded), self.push_scale, self.push_interval
-        )
+        guidance.Push(degraded, self.push_scale, self.push_interval)
       ]
-    strong = self._converted(predict)
     field: Any
     if worse is None:
-      field = guidance.guided(strong, cond, uncond, self.rule, **options)
+      field = guidance.guided(predict, cond, uncond, self.rule, **options)
     else:
-      weak = self._converted(worse)
-      field = guidance.autoguided(strong, weak, cond, self.rule, **options)
-    if self.still_above < self.path.high:
-      field = guidance.zero_init(field, self.still_above, **space)
-    solver = self._remembering()
+      field = guidance.autoguided(predict, worse, cond, self.rule, **options)
+    solver = self._stepper()
     x = self.path.prior_scale * start
     return solvers.solve(solver, field, x, jnp.asarray(self.grid), rng=rng)
 
-  def _remembering(self) -> Any:
-    """Returns the solver, with the memory that guidance of momentum needs."""
+  def _stepper(self) -> Any:
+    """Returns the solver, with what momentum and steps that rest need."""
+    solver: Any = self.solver
     if self.rule.momentum:
-      return guidance.Remembering(self.solver)
-    return self.solver
-
-  def _converted(self, predict: Predict) -> Predict:
-    return prediction.field(
-      predict,
-      self.path,
-      self.prediction,
-      self.solver.prediction,
-      sigma_data=self.sigma_data,
-    )
+      solver = guidance.Remembering(solver)
+    if self.still_steps:
+      solver = guidance.Resting(solver, self.still_steps)
+    return solver

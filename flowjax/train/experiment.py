@@ -87,6 +87,7 @@ class Experiment:
         raise ValueError(
           f"model.{key} = {ours} and data.{key} = {theirs} must be the same."
         )
+    self._check_objective()
     self._check_sampling()
     self._check_channels()
     paired = self.flow.coupling.name == "pairs"
@@ -114,6 +115,20 @@ class Experiment:
       raise ValueError(
         f"sample.guidance.skip_layers = {skipped}: the model has the blocks 0 "
         f"to {depth - 1}."
+      )
+
+  def _check_objective(self):
+    """Refuses a normalizing flow that is to be trained as a field."""
+    invertible = self.model.name == "coupling"
+    if invertible and self.flow.objective != "maximum_likelihood":
+      raise ValueError(
+        f"flow.objective = {self.flow.objective!r}: a model of coupling layers "
+        "is trained by 'maximum_likelihood'."
+      )
+    if invertible and self.sample.guidance.scale != 1.0:
+      raise ValueError(
+        f"sample.guidance.scale = {self.sample.guidance.scale}: a model of "
+        "coupling layers has no field to guide; set 1.0."
       )
 
   def _check_channels(self):

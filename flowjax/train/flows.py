@@ -191,6 +191,12 @@ class FlowConfig:
     _member("objective", self.objective, OBJECTIVES)
     _member("prediction", self.prediction, prediction.PREDICTIONS)
     _member("distance", self.distance, distances.DISTANCES)
+    if self.levels is not None and self.levels < 2:
+      raise ValueError(
+        f"levels = {self.levels} values of a pixel; 256 for images of 8 bits."
+      )
+    if not self.sigma_data > 0:
+      raise ValueError(f"sigma_data = {self.sigma_data} must be above 0.")
     path = self.path.build()
     self.law.build(path)
     self._weight(path)

@@ -6,7 +6,6 @@ from typing import Any
 
 from flowjax.flow import (
   grids,
-  guidance,
   guidance_rules,
   sampling,
   solvers,
@@ -138,9 +137,6 @@ class SampleConfig:
     grid = grids.build(
       self.grid.name, path, self.steps, **flows.options(self.grid)
     )
-    still = path.high
-    if chosen.zero_init_steps:
-      still = guidance.during(list(grid), 0, chosen.zero_init_steps)[0]
     return sampling.Method(
       path=path,
       prediction=flow.prediction,
@@ -150,7 +146,7 @@ class SampleConfig:
       grid=grid,
       rule=self._rule(),
       interval=chosen.interval,
-      still_above=still,
+      still_steps=chosen.zero_init_steps,
       push_scale=chosen.skip_scale,
       push_interval=chosen.skip_interval,
       sigma_data=flow.sigma_data,

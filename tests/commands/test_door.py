@@ -69,7 +69,7 @@ def test_help_comes_at_once():
     ),
     (
       ["describe", f"--config={DIGITS}", "--config.model.image_size=8"],
-      "'--config.model.image_size=(8, 8)'",
+      "'--config.model.image_size=(A, B)'",
     ),
     (["compare", "--workdirs", "x", "--evaluations=a"], "commas"),
     (["describe", f"--config={CONFIGS}/digits_dit.py:edmm"], "'edm'"),

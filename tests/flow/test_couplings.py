@@ -62,6 +62,7 @@ def test_optimal_transport_is_the_best_of_all_permutations():
   assert tuple(order_of(eps, moved)) == best != tuple(range(6))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["optimal_transport", "sinkhorn"])
 def test_labels_stay_with_images_and_the_source_s_move_with_it(name):
   x, eps = images(16), images(16, 1)
@@ -99,6 +100,7 @@ def test_costs_that_are_not_finite_leave_the_pairs_as_drawn():
   np.testing.assert_array_equal(moved, eps)
 
 
+@pytest.mark.slow
 def test_the_entropic_plan_has_the_marginals_of_both_ends():
   pytest.importorskip("ott")
   cost = np.random.default_rng(0).uniform(size=(8, 8)).astype(np.float32)
@@ -112,6 +114,7 @@ def test_the_entropic_plan_has_the_marginals_of_both_ends():
   np.testing.assert_allclose(centred, 0.0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_draws_follow_the_plan():
   # Of the bridge, 2 sigma^2 is the epsilon of its plan.
   coupling = build("schrodinger_bridge", sigma=2.0)
@@ -206,6 +209,7 @@ def wavy(params, x_t, t_B, cond, rng):
   return jnp.sin(params * x_t) + cond["label"][:, None, None, None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["optimal_transport", "sinkhorn"])
 def test_eight_devices_are_one(name):
   loss = jax.jit(jax.value_and_grad(flowing(wavy, build(name)), has_aux=True))

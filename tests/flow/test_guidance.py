@@ -371,37 +371,47 @@ def test_a_push_adds_its_term_within_its_own_interval(scale):
   assert calls == [B, B]
 
 
-def test_the_first_steps_stand_still_and_cost_nothing():
+# Of one step, of several stages, with a past, and with a first step apart.
+@pytest.mark.parametrize(
+  "name", ["euler", "midpoint", "heun", "rk4", "ab3", "dpmpp_3m", "unipc"]
+)
+def test_the_first_steps_stand_still_and_cost_nothing(name):
   calls = []
   grid = times.uniform_grid(8, shift=3.0)
-  above = guidance.during(grid, 0, 2)[0]
-  field = guidance.zero_init(field_of("cfg", 3.0, counted(calls)), above)
-  solver = solvers.build("euler", PATH)
+  inner = solvers.build(name, PATH)
+  field = field_of(
+    "cfg", 3.0, counted(calls), prediction="velocity", target=inner.prediction
+  )
+  solver = guidance.Resting(inner, 2)
   states = jax.jit(
     lambda x: solvers.solve(solver, field, x, grid, trajectory=True)
   )(X)
   jax.effects_barrier()
-  assert calls == [2 * B] * 6
+  assert calls == [2 * B] * solver.evaluations(8)
+  assert solver.evaluations(8) == inner.evaluations(6)
   np.testing.assert_array_equal(states[2], X)
-  assert np.abs(states[3] - X).max() > 0.01
-  t_B = jnp.array([0.99, 0.2, 0.99, 0.2])
-  each = field(X, t_B)
-  assert not np.any(each[::2])
-  np.testing.assert_allclose(
-    each[1::2], field_of("cfg", 3.0)(X, t_B)[1::2], atol=1e-6
-  )
+  # From there on it is as if it had begun there.
+  alone = solvers.solve(inner, field, X, grid[2:], trajectory=True)
+  np.testing.assert_allclose(states[2:], alone, atol=1e-4, rtol=1e-4)
 
 
-def test_what_stands_still_is_a_velocity_whatever_is_predicted():
-  def noise(x, t):
-    return jnp.ones_like(x)
+def test_what_cannot_stand_still_is_refused():
+  inner = solvers.build("euler", PATH)
+  assert guidance.Resting(inner, 1).name == "euler"
+  with pytest.raises(ValueError, match="steps = -1"):
+    guidance.Resting(inner, -1)
+  pytest.importorskip("diffrax")
+  with pytest.raises(ValueError, match="chooses its own steps"):
+    guidance.Resting(solvers.build("dopri5", PATH), 1)
 
-  field = guidance.zero_init(noise, 0.5, path=PATH, prediction="noise")
-  v = predictions.convert(PATH, "noise", "velocity", field(X, 0.8), X, 0.8)
-  np.testing.assert_allclose(v, 0.0, atol=1e-6)
-  np.testing.assert_array_equal(field(X, 0.3), jnp.ones_like(X))
-  with pytest.raises(ValueError, match="'noise' that stands still.*path="):
-    guidance.zero_init(noise, 0.5, prediction="noise")
+
+def test_the_field_is_of_the_prediction_that_is_asked_for():
+  plain = field_of("cfg", 3.0)(X, 0.5)
+  expected = predictions.convert(PATH, "velocity", "data", plain, X, 0.5)
+  found = field_of("cfg", 3.0, target="data")(X, 0.5)
+  np.testing.assert_allclose(found, expected, atol=1e-6)
+  with pytest.raises(ValueError, match="followed by its 'data'.*path="):
+    guidance.guided(velocity, COND, UNCOND, rule("cfg", 3.0), target="data")
 
 
 @pytest.mark.parametrize("start, stop", [(0, 1), (0, 10), (2, 5), (9, 10)])

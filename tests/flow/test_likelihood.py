@@ -52,6 +52,7 @@ def points(count=8):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(paths.PATHS))
 def test_the_density_of_normal_data_is_exact_on_every_path(name):
   options = {"sigma_max": 5.0} if name in ("edm", "ve") else {}
@@ -138,6 +139,7 @@ def test_one_probe_is_kept_for_the_whole_solve(name, law):
     np.testing.assert_allclose(result.log_density_B, expected, atol=bound)
 
 
+@pytest.mark.slow
 def test_hutchinson_is_unbiased_and_exact_divergence_is_the_trace():
   # A field that is no sum of functions of one coordinate, on images.
   matrix = np.random.default_rng(0).standard_normal((12, 12)).astype(np.float32)

@@ -213,6 +213,7 @@ def bits_by_hand(x, eps, params):
   return nats.mean(axis=(1, 2, 3)) / np.log(2.0), (value - eps) ** 2
 
 
+@pytest.mark.slow
 def test_the_hybrid_loss_is_its_closed_form():
   path, batch = table(), {"image": pixels()}
   # Anywhere within a step, or on its entry: the step's own index.
@@ -254,6 +255,7 @@ def test_the_tables_are_those_of_the_betas():
     np.testing.assert_allclose(lead, np.sqrt(before), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_bound_trains_the_variance_alone():
   path, batch = table(), {"image": pixels()}
   law = fixed((INDICES + 1) / STEPS)
@@ -267,6 +269,7 @@ def test_the_bound_trains_the_variance_alone():
   assert plain["c"] == 0.0 and abs(both["c"]) > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["noise", "v", "data"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_gradients_of_the_bound_are_finite_at_both_ends(kind, dtype):

@@ -74,6 +74,7 @@ def least_loss_of_normal(path, prediction, std, t, sigma_data=0.5):
   return square / ((alpha * std) ** 2 + sigma**2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(paths.PATHS))
 def test_the_least_loss_of_a_normal_is_its_closed_form(name):
   path, sigma_data = paths.PATHS[name](), 0.4
@@ -155,6 +156,7 @@ def test_the_default_is_what_it_always_was_to_the_last_bit():
     np.testing.assert_array_equal(jax.jit(f(now))(*arguments), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(paths.PATHS))
 def test_gradients_are_finite_at_both_ends_of_every_path(name):
   path = paths.PATHS[name]()

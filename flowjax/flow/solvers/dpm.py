@@ -46,9 +46,9 @@ class DPMSolver:
   """Extrapolates the predicted data by a polynomial in the log-SNR.
 
   The first step is of order 1 and the second of at most 2, for lack of a past,
-  and so is every step to or from an end, where the log-SNR is infinite. With
-  `lower_order_final` so are, of fewer than 15 steps, the last and the last but
-  one.
+  and so is every step to or from an end, where the log-SNR is infinite, or as
+  good as that (`exponential.LEAP`). With `lower_order_final` so are, of fewer
+  than 15 steps, the last and the last but one.
   """
 
   name: str

@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowjax.flow import paths
+from flowjax.flow import prediction as predictions
 
+# An error of a network is not to be multiplied by more, at any time.
+STEEP = 1e4
 # Times are float32: what a path's end loses when it is rounded to that.
 ROUNDING = 1e-6
 
@@ -24,7 +27,9 @@ def check(
   - a method that draws noise on a grid that rises towards noise;
   - a method with `needs_finite_log_snr` where alpha or sigma is 0;
   - a network that predicts noise, or score, evaluated where alpha = 0: x_t
-    holds no data there, and the noise in it says nothing about them.
+    holds no data there, and the noise in it says nothing about them;
+  - one that predicts data, followed by velocity where sigma is all but 0: the
+    velocity there is its error divided by sigma.
   """
   if hasattr(solver, "grid"):
     grid = solver.grid(jnp.asarray(grid))
@@ -49,6 +54,8 @@ def check(
       "that says nothing about the data. Train for 'v', 'velocity' or 'data', "
       "or stay below (paths.build(..., high=0.999))."
     )
+  if prediction == "data" and solver.prediction != "data":
+    _check_slope(solver, path, evaluated)
 
 
 def _check_order(solver: Any, times: np.ndarray) -> None:
@@ -91,6 +98,25 @@ def _check_range(
         f"{path.high:g}, and the field would be evaluated at t = {t:g}: let "
         "the grid start and end there (grids.build does)."
       )
+
+
+def _check_slope(solver: Any, path: paths.Path, evaluated: np.ndarray) -> None:
+  with jax.ensure_compile_time_eval():
+    t = jnp.asarray(evaluated, jnp.float32)
+    one = jnp.ones_like(t)
+    slopes = predictions.convert(
+      path, "data", solver.prediction, one, 0.0 * one, t
+    )
+  slopes = np.abs(np.asarray(slopes))
+  worst = int(np.argmax(slopes))
+  if slopes[worst] > STEEP:
+    raise ValueError(
+      f"The solver {solver.name!r} follows {solver.prediction}, and a network "
+      f"that predicts data would be evaluated at t = {evaluated[worst]:g} of "
+      f"the path {path.name!r}, where its error is multiplied by "
+      f"{slopes[worst]:.0e}: take ddim or dpmpp_2m, which follow data, or let "
+      "the path begin later, as with low=1e-3."
+    )
 
 
 def _looks_ahead(solver: Any) -> bool:

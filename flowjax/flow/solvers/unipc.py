@@ -48,7 +48,7 @@ class UniPC:
   Orders rise from 1 as the past grows, and with `lower_order_final` fall to 1
   at the last step: steadier for few steps, and an error like h^2 for many. A
   step to or from an end, where the log-SNR is infinite, is of order 1, and
-  "bh1" does not correct it.
+  "bh1" does not correct it. So is a leap to the end (`exponential.LEAP`).
   """
 
   name: str

@@ -59,6 +59,7 @@ def deviation(path, t):
   return jnp.sqrt((path.alpha(t) * STD) ** 2 + path.sigma(t) ** 2)
 
 
+@pytest.mark.slow
 @every_method
 @pytest.mark.parametrize("path", ["straight", "gvp"])
 def test_the_moments_of_the_samples_approach_those_of_the_data(
@@ -74,6 +75,7 @@ def test_the_moments_of_the_samples_approach_those_of_the_data(
   assert errors[1] < 0.7 * errors[0] and errors[1] < 0.02, errors
 
 
+@pytest.mark.slow
 def test_drawn_samples_have_these_moments():
   path = paths.straight()
   times = np.linspace(1.0, 0.0, 21)

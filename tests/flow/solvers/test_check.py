@@ -95,3 +95,24 @@ def test_noise_cannot_be_predicted_from_noise_alone(prediction):
     with pytest.raises(ValueError, match="x_t is pure noise there"):
       check("heun", path, DOWN[::-1], prediction)
   check("ddim", "scaled_linear", DOWN, prediction)
+
+
+@pytest.mark.parametrize("name", ["heun", "rk4"])
+@pytest.mark.parametrize("path", ["straight", "gvp", "vp", "cosine"])
+def test_data_are_not_divided_by_no_noise(path, name):
+  def ends(low):
+    made = paths.build(path, low=low)
+    check(name, made, grids.build("uniform", made, 8), "data")
+
+  with pytest.raises(ValueError, match="predicts data would be.*ddim"):
+    ends(None)
+  ends(1e-3)
+
+
+def test_data_are_followed_to_the_end_by_what_does_not_look_there():
+  for name in ("euler", "midpoint", "ddim", "dpmpp_2m"):
+    check(name, "straight", DOWN, "data")
+  for prediction in ("velocity", "v", "edm"):
+    check("heun", "straight", DOWN, prediction)
+  with pytest.raises(ValueError, match="evaluated at t = 0 of"):
+    check("euler", "straight", DOWN[::-1], "data")

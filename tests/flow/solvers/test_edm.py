@@ -87,6 +87,7 @@ def test_it_is_algorithm_2(name, churn, s_min, s_max, s_noise):
     np.testing.assert_allclose(end, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["straight", "vp", "edm", "ddpm"])
 def test_mean_and_variance_are_those_of_the_data(name):
   # The field is linear, so that the end is a x + b + the sum of c_i z_i, z_i

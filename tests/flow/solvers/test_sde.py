@@ -79,6 +79,7 @@ def test_mean_and_variance_are_those_of_the_data(path, diffusion, scale, steps):
     assert std == pytest.approx(STD, rel=0.015)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_the_error_of_the_moments_is_of_first_order(method):
   def error(steps):
@@ -269,6 +270,7 @@ def test_a_tree_draws_for_every_leaf():
   assert not np.any(np.asarray(end["a"]) == np.asarray(end["b"]))
 
 
+@pytest.mark.slow
 def test_a_mixture_in_the_plane_is_sampled():
   # Five narrow normals on a circle, and their exact velocity.
   angle = 2.0 * np.pi * np.arange(5) / 5.0
