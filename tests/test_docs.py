@@ -208,6 +208,7 @@ def stand_ins():
   }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_python_that_is_shown_runs(page):
   text = (ROOT / page).read_text()

@@ -82,6 +82,7 @@ def test_only_one_file_builds_a_mesh():
   assert builders == ["mesh.py"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "module", ["flowjax.flow", "flowjax.models", "flowjax.train.step"]
 )

@@ -181,6 +181,7 @@ def test_a_step_of_both_sides_does_the_same(made, params):
     assert apart < 1e-6 * moved
 
 
+@pytest.mark.slow
 @needs_torch
 def test_outputs_and_gradients_are_the_same(made, params):
   import torch

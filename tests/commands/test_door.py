@@ -48,6 +48,7 @@ def test_help_comes_at_once():
   assert imported.isdisjoint({"jax", "numpy", "flax"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("words", "text"),
   [

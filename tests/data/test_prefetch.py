@@ -100,6 +100,7 @@ def test_closing_ends_the_thread_and_the_iterator(take):
   ready.close()  # Once more does no harm.
 
 
+@pytest.mark.slow
 def test_a_lost_reference_ends_the_thread():
   counter = Counter()
   ready = loader.to_device(counter, lambda i: i, 2)

@@ -32,6 +32,7 @@ def judge(train, held_out):
   return digits.Digits(*train, *held_out, seed=0)
 
 
+@pytest.mark.slow
 def test_it_knows_digits_that_it_never_saw(judge):
   assert judge.accuracy >= 0.975
 

@@ -37,6 +37,7 @@ def full(t):
   return jnp.full((B,), t)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [0.0, 4.0, np.float32(1.5)])
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.2, 0.8)])
 def test_the_field_is_extrapolated_from_the_unconditional_one(scale, interval):
@@ -372,6 +373,7 @@ def test_a_push_adds_its_term_within_its_own_interval(scale):
 
 
 # Of one step, of several stages, with a past, and with a first step apart.
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "name", ["euler", "midpoint", "heun", "rk4", "ab3", "dpmpp_3m", "unipc"]
 )

@@ -108,6 +108,7 @@ def test_the_least_loss_of_a_normal_is_its_closed_form(name):
       assert np.all(error < rounding), (kind, std, found[kind], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distance", ["l2", "pseudo_huber"])
 def test_the_oracle_is_the_minimum_whatever_the_weight_and_distance(distance):
   path, at_optimum = paths.straight(), {"mean": 0.7, "std": 0.5}
@@ -130,6 +131,7 @@ def test_the_oracle_is_the_minimum_whatever_the_weight_and_distance(distance):
       assert float(beside[name]) > 0.05, name
 
 
+@pytest.mark.slow
 def test_the_default_is_what_it_always_was_to_the_last_bit():
   def before(params, batch, rng):
     rng_t, rng_eps, rng_net = jax.random.split(rng, 3)
@@ -180,6 +182,7 @@ def test_gradients_are_finite_at_both_ends_of_every_path(name):
       assert np.isfinite(slope).all() and (slope != 0.0).any(), kind
 
 
+@pytest.mark.slow
 def test_times_are_kept_where_the_path_is_finite():
   path, seen = paths.PATHS["vp"](), []
 
@@ -215,6 +218,7 @@ def test_distances_by_hand():
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(distances.DISTANCES))
 def test_distances_are_exact_and_smooth_where_nothing_is_left(name):
   distance = distances.build(name)
@@ -249,6 +253,7 @@ def test_wrong_names_and_values_are_answered_with_what_would_do():
     distances.build("l2_cosine", floor=0.0)
 
 
+@pytest.mark.slow
 def test_nothing_is_broadcast_in_silence():
   def twice(params, x_t, t_B, cond, rng):
     return jnp.concatenate([x_t, x_t], axis=-1)
@@ -281,6 +286,7 @@ def test_validation_in_the_space_of_the_prediction():
     assert float(value) == pytest.approx(expected, rel=0.03)
 
 
+@pytest.mark.slow
 def test_uncertainty_learns_the_logarithm_of_the_loss():
   path, weight = paths.straight(), lambda t: 1.0 + t
   batch = {"image": images(400)}
@@ -304,6 +310,7 @@ def test_uncertainty_learns_the_logarithm_of_the_loss():
   np.testing.assert_allclose(metrics["uncertainty"][:2], optimum, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_the_network_is_given():
   given = []
 
@@ -357,6 +364,7 @@ def test_the_weight_multiplies_each_example():
   np.testing.assert_allclose(weighted, jnp.mean(t_B**2 * loss_B), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_noise_and_times_are_apart_and_follow_the_rng():
   seen = []
 
@@ -405,6 +413,7 @@ either = pytest.mark.parametrize("loss", EITHER.values(), ids=EITHER.keys())
 MASK = jnp.array([1, 1, 1, 1, 1, 0, 0, 0])
 
 
+@pytest.mark.slow
 @either
 def test_padding_is_ignored_exactly(loss):
   real, rng = images(5), jax.random.key(0)

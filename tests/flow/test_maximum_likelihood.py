@@ -43,6 +43,7 @@ def test_it_is_the_density_of_the_data_in_bits_per_dimension():
   np.testing.assert_allclose(value, expected.mean(), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("levels", [2, 17, 256])
 def test_levels_that_are_all_alike_need_the_bits_of_their_number(levels):
   # Each level is a bin of its own: together a little wider than [-1, 1].

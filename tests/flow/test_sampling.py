@@ -59,6 +59,7 @@ def test_the_deviation_that_is_kept_is_that_of_what_the_network_predicts():
   np.testing.assert_allclose(std(found), scaled + 0.3 * plain, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["euler", "heun", "rk4", "dpmpp_2m"])
 @pytest.mark.parametrize("momentum", [0.0, -0.5])
 def test_the_first_steps_rest_with_and_without_momentum(solver, momentum):

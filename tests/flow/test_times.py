@@ -247,6 +247,7 @@ def test_u_shaped_is_its_formula():
   np.testing.assert_allclose(density, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["edm", "scaled_linear"])
 def test_edm_law_is_normal_in_log_sigma_on_every_path(path):
   path = paths.build(path)

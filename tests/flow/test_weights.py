@@ -80,6 +80,7 @@ def test_likelihood_weight_of_the_score_is_half_the_squared_diffusion():
   near(weights.likelihood(VP, "score")(T), 0.5 * beta, 1e-4)
 
 
+@pytest.mark.slow
 def test_likelihood_loss_of_a_gaussian_is_the_information_that_noise_destroys():
   """For data N(0, s^2), log((1 + s^2 SNR_low) / (1 + s^2 SNR_high)) / 2."""
   s = 0.6
@@ -93,6 +94,7 @@ def test_likelihood_loss_of_a_gaussian_is_the_information_that_noise_destroys():
   assert loss == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["straight", "cosine", "edm"])
 def test_conversion_is_the_slope_between_predictions(path):
   path = paths.build(path)
@@ -113,6 +115,7 @@ def test_conversion_is_the_slope_between_predictions(path):
   near(products(), np.broadcast_to(np.cos(T), (30, 10)), 5e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "path, dtype",
   [

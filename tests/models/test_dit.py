@@ -117,6 +117,7 @@ def test_the_tree_is_the_one_that_others_build_on():
   assert {leaf.dtype for _, leaf in leaves} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 def test_it_begins_as_the_paper_says():
   net = models.build(SMALL)
   inputs = draw(SMALL)
@@ -142,6 +143,7 @@ def test_it_begins_as_the_paper_says():
   assert v_BHWC.dtype == jnp.float32 and not v_BHWC.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_gradient_reaches_every_parameter(variant):
   config = dataclasses.replace(SMALL, **variant)

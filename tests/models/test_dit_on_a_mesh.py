@@ -144,6 +144,7 @@ def test_split_heads_are_added_up_twice_per_block():
   assert moves(forward, mesh, by_batch) == {"all-reduce": 2}
 
 
+@pytest.mark.slow
 def test_split_tokens_gather_keys_and_values_once():
   """And not again for the gradient; the rest is sums of gradients."""
   mesh = make_mesh(data=4, context=2)

@@ -139,6 +139,7 @@ def assert_close(ours, theirs):
   np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
 
 
+@pytest.mark.slow
 def test_velocities_agree(both):
   assert np.abs(both.their_v).mean() > 0.1
   assert_close(both.v, both.their_v)

@@ -26,6 +26,7 @@ def test_sincos2d_is_the_closed_form():
     np.testing.assert_allclose(table_TD[token], wanted, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_rotate_is_a_complex_product_by_row_then_by_column():
   theta, head_size = 100.0, 8
   rng = np.random.default_rng(0)

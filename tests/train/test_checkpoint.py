@@ -89,6 +89,7 @@ def keep(tmp_path, **config):
   )
 
 
+@pytest.mark.slow
 def test_what_goes_in_comes_out(store):
   state, extra = make(3), {"data": {"seed": 5, "sizes": [1, 2]}, "config": {}}
   assert store.restore(abstract(state)) is None
@@ -105,6 +106,7 @@ def test_what_goes_in_comes_out(store):
     assert (new.dtype, new.sharding) == (old.dtype, old.sharding)
 
 
+@pytest.mark.slow
 def test_onto_other_meshes_and_back(store):
   state = make()
   store.save(1, state, {})
@@ -251,6 +253,7 @@ def test_an_old_step_goes_only_when_the_new_one_is_there(tmp_path, monkeypatch):
   assert store.steps() == [2]
 
 
+@pytest.mark.slow
 def test_saves_do_not_pile_up(store, monkeypatch, caplog):
   commit, started = os.rename, time.monotonic()
 

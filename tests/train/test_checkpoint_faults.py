@@ -241,6 +241,7 @@ def fail_to_commit(monkeypatch):
   monkeypatch.setattr(os, "rename", rename)
 
 
+@pytest.mark.slow
 def test_a_failed_save_is_said_and_outlived(copy, monkeypatch, caplog):
   store = checkpoint.Checkpoints(copy, checkpoint.CheckpointConfig(keep_last=3))
   with monkeypatch.context() as patch:
@@ -319,6 +320,7 @@ def test_a_defect_ends_training_at_once(copy, monkeypatch):
   assert sorted(os.listdir(copy)) == ["1", "2", "3"]
 
 
+@pytest.mark.slow
 def test_a_defect_behind_the_training_is_raised_at_the_next_call(
   copy, monkeypatch
 ):
@@ -410,6 +412,7 @@ def break_manifest(copy, step):
   path.write_text(path.read_text().replace("float32", "int32"))
 
 
+@pytest.mark.slow
 def test_an_unsound_step_outlives_a_failed_replacement(copy, monkeypatch):
   break_manifest(copy, 3)
   store = checkpoint.Checkpoints(copy, checkpoint.CheckpointConfig(keep_last=2))
@@ -443,6 +446,7 @@ def test_an_unsound_step_outlives_a_failed_replacement(copy, monkeypatch):
   assert is_exact(restore(copy))
 
 
+@pytest.mark.slow
 def test_only_orbax_is_hushed_and_only_while_it_runs(copy, caplog):
   hook, told = sys.unraisablehook, []
   absl = logging.getLogger("absl")

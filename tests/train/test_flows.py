@@ -41,6 +41,7 @@ def batch(std=1.0, shape=SHAPE):
   return {"image": image, "label": jnp.zeros(shape[:1], jnp.int32)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_each_preset_trains_and_can_be_sampled(name):
   built = experiment.build(config(name))
@@ -129,6 +130,7 @@ def test_uncertainty_is_learned_beside_the_network():
   assert len(np.unique(np.round(net.uncertainty(moved, t), 4))) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["euler_maruyama", "ddpm", "dpmpp_sde_2m"])
 def test_what_an_example_receives_does_not_depend_on_the_others(solver):
   flow = flows.FlowConfig(

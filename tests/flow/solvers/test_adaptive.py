@@ -23,6 +23,7 @@ def broken(x, t):
   return jnp.where(t < 0.4, jnp.nan, -x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dopri5", "tsit5"])
 def test_the_error_follows_the_tolerance(name):
   with jax.enable_x64(True):
@@ -60,6 +61,7 @@ def test_dopri5_agrees_with_torchdiffeq():
     np.testing.assert_allclose(ours, theirs, atol=10 * tolerance)
 
 
+@pytest.mark.slow
 def test_it_goes_both_ways_over_trees_and_tells_the_times_between():
   solver = solvers.build("tsit5", STRAIGHT, rtol=1e-6, atol=1e-6)
   state = {"x": jnp.ones((3, 2), jnp.bfloat16), "clock": jnp.zeros(())}
@@ -76,6 +78,7 @@ def test_it_goes_both_ways_over_trees_and_tells_the_times_between():
   np.testing.assert_allclose(up, np.exp(-1.0), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_nan_stops_the_solve_and_says_when():
   solver = solvers.build("dopri5", STRAIGHT)
   with pytest.raises(ValueError, match=r"stopped at t = 0\.4.*not finite"):

@@ -82,6 +82,7 @@ def test_a_solver_may_ask_for_a_finite_log_snr():
   solvers.check(solver, path, [0.999, 0.001])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prediction", ["noise", "score"])
 def test_noise_cannot_be_predicted_from_noise_alone(prediction):
   zero = paths.build("scaled_linear", zero_terminal_snr=True)

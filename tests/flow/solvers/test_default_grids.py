@@ -50,6 +50,7 @@ def _v(c, data, x):
   return c.alpha * share * x - c.sigma * data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOLVERS)
 def test_the_samples_deviate_as_the_data_do(name):
   for path_name in paths.PATHS:

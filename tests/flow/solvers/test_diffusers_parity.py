@@ -274,6 +274,7 @@ def test_dpm_solver(in_double, method, betas, steps, final):
   close(ours(solver, times, start(), fresh), expected, 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "order,variant,final,lower",
   [
@@ -479,6 +480,7 @@ def test_in_float32_as_published(name, cls, options):
   close(states, expected, 2e-5)
 
 
+@pytest.mark.slow
 def test_the_noise_of_a_step_is_known_from_the_key():
   # So that it may be handed to another implementation.
   path, rng = paths.build("ddpm"), jax.random.key(7)

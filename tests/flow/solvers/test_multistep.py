@@ -117,6 +117,7 @@ def test_what_diffusers_takes_for_the_second_derivative_costs_an_order():
   assert measured == pytest.approx(2.0, abs=0.25)
 
 
+@pytest.mark.slow
 def test_a_last_step_of_order_1_costs_unipc_its_order():
   path = paths.build("vp")
   solver = solvers.build("unipc", path, order=3)
@@ -139,6 +140,7 @@ def built(name, path):
   return solvers.build(name, path, **OPTIONS.get(name, {}))
 
 
+@pytest.mark.slow
 @every_method
 def test_from_end_to_end_and_back(name):
   # alpha = 0 at the one end and sigma = 0 at the other: both log-SNR infinite.

@@ -52,6 +52,7 @@ def moments(solver, path, grid):
   return float(end[-1]), float(jnp.linalg.norm(end[:-1] - end[-1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "path, diffusion, scale, steps",
   [
