@@ -190,7 +190,7 @@ def test_a_network_without_layers_is_the_one_whose_gates_are_shut():
 def test_a_bridge_is_refused_for_what_does_not_determine_it():
   full = config().to_dict()
   full["flow"]["prediction"] = "data"
-  full["flow"]["coupling"]["name"] = "schrodinger_bridge"
+  full["flow"]["coupling"].update(name="schrodinger_bridge", plan="exact")
   with pytest.raises(errors.UserError, match="velocity"):
     experiment.build(full)
 
