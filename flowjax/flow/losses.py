@@ -86,14 +86,13 @@ def matching(
   """
   goal = objective.Objective(path, prediction, coupling, sigma_data)
   measure = _measure(distance)
+  sample_t = _inside(goal, law)
 
   def loss(params, batch, rng):
-    rng_t, rng_eps, rng_net = jax.random.split(rng, 3)
-    t_B = goal.inside(law.sample(rng_t, batch["image"].shape[:1]))
-    drawn = goal.draw(batch, t_B, rng_eps, jax.random.fold_in(rng, 3))
+    t_B, drawn, rng_net = _draw(goal, sample_t, batch, rng)
     value = predict(params, drawn.x_t, t_B, drawn.cond, rng_net)
     loss_B = objective.masked(measure(value, drawn.target), batch)
-    weighted_B = loss_B if weight is None else weight(t_B) * loss_B
+    weighted_B = _weighted(weight, t_B, loss_B)
     metrics = {"t": t_B, "loss_by_example": loss_B}
     return objective.average(weighted_B, batch), metrics
 
@@ -118,14 +117,13 @@ def uncertain(
   """
   goal = objective.Objective(path, prediction, coupling, sigma_data)
   measure = _measure(distance)
+  sample_t = _inside(goal, law)
 
   def loss(params, batch, rng):
-    rng_t, rng_eps, rng_net = jax.random.split(rng, 3)
-    t_B = goal.inside(law.sample(rng_t, batch["image"].shape[:1]))
-    drawn = goal.draw(batch, t_B, rng_eps, jax.random.fold_in(rng, 3))
+    t_B, drawn, rng_net = _draw(goal, sample_t, batch, rng)
     value, u_B = predict(params, drawn.x_t, t_B, drawn.cond, rng_net)
     loss_B = objective.masked(measure(value, drawn.target), batch)
-    weighted_B = loss_B if weight is None else weight(t_B) * loss_B
+    weighted_B = _weighted(weight, t_B, loss_B)
     if u_B.shape != loss_B.shape:
       raise ValueError(
         f"An uncertainty is one number per example, {loss_B.shape}, not "
@@ -161,11 +159,12 @@ def hybrid(
   measure = _measure(distance)
   posterior = variance.posterior(path)
 
+  def sample_t(rng, shape):
+    return posterior.time(posterior.index(law.sample(rng, shape)))
+
   def loss(params, batch, rng):
-    rng_t, rng_eps, rng_net = jax.random.split(rng, 3)
-    i_B = posterior.index(law.sample(rng_t, batch["image"].shape[:1]))
-    t_B = posterior.time(i_B)
-    drawn = goal.draw(batch, t_B, rng_eps, jax.random.fold_in(rng, 3))
+    t_B, drawn, rng_net = _draw(goal, sample_t, batch, rng)
+    i_B = posterior.index(t_B)
     both = predict(params, drawn.x_t, t_B, drawn.cond, rng_net)
     value, v = variance.split(both, drawn.x)
     loss_B = objective.masked(measure(value, drawn.target), batch)
@@ -175,7 +174,7 @@ def hybrid(
     )
     bits_B = posterior.bits(drawn.x, drawn.x_t, i_B, data, v)
     bound_B = posterior.steps * objective.masked(bits_B, batch)
-    weighted_B = loss_B if weight is None else weight(t_B) * loss_B
+    weighted_B = _weighted(weight, t_B, loss_B)
     metrics = {"t": t_B, "loss_by_example": loss_B, "bound_by_example": bound_B}
     return objective.average(weighted_B + scale * bound_B, batch), metrics
 
@@ -220,6 +219,22 @@ def fixed_time(
     return objective.average(loss_B, batch), metrics
 
   return loss
+
+
+def _inside(goal: objective.Objective, law: times.TimeLaw):
+  return lambda rng, shape: goal.inside(law.sample(rng, shape))
+
+
+def _draw(goal: objective.Objective, sample_t, batch: Batch, rng: jax.Array):
+  """Returns t_B, what is drawn at it, and the key of the network."""
+  rng_t, rng_eps, rng_net = jax.random.split(rng, 3)
+  t_B = sample_t(rng_t, batch["image"].shape[:1])
+  drawn = goal.draw(batch, t_B, rng_eps, jax.random.fold_in(rng, 3))
+  return t_B, drawn, rng_net
+
+
+def _weighted(weight: Weight | None, t_B: jax.Array, loss_B: jax.Array):
+  return loss_B if weight is None else weight(t_B) * loss_B
 
 
 def _measure(distance: str | distances.Distance) -> distances.Distance:
