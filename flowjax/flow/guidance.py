@@ -96,7 +96,7 @@ class Guided:
     if self.rule.momentum:
       raise ValueError(
         f"Guidance with momentum={self.rule.momentum} has a memory, which a "
-        "field has not: wrap the solver in guidance.Remembering, or set "
+        "field has not: wrap the solver in wrapped.Remembering, or set "
         "momentum=0."
       )
     return self.remember(x, t, None)[0]
@@ -265,123 +265,6 @@ def during(times: Sequence[float], start: int, stop: int) -> Interval:
   first = float(times[start])
   high = (float(times[start - 1]) + first) / 2 if start else first
   return low, high
-
-
-@dataclasses.dataclass(frozen=True)
-class Remembering:
-  """A solver that carries the memory of guidance with momentum.
-
-  The field is a `Guided` in terms of the solver's own prediction. All stages of
-  a step see the sum that the step before left, and the first one, which stands
-  at the beginning of the step, makes the sum that the next step sees.
-  """
-
-  solver: Any
-
-  @property
-  def name(self) -> str:
-    return self.solver.name
-
-  @property
-  def prediction(self) -> str:
-    return self.solver.prediction
-
-  def __post_init__(self):
-    if hasattr(self.solver, "run"):
-      raise ValueError(
-        f"The solver {self.solver.name!r} chooses its own steps, and guidance "
-        "with momentum is defined for those of a grid: take another, as 'heun'."
-      )
-
-  def __getattr__(self, name: str) -> Any:
-    # What else a solver may have: `grid`, `stochastic`, `needs_finite_log_snr`.
-    if name.startswith("_") or name == "solver":
-      raise AttributeError(name)
-    return getattr(self.solver, name)
-
-  def evaluations(self, count: int) -> int:
-    """Returns how often `count` steps evaluate the field."""
-    return self.solver.evaluations(count)
-
-  def init(self, x: jax.Array, rng: jax.Array | None) -> Any:
-    """Returns the solver's memory, and an empty sum."""
-    return self.solver.init(x, rng), jnp.zeros_like(x)
-
-  def step(
-    self, field: Guided, x: jax.Array, memory: Any, step: Any
-  ) -> tuple[jax.Array, Any]:
-    """Moves x by a step of the solver."""
-    inner, total = memory
-    totals = []
-
-    def remembering(x, t):
-      value, following = field.remember(x, t, total)
-      totals.append(following)
-      return value
-
-    x, inner = self.solver.step(remembering, x, inner, step)
-    return x, (inner, totals[0])
-
-
-@dataclasses.dataclass(frozen=True)
-class Resting:
-  """A solver that stands still in its first `steps`, and evaluates nothing.
-
-  The zero-init of CFG-Zero* (arXiv:2503.18886, section 4.2): a velocity early
-  in sampling is worse than none. The solver begins at the step after them, as
-  if there had been none before it. Around `Remembering`, not within it.
-  """
-
-  solver: Any
-  steps: int
-
-  @property
-  def name(self) -> str:
-    return self.solver.name
-
-  @property
-  def prediction(self) -> str:
-    return self.solver.prediction
-
-  def __post_init__(self):
-    if self.steps < 0:
-      raise ValueError(
-        f"steps = {self.steps} cannot stand still: it must be 0 (none) or more."
-      )
-    if hasattr(self.solver, "run"):
-      raise ValueError(
-        f"The solver {self.solver.name!r} chooses its own steps, of which none "
-        "is the first of a grid to stand still: take another, as 'heun'."
-      )
-
-  def __getattr__(self, name: str) -> Any:
-    # What else a solver may have: `grid`, `stochastic`, `needs_finite_log_snr`.
-    if name.startswith("_") or name in ("solver", "steps"):
-      raise AttributeError(name)
-    return getattr(self.solver, name)
-
-  def evaluations(self, count: int) -> int:
-    """Returns how often `count` steps evaluate the field."""
-    return self.solver.evaluations(count - self.steps)
-
-  def init(self, x: jax.Array, rng: jax.Array | None) -> Any:
-    """Returns the solver's memory."""
-    return self.solver.init(x, rng)
-
-  def step(
-    self, field: Field, x: jax.Array, memory: Any, step: Any
-  ) -> tuple[jax.Array, Any]:
-    """Moves x by a step of the solver, or not at all."""
-    number = step.number - self.steps
-    later = step._replace(number=number, total=step.total - self.steps)
-
-    def move(x, memory):
-      return self.solver.step(field, x, memory, later)
-
-    def rest(x, memory):
-      return x, memory
-
-    return jax.lax.cond(number < 0, rest, move, x, memory)
 
 
 def _within(interval, t, act, rest, *operands):

@@ -35,7 +35,7 @@ class Rule:
   network, whichever it is. Where `idle`, the change is known beforehand to be
   none. With `momentum` b, each step replaces its difference d by the running
   sum d + b (sum of the steps before), which a solver has to carry:
-  `guidance.Remembering`.
+  `solvers.wrapped.Remembering`.
   """
 
   change: Callable[[jax.Array, jax.Array], jax.Array]
@@ -85,7 +85,7 @@ def zero_star(scale: Scale) -> Rule:
   """Builds s weak + scale (strong - s weak), s weak being nearest to strong.
 
   s = <strong, weak> / |weak|^2 (CFG-Zero*, arXiv:2503.18886, section 4.1), in
-  terms of velocity. The other half of that method is `guidance.Resting`.
+  terms of velocity. The other half of that method is `solvers.wrapped.Resting`.
   """
 
   def change(strong, difference):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowjax.flow import guidance, guidance_rules, paths, prediction, solvers
+from flowjax.flow.solvers import wrapped
 
 # predict(x_t, t_B, cond) -> what the network predicts.
 Predict = Callable[[jax.Array, jax.Array, Any], jax.Array]
@@ -105,7 +106,7 @@ class Method:
     """Returns the solver, with what momentum and steps that rest need."""
     solver: Any = self.solver
     if self.rule.momentum:
-      solver = guidance.Remembering(solver)
+      solver = wrapped.Remembering(solver)
     if self.still_steps:
-      solver = guidance.Resting(solver, self.still_steps)
+      solver = wrapped.Resting(solver, self.still_steps)
     return solver

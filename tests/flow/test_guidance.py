@@ -7,6 +7,7 @@ import pytest
 
 from flowjax.flow import guidance, paths, solvers, times
 from flowjax.flow import prediction as predictions
+from flowjax.flow.solvers import wrapped
 
 B = 4
 COND = {"label": jnp.array([0, 1, 2, 3]), "text": jnp.ones((B, 2))}
@@ -384,7 +385,7 @@ def test_the_first_steps_stand_still_and_cost_nothing(name):
   field = field_of(
     "cfg", 3.0, counted(calls), prediction="velocity", target=inner.prediction
   )
-  solver = guidance.Resting(inner, 2)
+  solver = wrapped.Resting(inner, 2)
   states = jax.jit(
     lambda x: solvers.solve(solver, field, x, grid, trajectory=True)
   )(X)
@@ -399,12 +400,12 @@ def test_the_first_steps_stand_still_and_cost_nothing(name):
 
 def test_what_cannot_stand_still_is_refused():
   inner = solvers.build("euler", PATH)
-  assert guidance.Resting(inner, 1).name == "euler"
+  assert wrapped.Resting(inner, 1).name == "euler"
   with pytest.raises(ValueError, match="steps = -1"):
-    guidance.Resting(inner, -1)
+    wrapped.Resting(inner, -1)
   pytest.importorskip("diffrax")
   with pytest.raises(ValueError, match="chooses its own steps"):
-    guidance.Resting(solvers.build("dopri5", PATH), 1)
+    wrapped.Resting(solvers.build("dopri5", PATH), 1)
 
 
 def test_the_field_is_of_the_prediction_that_is_asked_for():
@@ -442,7 +443,7 @@ def remembered(momentum, interval=(0.0, 1.0)):
 
 def test_momentum_is_carried_by_the_solver():
   grid = times.uniform_grid(5)
-  solver = guidance.Remembering(solvers.build("euler", PATH))
+  solver = wrapped.Remembering(solvers.build("euler", PATH))
   found = solvers.solve(solver, remembered(-0.5, (0.3, 1.0)), X, grid)
 
   x, total = np.asarray(X, np.float64), 0.0
@@ -469,12 +470,10 @@ def test_no_momentum_needs_no_memory(name):
   grid = times.uniform_grid(4)
   solver = solvers.build(name, PATH)
   plain = solvers.solve(solver, remembered(0.0), X, grid)
-  carried = solvers.solve(
-    guidance.Remembering(solver), remembered(0.0), X, grid
-  )
+  carried = solvers.solve(wrapped.Remembering(solver), remembered(0.0), X, grid)
   np.testing.assert_allclose(carried, plain, atol=1e-5)
   with_momentum = solvers.solve(
-    guidance.Remembering(solver), remembered(-0.5), X, grid
+    wrapped.Remembering(solver), remembered(-0.5), X, grid
   )
   assert np.abs(with_momentum - plain).max() > 1e-3
   with pytest.raises(ValueError, match="momentum=-0.5.*Remembering"):
