@@ -25,6 +25,8 @@ def decode(
     with PIL.Image.open(io.BytesIO(content), formats=FORMATS) as image:
       upright = PIL.ImageOps.exif_transpose(image)
       pixels = np.asarray(_cover(_opaque(upright, channels), image_size))
+  except MemoryError:
+    raise  # It says nothing about the image.
   # Decoders answer to broken bytes with errors of a dozen types.
   except Exception as error:
     raise sources.Corrupt(f"{name} is corrupt: {_reason(error)}.") from error

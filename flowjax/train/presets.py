@@ -6,14 +6,12 @@ differs from the defaults, which are rectified flow with logit-normal times.
 mathematics of any of these papers. `docs/flow.md` has the table.
 """
 
-import difflib
 from typing import Any
 
 import ml_collections
 
+from flowjax import schema
 from flowjax.train import experiment
-
-_DDPM_STEPS = {"steps": 1000}
 
 PRESETS: dict[str, dict[str, Any]] = {
   # Rectified flow (arXiv:2209.03003): straight, uniform, Euler.
@@ -179,9 +177,9 @@ def apply(
   Raises ValueError for an unknown name.
   """
   if name not in PRESETS:
-    near = difflib.get_close_matches(name, PRESETS, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"one of {list(PRESETS)}."
-    raise ValueError(f"There is no preset {name!r}: {hint}")
+    raise ValueError(
+      f"There is no preset {name!r}. {schema.closest(name, PRESETS)}"
+    )
   plain = experiment.defaults()
   levels = config.flow.levels
   config.flow = plain.flow
