@@ -26,7 +26,6 @@ def get_config(preset: str | None = None):
     heads=4,
     num_classes=10,
   )
-  config.flow.levels = 17  # Grey levels of a pixel, for the likelihood.
   config.data.update(source="digits", batch_size=128)
   config.optim.update(
     learning_rate=2e-3, schedule="cosine", warmup_steps=100, clip_norm=1.0

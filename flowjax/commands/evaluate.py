@@ -17,6 +17,7 @@ from flowjax import errors
 from flowjax.commands import export, flags, restored, train
 from flowjax.data import sources
 from flowjax.evaluate import digits, pictures
+from flowjax.flow import losses
 from flowjax.parallel import mesh as meshes
 from flowjax.train import loop, methods, progress, workdir
 
@@ -51,14 +52,15 @@ def run(args) -> None:
   """Evaluates, writes the report, and prints it."""
   found = restored.open(args.workdir, ema=args.ema)
   workdir.require_writable(args.workdir / "report.json", "report")
+  likelihood = _likelihood(found, args) if args.likelihood else None
   report = {
     **export.read_report(found, ema=args.ema),
     **export.identity(found, ema=args.ema),
     "parameters": found.run.parameters,
     **_validation(found),
   }
-  if args.likelihood:
-    report |= _bits(found, args.levels, args.likelihood_steps)
+  if likelihood is not None:
+    report |= _bits(found, likelihood)
   if found.config.data.source == "digits":
     report |= _digits(found, args)
   path = args.workdir / "report.json"
@@ -90,20 +92,22 @@ def _validation(found: restored.Restored) -> dict[str, float]:
   return {"validation_loss": scores["validation_loss"]}
 
 
-def _bits(
-  found: restored.Restored, levels: int | None, steps: int
-) -> dict[str, float]:
-  """Returns -log2 p of held-out images per dimension, as levels of grey."""
+def _likelihood(found: restored.Restored, args) -> losses.Loss:
+  """Returns -log2 p of images per dimension, as levels of grey, as a loss."""
   flow = found.config.flow
-  levels = levels or flow.levels
+  levels = args.levels or flow.levels
   if levels is None or flow.coupling.name == "pairs":
     raise errors.UserError(
-      "--likelihood needs the number of values that a pixel has (--levels=256 "
-      "for images of 8 bits), and a flow from noise, not from images."
+      "--likelihood needs the number of values that a pixel has (--levels=17 "
+      "for the 8x8 digits, 256 for images of 8 bits), and a flow from noise, "
+      "not from images."
     )
-  way = dataclasses.replace(flow.likelihood, steps=steps)
+  way = dataclasses.replace(flow.likelihood, steps=args.likelihood_steps)
   flow = dataclasses.replace(flow, levels=levels, likelihood=way)
-  loss = flow.bits(found.run.network)
+  return flow.bits(found.run.network)
+
+
+def _bits(found: restored.Restored, loss: losses.Loss) -> dict[str, float]:
   with meshes.use(found.run.mesh), loop.out_of_memory_advice():
     scores = train.held_out(found.run, loss).run(found.params)
   return {"bits_per_dimension": scores["validation_loss"]}

@@ -152,6 +152,20 @@ def test_every_key_of_sampling_can_be_changed_by_a_flag(workdir, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_likelihood_is_that_of_levels_that_are_given(workdir, capsys):
+  words = ["evaluate", f"--workdir={workdir}", "--num=20", "--likelihood"]
+  assert door.main(words) == 2
+  assert "--levels=17" in capsys.readouterr().err
+  _flowjax(*words, "--levels=17", "--likelihood_steps=4")
+  coarse = json.loads((workdir / "report.json").read_text())
+  _flowjax(*words, "--levels=256", "--likelihood_steps=4")
+  fine = json.loads((workdir / "report.json").read_text())
+  # The same density, of levels 255 / 16 times as narrow.
+  difference = fine["bits_per_dimension"] - coarse["bits_per_dimension"]
+  assert difference == pytest.approx(np.log2(255 / 16), abs=0.5)
+
+
+@pytest.mark.slow
 def test_runs_are_compared_in_one_picture_and_table(workdir, tmp_path, capsys):
   nf = tmp_path / "nf"
   _flowjax(
