@@ -4,7 +4,19 @@ NPROC is read by XLA's CPU client when jax is imported: with fewer threads than
 devices its collectives can wait for each other for ever.
 """
 
+import atexit
 import os
+import shutil
+import tempfile
+
+# Many tests, and the commands that they start, compile the same programs: the
+# first process makes a place where all of them find what one has compiled.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  _cache = tempfile.mkdtemp(prefix="flowjax-tests-")
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+  os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+  atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 
 os.environ["NPROC"] = "16"
 os.environ["JAX_PLATFORMS"] = "cpu"
