@@ -7,6 +7,7 @@ key, a missing type and an impossible value before anything else is built.
 import collections.abc
 import dataclasses
 import difflib
+import json
 import types
 import typing
 from typing import Any, TypeVar
@@ -55,13 +56,20 @@ def require_all(config: Any, values: collections.abc.Mapping, where: str):
   for field in dataclasses.fields(config):
     if field.name not in values:
       raise errors.UserError(
-        f"{where}.{field.name} is missing: the config is damaged, or of "
-        "another version of FlowJAX. Its default here is "
-        f"{getattr(config, field.name)!r}."
+        f"{where}.{field.name} is missing: the config was damaged or edited. "
+        f"Its default is {_shown(getattr(config, field.name))}."
       )
     item = getattr(config, field.name)
     if dataclasses.is_dataclass(item):
       require_all(item, values[field.name], f"{where}.{field.name}")
+
+
+def _shown(value: Any) -> str:
+  return (
+    json.dumps(to_dict(value))
+    if dataclasses.is_dataclass(value)
+    else repr(value)
+  )
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ A workdir holds `config.json`, `checkpoints/`, `metrics.jsonl`, TensorBoard
 events, `samples/step_*.png`, `curves.png`, and what later commands add.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -11,8 +12,12 @@ import pathlib
 import tempfile
 from typing import Any
 
+import flowjax
 from flowjax import errors, schema
 from flowjax.train import experiment
+
+# The entry of config.json that says who wrote it, and what.
+SEAL = "flowjax"
 
 # Where and how a run computes may change between its restarts; what it
 # computes may not.
@@ -64,13 +69,23 @@ def changes(workdir: pathlib.Path, config: experiment.Experiment) -> list[str]:
   path = workdir / "config.json"
   if not path.exists():
     return []
-  return difference(read_json(path), config)
+  values = read_json(path)
+  values.pop(SEAL, None)
+  return difference(values, config)
 
 
 def difference(
   saved: dict[str, Any], config: experiment.Experiment
 ) -> list[str]:
-  """Lists where `config` would compute something else than a saved one."""
+  """Lists where `config` would compute something else than a saved one.
+
+  A key that is newer than the saved one has its default there: what it was
+  before there was a choice.
+  """
+  try:
+    saved = schema.to_dict(experiment.build(saved))
+  except errors.UserError:
+    pass  # The difference will say what is odd about it.
   return schema.difference(_fixed(saved), _fixed(schema.to_dict(config)))
 
 
@@ -92,11 +107,18 @@ def claim(workdir: pathlib.Path, config: experiment.Experiment) -> None:
     logging.warning("Going on with another config: %s", "; ".join(rows))
     number = len(list(workdir.glob("config.*.json")))
     os.replace(path, workdir / f"config.{number}.json")
-  write_json(path, schema.to_dict(config))
+  values = schema.to_dict(config)
+  seal = {"version": flowjax.__version__, "checksum": _checksum(values)}
+  write_json(path, {SEAL: seal, **values})
 
 
 def read_config(workdir: pathlib.Path) -> experiment.Experiment:
-  """Returns the experiment of a workdir; data only, no code is run."""
+  """Returns the experiment of a workdir; data only, no code is run.
+
+  What an earlier FlowJAX wrote lacks the keys that are newer, and these have
+  their defaults. So that a key that was lost is not taken for one that is new,
+  a file that is not as it was written must have them all.
+  """
   path = workdir / "config.json"
   if not path.exists():
     raise errors.UserError(
@@ -105,14 +127,21 @@ def read_config(workdir: pathlib.Path) -> experiment.Experiment:
       "that was lost."
     )
   values = read_json(path)
+  seal = values.pop(SEAL, None)
   try:
     config = experiment.build(values)
-    schema.require_all(config, values, "config")
+    if not isinstance(seal, dict) or seal.get("checksum") != _checksum(values):
+      schema.require_all(config, values, "config")
     return config
   except errors.UserError as error:
     raise errors.UserError(
       f"{path} does not hold the config of a run: {error}"
     ) from error
+
+
+def _checksum(values: dict[str, Any]) -> str:
+  text = json.dumps(values, sort_keys=True)
+  return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _fixed(values: dict) -> dict:

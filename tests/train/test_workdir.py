@@ -1,0 +1,57 @@
+"""A run's config outlives the version that wrote it, and damage is named."""
+
+import json
+
+import pytest
+
+from flowjax import errors
+from flowjax.train import experiment, workdir
+
+_VALUES = experiment.defaults()
+_VALUES.update(
+  model={"image_size": (8, 8), "channels": 1}, data={"image_size": (8, 8)}
+)
+CONFIG = experiment.build(_VALUES)
+
+
+def write(directory, change, *, reseal=False):
+  """Changes config.json; resealed it is as an earlier version wrote it."""
+  workdir.claim(directory, CONFIG)
+  path = directory / "config.json"
+  values = json.loads(path.read_text())
+  seal = values.pop(workdir.SEAL)
+  change(values)
+  if reseal:
+    seal["checksum"] = workdir._checksum(values)
+  path.write_text(json.dumps({workdir.SEAL: seal, **values}))
+
+
+def test_a_config_comes_back(tmp_path):
+  workdir.claim(tmp_path, CONFIG)
+  assert workdir.read_config(tmp_path) == CONFIG
+  assert not workdir.changes(tmp_path, CONFIG)
+
+
+def test_a_key_that_is_newer_than_the_run_has_its_default(tmp_path):
+  def older(values):
+    del values["sample"]["path"], values["optim"]["clip_norm"]
+
+  write(tmp_path, older, reseal=True)
+  assert workdir.read_config(tmp_path) == CONFIG
+  assert not workdir.changes(tmp_path, CONFIG)
+
+
+def test_a_key_that_was_lost_is_named(tmp_path):
+  write(tmp_path, lambda values: values["optim"].pop("clip_norm"))
+  with pytest.raises(errors.UserError, match="config.optim.clip_norm is miss"):
+    workdir.read_config(tmp_path)
+
+
+def test_a_value_may_be_edited(tmp_path):
+  write(tmp_path, lambda values: values["sample"].update(steps=7))
+  assert workdir.read_config(tmp_path).sample.steps == 7
+
+
+def test_what_would_be_computed_may_not_change(tmp_path):
+  write(tmp_path, lambda values: values.update(seed=5), reseal=True)
+  assert workdir.changes(tmp_path, CONFIG) == ["config.seed: 5 -> 0"]
