@@ -23,10 +23,12 @@ Predict = Callable[[jax.Array, jax.Array, Any], jax.Array]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Method:
-  """How to go from noise to data with a network trained on `path`.
+  """How to go along `path` from noise to data.
 
-  `prediction` is what the network predicts. Guidance acts for t in `interval`;
-  in the first `still_steps` nothing moves (CFG-Zero*'s zero-init).
+  `prediction` is what the network predicts, and `trained_on` the path on which
+  it learned that, where it is another than the one that is followed. Guidance
+  acts for t in `interval`; in the first `still_steps` nothing moves
+  (CFG-Zero*'s zero-init). Grid and intervals are times of `path`.
   """
 
   path: paths.Path
@@ -39,6 +41,7 @@ class Method:
   push_scale: float = 0.0
   push_interval: guidance.Interval = guidance.ALWAYS
   sigma_data: float = 0.5
+  trained_on: paths.Path | None = None
 
   def __post_init__(self):
     prediction.check(
@@ -91,16 +94,38 @@ class Method:
     }
     if degraded is not None:
       options["pushes"] = [
-        guidance.Push(degraded, self.push_scale, self.push_interval)
+        guidance.Push(
+          self._on_path(degraded), self.push_scale, self.push_interval
+        )
       ]
     field: Any
+    predict = self._on_path(predict)
     if worse is None:
       field = guidance.guided(predict, cond, uncond, self.rule, **options)
     else:
+      worse = self._on_path(worse)
       field = guidance.autoguided(predict, worse, cond, self.rule, **options)
     solver = self._stepper()
     x = self.path.prior_scale * start
     return solvers.solve(solver, field, x, jnp.asarray(self.grid), rng=rng)
+
+  def _on_path(self, predict: Predict) -> Predict:
+    """Returns the network as one that was trained on the path followed."""
+    trained_on = self.trained_on
+    if trained_on is None:
+      return predict
+
+    def followed(x, t_B, cond):
+      field = prediction.rescheduled(
+        trained_on,
+        lambda x, t_B: predict(x, t_B, cond),
+        self.path,
+        self.prediction,
+        sigma_data=self.sigma_data,
+      )
+      return field(x, t_B)
+
+    return followed
 
   def _stepper(self) -> Any:
     """Returns the solver, with what momentum and steps that rest need."""

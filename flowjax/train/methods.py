@@ -7,6 +7,7 @@ from typing import Any
 from flowjax.flow import (
   grids,
   guidance_rules,
+  paths,
   sampling,
   solvers,
 )
@@ -109,11 +110,41 @@ class GuidanceConfig:
       )
 
 
+AS_TRAINED = "as_trained"
+
+
+@dataclasses.dataclass(frozen=True)
+class FollowedConfig(flows.PathConfig):
+  """The path that samples follow: that of training, or another.
+
+  A network trained on one path is a field on any other, at equal log-SNR
+  (`flow.prediction.rescheduled`).
+  """
+
+  name: str = AS_TRAINED
+
+  def __post_init__(self):
+    self.another()
+
+  def another(self) -> paths.Path | None:
+    """Returns the path where it is not that of training."""
+    if self.name != AS_TRAINED:
+      return self.build()
+    if chosen := flows.options(self):
+      raise ValueError(
+        f"{', '.join(chosen)} of the path {AS_TRAINED!r}: samples follow the "
+        "path of training as it is. To follow another, name it, such as "
+        "path.name='straight'."
+      )
+    return None
+
+
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-  """How samples are drawn: solver, grid of times, guidance."""
+  """How samples are drawn: path, solver, grid of times, guidance."""
 
   steps: int = 50
+  path: FollowedConfig = _group(FollowedConfig)
   solver: SolverConfig = _group(SolverConfig)
   grid: GridConfig = _group(GridConfig)
   guidance: GuidanceConfig = _group(GuidanceConfig)
@@ -133,7 +164,8 @@ class SampleConfig:
 
     Raises ValueError for a solver or a grid that this path does not allow.
     """
-    path, chosen = flow.path.build(), self.guidance
+    trained_on, another = flow.path.build(), self.path.another()
+    path, chosen = another or trained_on, self.guidance
     grid = grids.build(
       self.grid.name, path, self.steps, **flows.options(self.grid)
     )
@@ -150,6 +182,7 @@ class SampleConfig:
       push_scale=chosen.skip_scale,
       push_interval=chosen.skip_interval,
       sigma_data=flow.sigma_data,
+      trained_on=trained_on if another else None,
     )
 
   def _rule(self) -> guidance_rules.Rule:

@@ -183,7 +183,7 @@ def apply(
   plain = experiment.defaults()
   levels = config.flow.levels
   config.flow = plain.flow
-  for group in ("steps", "solver", "grid"):
+  for group in ("steps", "path", "solver", "grid"):
     config.sample[group] = plain.sample[group]
   config.flow.levels = levels
   config.update_from_flattened_dict(PRESETS[name])

@@ -108,3 +108,35 @@ def test_what_is_followed_is_converted():
   data = prediction.convert(made.path, "edm", "data", guided, X, t)
   found = jax.jit(lambda x: made.sample(network, COND, UNCOND, x))(X)
   np.testing.assert_allclose(found, data, atol=1e-5)
+
+
+def gaussian(path, std=0.5):
+  """Predicts the noise in N(1, std^2) on a path, exactly."""
+
+  def predict(x, t_B, cond):
+    c = path.at(t_B, x)
+    square = c.sigma**2 + (std * c.alpha) ** 2
+    return c.sigma * (x - c.alpha) / square
+
+  return predict
+
+
+@pytest.mark.parametrize("other", ["straight", "gvp", "edm", "vp"])
+def test_a_network_is_sampled_on_another_path_than_its_own(other):
+  trained_on, path = paths.build("vp"), paths.build(other, high=0.99)
+  start = jnp.asarray(
+    np.random.default_rng(1).standard_normal((64, 16), np.float32)
+  )
+
+  def drawn(predict, **options):
+    return sampling.Method(
+      path=path,
+      prediction="noise",
+      solver=solvers.build("heun", path),
+      grid=grids.build("uniform", path, 40),
+      rule=guidance.build("cfg", scale=1.0),
+      **options,
+    ).sample(predict, COND, UNCOND, start)
+
+  found = drawn(gaussian(trained_on), trained_on=trained_on)
+  np.testing.assert_allclose(found, drawn(gaussian(path)), atol=2e-3)
