@@ -9,16 +9,19 @@ is complete: what it does not name on either side is an error that lists it.
 import collections.abc
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from typing import Any
 
 import einops
+import ml_dtypes
 import numpy as np
 
 from flowjax import errors
 
 Shape = tuple[int, ...]
+Leaves = collections.abc.Iterator[tuple[str, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,107 +32,200 @@ class Rule:
   one tensor per index. Such axes lead the right side of the pattern:
 
       Rule("blocks/mlp/kernel", "blocks.{L}.mlp.weight", "L D F -> L F D")
+
+  `names` says what stands in their key for each index of such an axis, where
+  that is not 0, 1, ...: {"P": ("to_q", "to_k", "to_v")}. One that our side does
+  not have is a tensor that they hold several times. The axes in `flip` run the
+  other way on their side. Rules of one key are joined along its dim `along`,
+  in their order.
   """
 
   ours: str
   theirs: str
   pattern: str
+  names: collections.abc.Mapping[str, tuple[str, ...]] = dataclasses.field(
+    default_factory=dict
+  )
+  flip: str = ""
+  along: int = 0
 
   @property
   def stacks(self) -> list[str]:
     return re.findall(r"\{(\w+)\}", self.theirs)
 
   @property
-  def reverse(self) -> str:
-    left, right = self.pattern.split(" -> ")
-    return f"{right} -> {left}"
+  def left(self) -> str:
+    return self.pattern.split(" -> ")[0]
+
+  @property
+  def right(self) -> str:
+    return self.pattern.split(" -> ")[1]
+
+  @property
+  def copies(self) -> list[str]:
+    """The axes that only their side has."""
+    own = re.findall(r"\w+", self.left)
+    return [axis for axis in re.findall(r"\w+", self.right) if axis not in own]
 
 
-def linear(ours: str, theirs: str, axes: str) -> tuple[Rule, Rule]:
+def linear(
+  ours: str, theirs: str, axes: str, *, bias: bool = True, **options: Any
+) -> tuple[Rule, ...]:
   """Returns the rules of a linear layer, `axes` being `inputs -> outputs`.
 
   Ours multiplies from the right with `kernel [inputs, outputs]`, each of
-  which may be several axes; theirs is `weight [(outputs), (inputs)]`.
+  which may be several axes; theirs is `weight [(outputs), (inputs)]`. An axis
+  in braces of theirs that is among the outputs is a part with a name of its
+  own, as the query of a fused map; any other is one of layers. `options` are
+  those of `Rule`.
   """
   inputs, outputs = axes.split(" -> ")
-  stacks = "".join(f"{axis} " for axis in re.findall(r"\{(\w+)\}", theirs))
-  return (
-    Rule(
-      f"{ours}/kernel",
-      f"{theirs}.weight",
-      f"{stacks}{inputs} {outputs} -> {stacks}({outputs}) ({inputs})",
-    ),
-    Rule(
-      f"{ours}/bias",
-      f"{theirs}.bias",
-      f"{stacks}{outputs} -> {stacks}({outputs})",
-    ),
+  stacks = re.findall(r"\{(\w+)\}", theirs)
+  layers = "".join(f"{s} " for s in stacks if s not in outputs.split())
+  lead = "".join(f"{s} " for s in stacks)
+  rest = " ".join(axis for axis in outputs.split() if axis not in stacks)
+  kernel = Rule(
+    f"{ours}/kernel",
+    f"{theirs}.weight",
+    f"{layers}{inputs} {outputs} -> {lead}({rest}) ({inputs})",
+    **options,
   )
+  if not bias:
+    return (kernel,)
+  one = Rule(
+    f"{ours}/bias",
+    f"{theirs}.bias",
+    f"{layers}{outputs} -> {lead}({rest})",
+    **options,
+  )
+  return kernel, one
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Table:
-  """Rules and the sizes of the axes that their patterns speak of."""
+  """Rules and the sizes of the axes that their patterns speak of.
+
+  `constants` are tensors of theirs that the config determines, such as a table
+  of positions: they are written, and what is read must be equal to them.
+  """
 
   rules: tuple[Rule, ...]
   sizes: dict[str, int]
+  constants: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
   @functools.cached_property
   def paths(self) -> dict[str, Shape]:
     """The shape of each leaf of ours, by path."""
-    return {
-      rule.ours: self._shape(rule.pattern.split(" -> ")[0])
-      for rule in self.rules
-    }
+    return {rule.ours: self._shape(rule.left) for rule in self.rules}
 
   @functools.cached_property
   def keys(self) -> dict[str, Shape]:
     """The shape of each tensor of theirs, by key, in the order of export."""
-    return {
-      key: self._full_shape(rule)[len(rule.stacks) :]
-      for rule in self.rules
-      for key in self._keys_of(rule)
-    }
+    shapes = {key: value.shape for key, value in self.constants.items()}
+    for rules in self._groups:
+      shape = list(self._inner_shape(rules[0]))
+      if len(rules) > 1:
+        along = rules[0].along
+        shape[along] = sum(self._inner_shape(rule)[along] for rule in rules)
+      shapes |= {key: tuple(shape) for key in self._keys_of(rules[0])}
+    return shapes
 
-  def to_theirs(
-    self, params: dict
-  ) -> collections.abc.Iterator[tuple[str, np.ndarray]]:
+  def to_theirs(self, params: dict) -> Leaves:
     """Yields (key, tensor) in the order of `keys`.
 
-    One leaf of ours at a time is fetched to the host, so that the memory in
-    use is that of the largest leaf.
+    The leaves of one key at a time are fetched to the host, so that the memory
+    in use is that of the largest.
     """
     leaves = flatten(params)
     _require(leaves, self.paths, "parameters")
-    for rule in self.rules:
-      tensor = einops.rearrange(np.asarray(leaves[rule.ours]), rule.pattern)
-      for key, index in self._keys_of(rule).items():
-        yield key, tensor[index]
+    yield from self.constants.items()
+    for rules in self._groups:
+      parts = [
+        self._turned(rule, np.asarray(leaves[rule.ours])) for rule in rules
+      ]
+      for key, index in self._keys_of(rules[0]).items():
+        yield key, _joined([part[index] for part in parts], rules[0].along)
 
   def to_ours(self, tensors: collections.abc.Mapping[str, np.ndarray]) -> dict:
     """Returns our nested tree of the tensors that bear their keys."""
+    return unflatten(dict(self.leaves_of_ours(tensors)))
+
+  def leaves_of_ours(
+    self, tensors: collections.abc.Mapping[str, np.ndarray]
+  ) -> Leaves:
+    """Yields (path, leaf) of our tree, reading the tensors of one at a time.
+
+    Raises CheckpointError before the first, unless keys and shapes are those of
+    the table, and the constants are equal.
+    """
     _require(tensors, self.keys, "tensors")
-    leaves: dict[str, np.ndarray] = {}
-    for rule in self.rules:
-      tensor = np.stack([tensors[key] for key in self._keys_of(rule)])
-      named = re.findall(r"\w+", rule.reverse)
-      leaves[rule.ours] = einops.rearrange(
-        tensor.reshape(self._full_shape(rule)),
-        rule.reverse,
-        **{axis: self.sizes[axis] for axis in named},
+    for key, value in self.constants.items():
+      _require_equal(key, tensors[key], value)
+    return itertools.chain.from_iterable(
+      self._split(rules, tensors) for rules in self._groups
+    )
+
+  def _split(self, rules: tuple[Rule, ...], tensors: Any) -> Leaves:
+    along, start = rules[0].along, 0
+    for rule in rules:
+      size = self._inner_shape(rule)[along] if len(rules) > 1 else None
+      part: Any = slice(None)
+      if size is not None:
+        part = (slice(None),) * along + (slice(start, start + size),)
+        start += size
+      yield (
+        rule.ours,
+        self._turned_back(
+          rule, {key: tensors[key][part] for key in self._keys_of(rule)}
+        ),
       )
-    return unflatten(leaves)
+
+  @functools.cached_property
+  def _groups(self) -> list[tuple[Rule, ...]]:
+    """The rules, those of one key together."""
+    groups: dict[Any, list[Rule]] = {}
+    for rule in self.rules:
+      keys = rule.theirs, tuple(rule.names.items())
+      groups.setdefault(keys, []).append(rule)
+    return [tuple(rules) for rules in groups.values()]
+
+  def _turned(self, rule: Rule, leaf: np.ndarray) -> np.ndarray:
+    named = set(re.findall(r"\w+", rule.pattern))
+    tensor = _flipped(leaf, rule.left, rule.flip)
+    sizes = {axis: self.sizes[axis] for axis in named}
+    return einops.repeat(tensor, rule.pattern, **sizes)
+
+  def _turned_back(
+    self, rule: Rule, tensors: dict[str, np.ndarray]
+  ) -> np.ndarray:
+    if rule.copies:
+      tensors = _one_of(tensors)
+    stacked = np.stack(list(tensors.values()))
+    right = " ".join(a for a in rule.right.split() if a not in rule.copies)
+    named = re.findall(r"\w+", rule.left)
+    leaf = einops.rearrange(
+      stacked.reshape(self._shape(right)),
+      f"{right} -> {rule.left}",
+      **{axis: self.sizes[axis] for axis in named},
+    )
+    return _flipped(leaf, rule.left, rule.flip)
 
   def _keys_of(self, rule: Rule) -> dict[str, Shape]:
     """Maps each key of a rule to its index into the stacked axes."""
     counts = [self.sizes[axis] for axis in rule.stacks]
     return {
-      rule.theirs.format(**dict(zip(rule.stacks, index, strict=True))): index
+      rule.theirs.format(
+        **{
+          axis: rule.names[axis][i] if axis in rule.names else i
+          for axis, i in zip(rule.stacks, index, strict=True)
+        }
+      ): index
       for index in np.ndindex(*counts)
     }
 
-  def _full_shape(self, rule: Rule) -> Shape:
-    return self._shape(rule.pattern.split(" -> ")[1])
+  def _inner_shape(self, rule: Rule) -> Shape:
+    """Returns the shape of one of the tensors of a rule."""
+    return self._shape(rule.right)[len(rule.stacks) :]
 
   def _shape(self, side: str) -> Shape:
     """Returns the shape of one side of a pattern: `L (P N) D` has three."""
@@ -160,6 +256,39 @@ def unflatten(leaves: dict[str, Any]) -> dict:
       node = node.setdefault(parent, {})
     node[name] = value
   return tree
+
+
+def _flipped(leaf: np.ndarray, axes: str, flip: str) -> np.ndarray:
+  """Returns the leaf with the axes in `flip` running the other way."""
+  dims = re.findall(r"\([^)]*\)|\w+", axes)
+  return np.flip(leaf, tuple(dims.index(axis) for axis in flip.split()))
+
+
+def _joined(parts: list[np.ndarray], along: int) -> np.ndarray:
+  return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=along)
+
+
+def _one_of(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Returns the first of tensors that are to be copies of one."""
+  first, *others = tensors
+  for key in others:
+    if not np.array_equal(tensors[first], tensors[key]):
+      raise errors.CheckpointError(
+        f"{key} is not {first}: the network holds these weights once, and "
+        "cannot be two that were trained apart."
+      )
+  return {first: tensors[first]}
+
+
+def _require_equal(key: str, found: np.ndarray, constant: np.ndarray):
+  rounding = float(ml_dtypes.finfo(found.dtype).eps)
+  error = np.abs(found.astype(np.float32) - constant).max()
+  # Written so that nan is refused too.
+  if not error <= 1e-5 + rounding:
+    raise errors.CheckpointError(
+      f"{key} differs by {error:.3g} from what the config makes it, and is not "
+      "learned: is the config (its positions, its sizes) that of the weights?"
+    )
 
 
 def _require(

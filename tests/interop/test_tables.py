@@ -1,5 +1,6 @@
 """A table is its rules: shapes, order and the way back follow from them."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -110,3 +111,87 @@ def test_unfit_tensors_are_all_listed():
   assert "unmapped    layers.3.qkv.bias [24]" in text
   assert "missing     layers.2.qkv.bias [24]" in text
   assert "mis-shaped  layers.0.qkv.bias [24, 1], should be [24]" in text
+
+
+def round_trip(table, params):
+  tensors = dict(table.to_theirs(params))
+  assert list(tensors) == list(table.keys)
+  assert {k: v.shape for k, v in tensors.items()} == table.keys
+  back = tables.flatten(table.to_ours(tensors))
+  for path, leaf in tables.flatten(params).items():
+    np.testing.assert_array_equal(back[path], leaf)
+  return tensors
+
+
+def test_parts_have_names_and_layers_may_start_anywhere():
+  rules = tables.linear(
+    "mixer/qkv",
+    "layers.{L}.to_{P}",
+    "D -> P N H",
+    names={"P": ("q", "k", "v"), "L": ("4", "5", "6")},
+  )
+  params = qkv_params()
+  tensors = round_trip(tables.Table(rules, SIZES), params)
+  qkv = params["mixer"]["qkv"]
+  np.testing.assert_array_equal(
+    tensors["layers.5.to_k.weight"], qkv["kernel"][1, :, 1].reshape(8, 8).T
+  )
+  np.testing.assert_array_equal(
+    tensors["layers.6.to_v.bias"], qkv["bias"][2, 2].reshape(8)
+  )
+
+
+def test_what_they_hold_several_times_must_be_the_same():
+  rule = tables.Rule("embed/kernel", "blocks.{L}.embed.weight", "D H -> L H D")
+  table = tables.Table((rule,), SIZES)
+  kernel = np.arange(32, dtype=np.float32).reshape(8, 4)
+  tensors = round_trip(table, {"embed": {"kernel": kernel}})
+  np.testing.assert_array_equal(tensors["blocks.2.embed.weight"], kernel.T)
+  tensors["blocks.1.embed.weight"] = kernel.T + 1
+  with pytest.raises(errors.CheckpointError, match="blocks.1.embed.weight is"):
+    table.to_ours(tensors)
+
+
+def test_an_axis_may_run_the_other_way():
+  rules = tables.linear("out/mod", "norm_out.linear", "D -> P H", flip="P")
+  kernel = np.arange(96, dtype=np.float32).reshape(8, 3, 4)
+  params = {"out": {"mod": {"kernel": kernel, "bias": kernel[0]}}}
+  tensors = round_trip(tables.Table(rules, SIZES), params)
+  np.testing.assert_array_equal(
+    tensors["norm_out.linear.weight"], kernel[:, ::-1].reshape(8, 12).T
+  )
+
+
+def test_rules_of_one_key_are_joined():
+  table = tables.Table(
+    (
+      *tables.linear(
+        "a/out", "layers.{L}.out", "N H -> D", bias=False, along=1
+      ),
+      *tables.linear("b/out", "layers.{L}.out", "P -> D", along=1),
+    ),
+    SIZES,
+  )
+  rng = np.random.default_rng(0)
+  heads, parts, bias = (
+    rng.standard_normal(shape) for shape in ((3, 2, 4, 8), (3, 3, 8), (3, 8))
+  )
+  params = {
+    "a": {"out": {"kernel": heads}},
+    "b": {"out": {"kernel": parts, "bias": bias}},
+  }
+  tensors = round_trip(table, params)
+  expected = np.concatenate([heads[1].reshape(8, 8).T, parts[1].T], axis=1)
+  np.testing.assert_array_equal(tensors["layers.1.out.weight"], expected)
+
+
+def test_constants_are_written_and_must_be_as_the_config_has_them():
+  places = np.linspace(0, 1, 8, dtype=np.float32)
+  table = tables.Table(qkv_table().rules, SIZES, {"places": places})
+  tensors = dict(table.to_theirs(qkv_params()))
+  assert table.keys["places"] == (8,)
+  np.testing.assert_array_equal(tensors["places"], places)
+  table.to_ours(tensors | {"places": places.astype(ml_dtypes.bfloat16)})
+  for wrong in (places + 0.01, np.full_like(places, np.nan)):
+    with pytest.raises(errors.CheckpointError, match="places differs"):
+      table.to_ours(tensors | {"places": wrong})
