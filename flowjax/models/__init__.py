@@ -9,15 +9,21 @@ import functools
 from typing import Any
 
 import jax
-import numpy as np
 
-from flowjax.models import coupling, dit, uncertainty
+from flowjax.models import coupling, dit, flux, lora, mmdit, uncertainty
 
 CONFIGS: dict[str, Any] = {
   "dit": dit.DiTConfig,
   "coupling": coupling.CouplingConfig,
+  "mmdit": mmdit.MMDiTConfig,
+  "flux": flux.FluxConfig,
 }
-_MODULES: dict[str, Any] = {"dit": dit, "coupling": coupling}
+_MODULES: dict[str, Any] = {
+  "dit": dit,
+  "coupling": coupling,
+  "mmdit": mmdit,
+  "flux": flux,
+}
 
 Params = dict[str, Any]
 Cond = dict[str, jax.Array]
@@ -41,9 +47,38 @@ class Network:
   apply: collections.abc.Callable[..., jax.Array]
   unconditional: collections.abc.Callable[[Cond], Cond]
   flops: int  # forward, per example; a multiply-add is two
+  example: collections.abc.Callable[[int], Cond]  # A condition of zeros.
   forward: collections.abc.Callable[..., tuple] | None = None
   inverse: collections.abc.Callable[..., jax.Array] | None = None
   uncertainty: collections.abc.Callable[..., jax.Array] | None = None
+  # From all parameters to those of the network as it was built.
+  own: collections.abc.Callable[[Params], Params] = lambda params: params
+
+
+def with_lora(network: Network, config: lora.LoraConfig) -> Network:
+  """Returns the network with adapters, parameters "lora", beside its kernels.
+
+  With the parameters of `init` it gives what it gave without them. Raises
+  ValueError, also from `init`, for a target that the network does not have.
+  """
+  if network.forward is not None:
+    raise ValueError(
+      f"rank = {config.rank}: a network {network.config.name!r} has no "
+      "adapters; set 0."
+    )
+
+  def init(rng):
+    params = network.init(rng)
+    factors = lora.init(config, params, jax.random.fold_in(rng, 1))
+    return {**params, lora.GROUP: factors}
+
+  def apply(params, *inputs):
+    return network.apply(lora.beside(config, params), *inputs)
+
+  def own(params):
+    return network.own(lora.beside(config, params))
+
+  return dataclasses.replace(network, init=init, apply=apply, own=own)
 
 
 def with_uncertainty(network: Network) -> Network:
@@ -55,14 +90,17 @@ def with_uncertainty(network: Network) -> Network:
   def init(rng):
     return {**network.init(rng), "uncertainty": uncertainty.init()}
 
+  def without(params):
+    return {key: params[key] for key in params if key != "uncertainty"}
+
   def apply(params, *inputs):
-    own = {key: params[key] for key in params if key != "uncertainty"}
-    return network.apply(own, *inputs)
+    return network.apply(without(params), *inputs)
 
   return dataclasses.replace(
     network,
     init=init,
     apply=apply,
+    own=lambda params: network.own(without(params)),
     uncertainty=lambda params, t_B: uncertainty.apply(
       params["uncertainty"], t_B
     ),
@@ -74,26 +112,52 @@ def without_layers(
 ) -> collections.abc.Callable[..., jax.Array]:
   """Returns `apply` of the network without some of its blocks.
 
-  Skip-layer guidance pushes away from what such a network says. The blocks are
-  stacked, so leaving some out is a shallower network on a part of the stack.
-  Raises ValueError for a block that is not there.
+  Skip-layer guidance pushes away from what such a network says. Raises
+  ValueError for a block that is not there.
   """
-  depth = network.config.depth
-  outside = [layer for layer in layers if not 0 <= layer < depth]
-  if outside or len(set(layers)) >= depth:
+  module = _degradable(network, layers, "without_layers")
+  if len(set(layers)) >= network.config.depth:
     raise ValueError(
-      f"skip_layers = {tuple(layers)}: this network has the blocks 0 to "
-      f"{depth - 1}, and at least one must stay."
+      f"blocks {tuple(layers)}: at least one of the {network.config.depth} of "
+      "this network must stay."
     )
-  kept = np.array([i for i in range(depth) if i not in layers])
-  shallow = build(dataclasses.replace(network.config, depth=len(kept)))
 
   def apply(params, *inputs):
-    blocks = jax.tree.map(lambda leaf: leaf[kept], params["blocks"])
-    own = {key: params[key] for key in params if key != "uncertainty"}
-    return shallow.apply({**own, "blocks": blocks}, *inputs)
+    shallow = module.without_layers(network.config, network.own(params), layers)
+    return module.apply(*shallow, *inputs)
 
   return apply
+
+
+def with_identity_attention(
+  network: Network, layers: collections.abc.Sequence[int]
+) -> collections.abc.Callable[..., jax.Array]:
+  """Returns `apply` of the network whose tokens see themselves alone in blocks.
+
+  There the weights of attention are replaced by the identity. Perturbed
+  attention guidance (arXiv:2403.17377) pushes away from what such a network
+  says. Raises ValueError for a block that is not there.
+  """
+  module = _degradable(network, layers, "with_identity_attention")
+  alone = module.with_identity_attention(network.config, layers)
+  return lambda params, *inputs: alone(network.own(params), *inputs)
+
+
+def _degradable(network: Network, layers, way: str) -> Any:
+  """Returns the module of the network, which has the function `way`."""
+  module = _MODULES[network.config.name]
+  if not hasattr(module, way):
+    able = [name for name in _MODULES if hasattr(_MODULES[name], way)]
+    raise ValueError(
+      f"blocks {tuple(layers)}: guidance by blocks is not made for a network "
+      f"{network.config.name!r}; it is for {', '.join(able)}."
+    )
+  depth = network.config.depth
+  if any(not 0 <= layer < depth for layer in layers):
+    raise ValueError(
+      f"blocks {tuple(layers)}: this network has the blocks 0 to {depth - 1}."
+    )
+  return module
 
 
 def build(config: Any) -> Network:
@@ -110,5 +174,6 @@ def build(config: Any) -> Network:
     apply=functools.partial(module.apply, config),
     unconditional=functools.partial(module.unconditional, config),
     flops=module.flops(config),
+    example=functools.partial(module.example, config),
     **both_ways,
   )

@@ -7,6 +7,8 @@ What is worth saving for the gradient has a name here ("qkv", "attention",
 # Shape suffixes: B batch, T tokens, D width, K parts of a fused map, N heads,
 # H head size, F hidden width of the MLP.
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.ad_checkpoint
@@ -40,7 +42,11 @@ saved = jax.ad_checkpoint.checkpoint_name
 
 
 class Attention(nn.Module):
-  """Lets every token see every other; `rope` turns queries and keys."""
+  """Lets every token see every other; `rope` turns queries and keys.
+
+  Where `identity` is true, a token sees itself alone: the weights of attention
+  are the identity, and its own values go through the last map.
+  """
 
   heads: int
   head_size: int
@@ -50,7 +56,10 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array] | None
+    self,
+    x_BTD: jax.Array,
+    rope: tuple[jax.Array, jax.Array] | None,
+    identity: jax.Array | None = None,
   ) -> jax.Array:
     qkv_BTKNH = layers.Dense(
       (3, self.heads, self.head_size), dtype=self.dtype, name="qkv"
@@ -66,8 +75,17 @@ class Attention(nn.Module):
     # Where tokens are split, each device has its own queries, and gathers the
     # rest here: once, as attention is computed again for the gradient.
     k_BTNH = axes.name(k_BTNH, "batch", None, "heads", None)
-    v_BTNH = axes.name(v_BTNH, "batch", None, "heads", None)
-    y_BTNH = attention.attention(q_BTNH, k_BTNH, v_BTNH, body=self.body)
+    own_BTNH, v_BTNH = v_BTNH, axes.name(v_BTNH, "batch", None, "heads", None)
+    attend = functools.partial(attention.attention, body=self.body)
+    if identity is None:
+      y_BTNH = attend(q_BTNH, k_BTNH, v_BTNH)
+    else:
+      y_BTNH = jax.lax.cond(
+        identity,
+        lambda q_BTNH, k_BTNH, v_BTNH: own_BTNH,
+        attend,
+        *(q_BTNH, k_BTNH, v_BTNH),
+      )
     y_BTNH = axes.name(y_BTNH, "batch", "tokens", "heads", None)
     y_BTD = layers.Dense(
       x_BTD.shape[-1:], contract=2, dtype=self.dtype, name="out"
@@ -78,12 +96,14 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
   """Two maps with tanh-GELU between them, or three with SwiGLU.
 
-  SwiGLU is silu(part 0) part 1 (arXiv:2002.05202, eq. 5).
+  SwiGLU is silu(part 0) part 1 (arXiv:2002.05202, eq. 5). `tokens` names the
+  dim of the tokens.
   """
 
   kind: str
   hidden: int
   dtype: jnp.dtype
+  tokens: str | None = "tokens"
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -92,7 +112,7 @@ class Mlp(nn.Module):
       x_BTD
     )
     hidden_BTF = _activate(saved(hidden, "mlp"))
-    hidden_BTF = axes.name(hidden_BTF, "batch", "tokens", "mlp")
+    hidden_BTF = axes.name(hidden_BTF, "batch", self.tokens, "mlp")
     y_BTD = layers.Dense(x_BTD.shape[-1:], dtype=self.dtype, name="out")(
       hidden_BTF
     )

@@ -214,6 +214,12 @@ def apply(config: CouplingConfig, *inputs: Any) -> jax.Array:
   )
 
 
+def example(config: CouplingConfig, batch: int = 1) -> dict[str, jax.Array]:
+  """Returns a condition of zeros, of the shapes that the network takes."""
+  del config
+  return {"label": jnp.zeros(batch, jnp.int32)}
+
+
 def unconditional(
   config: CouplingConfig, cond: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:

@@ -1,19 +1,21 @@
 """The diffusion transformer with adaLN-Zero (DiT, arXiv:2212.09748)."""
 
 # Shape suffixes: B batch, H height, W width, C channels of the image;
-# T tokens, P one flattened patch, D width, K parts of a modulation.
+# T tokens, P one flattened patch, D width, K parts of a modulation, L layers.
 
+import collections.abc
 import dataclasses
+import functools
 import typing
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from flowjax import schema
-from flowjax.models import blocks, layers, patches, positions
-from flowjax.ops import attention, axes
+from flowjax.models import blocks, checks, layers, patches, positions
+from flowjax.ops import axes
 
 # Table 1 of the paper. "xl" at patch size 2 is the DiT-XL/2 that people mean.
 SIZES: dict[str, dict[str, int]] = {
@@ -30,7 +32,9 @@ class DiTConfig:
   """What a DiT is made of.
 
   `out_channels` is `channels` unless given. `timestep_scale` multiplies t in
-  [0, 1] before its sinusoid. `remat` is a key of `blocks.REMAT`.
+  [0, 1] before its sinusoid, whose frequencies `frequency_shift` moves:
+  diffusers' DiT has 1. `mlp_norm_epsilon` is that of the norm before the MLP,
+  which diffusers makes 1e-5 unless told. `remat` is a key of `blocks.REMAT`.
   """
 
   name: str = "dit"
@@ -43,21 +47,35 @@ class DiTConfig:
   heads: int = 6
   mlp_ratio: float = 4.0
   mlp: str = "gelu"
+  norm: str = "layernorm"
+  mlp_norm_epsilon: float = 1e-6
   position: str = "rope2d"
   rope_theta: float = 10000.0
   qk_norm: bool = False
   num_classes: int = 1000
   label_dropout: float = 0.1
   timestep_scale: float = 1000.0
+  frequency_shift: float = 0.0
   scan: bool = True
   remat: str = "none"
   attention: str = "auto"
   dtype: str = "float32"
 
   def __post_init__(self):
-    _check_choices(self)
+    checks.choices(
+      self,
+      name=("dit",),
+      mlp=blocks.MLPS,
+      norm=layers.NORMS,
+      position=POSITIONS,
+    )
+    checks.positive(
+      self,
+      "channels patch_size width depth heads mlp_ratio rope_theta num_classes "
+      "timestep_scale channels_out mlp_norm_epsilon",
+    )
+    checks.patches(self.image_size, self.patch_size)
     _check_ranges(self)
-    _check_patches(self.image_size, self.patch_size)
     _check_heads(self)
 
   @property
@@ -88,7 +106,7 @@ class Block(nn.Module):
   config: DiTConfig
 
   @nn.compact
-  def __call__(self, x_BTD, c_BD, rope):
+  def __call__(self, x_BTD, c_BD, rope, identity):
     config = self.config
     dtype = blocks.DTYPES[config.dtype]
     modulation_BKD = layers.Dense(
@@ -101,7 +119,9 @@ class Block(nn.Module):
       jnp.unstack(blocks.saved(modulation_BKD, "modulation"), axis=1)
     )
 
-    y_BTD = layers.modulated_norm(x_BTD, shift_msa, scale_msa)
+    y_BTD = layers.ModulatedNorm(config.norm, name="attention_norm")(
+      x_BTD, shift_msa, scale_msa
+    )
     y_BTD = blocks.Attention(
       config.heads,
       config.head_size,
@@ -109,11 +129,13 @@ class Block(nn.Module):
       config.attention,
       dtype,
       name="attention",
-    )(y_BTD, rope)
+    )(y_BTD, rope, identity)
     x_BTD = layers.add_gated(x_BTD, gate_msa, y_BTD)
     x_BTD = axes.name(x_BTD, "batch", "tokens", "width")
 
-    y_BTD = layers.modulated_norm(x_BTD, shift_mlp, scale_mlp)
+    y_BTD = layers.ModulatedNorm(
+      config.norm, config.mlp_norm_epsilon, name="mlp_norm"
+    )(x_BTD, shift_mlp, scale_mlp)
     y_BTD = blocks.Mlp(config.mlp, config.mlp_width, dtype, name="mlp")(y_BTD)
     x_BTD = layers.add_gated(x_BTD, gate_mlp, y_BTD)
     return axes.name(x_BTD, "batch", "tokens", "width"), None
@@ -123,6 +145,7 @@ class Final(nn.Module):
   """The last modulated norm and the map to patches, in float32."""
 
   features: int
+  norm: str
 
   @nn.compact
   def __call__(self, x_BTD, c_BD):
@@ -130,19 +153,24 @@ class Final(nn.Module):
       (2, x_BTD.shape[-1]), init_kernel=layers.zeros, name="modulation"
     )(c_BD)
     shift_BD, scale_BD = jnp.unstack(modulation_BKD, axis=1)
-    y_BTD = layers.modulated_norm(x_BTD.astype(jnp.float32), shift_BD, scale_BD)
+    y_BTD = layers.ModulatedNorm(self.norm, name="norm")(
+      x_BTD.astype(jnp.float32), shift_BD, scale_BD
+    )
     return layers.Dense((self.features,), init_kernel=layers.zeros, name="out")(
       y_BTD
     )
 
 
 class DiT(nn.Module):
-  """From a noisy image, its time and its label to a velocity."""
+  """From a noisy image, its time and its label to a velocity.
+
+  `identity_L` says in which blocks a token attends to itself alone.
+  """
 
   config: DiTConfig
 
   @nn.compact
-  def __call__(self, x_BHWC, t_B, label_B):
+  def __call__(self, x_BHWC, t_B, label_B, identity_L=None):
     config = self.config
     patch = config.patch_size
     rows, columns = (size // patch for size in x_BHWC.shape[1:3])
@@ -154,19 +182,21 @@ class DiT(nn.Module):
     x_BTD, rope = self._place(x_BTD, rows, columns)
     x_BTD = axes.name(x_BTD, "batch", "tokens", "width")
 
-    time_BD = layers.TimeEmbed(config.width, name="time_embed")(
-      config.timestep_scale * t_B.astype(jnp.float32)
-    )
+    time_BD = layers.TimeEmbed(
+      config.width, config.frequency_shift, name="time_embed"
+    )(config.timestep_scale * t_B.astype(jnp.float32))
     # The last row of the table stands for no label.
     labels = layers.Table(
       config.num_classes + 1, config.width, name="label_embed"
     )()
     c_BD = nn.silu(time_BD + jnp.take(labels, label_B, axis=0))
 
-    x_BTD, _ = _stacked(config)(config, name="blocks")(x_BTD, c_BD, rope)
-    x_BTP = Final(patch * patch * config.channels_out, name="final")(
-      x_BTD, c_BD
+    x_BTD, _ = _stacked(config)(config, name="blocks")(
+      x_BTD, c_BD, rope, identity_L
     )
+    x_BTP = Final(
+      patch * patch * config.channels_out, config.norm, name="final"
+    )(x_BTD, c_BD)
     return patches.unpatchify(x_BTP, rows, columns, patch)
 
   def _place(self, x_BTD, rows, columns):
@@ -195,7 +225,7 @@ def _stacked(config: DiTConfig):
     block,
     variable_axes={"params": 0},
     split_rngs={"params": True},
-    in_axes=nn.broadcast,
+    in_axes=(nn.broadcast, nn.broadcast, 0),
     length=config.depth,
     unroll=1 if config.scan else config.depth,
   )
@@ -215,18 +245,32 @@ def apply(
   t_B: jax.Array,
   cond: dict[str, jax.Array],
   rng: jax.Array | None = None,
+  *,
+  identity: collections.abc.Sequence[int] = (),
 ) -> jax.Array:
   """Returns the velocity at (x, t) given cond["label"], in float32.
 
-  With an rng, each label is dropped with probability `label_dropout`.
+  With an rng, each label is dropped with probability `label_dropout`. In the
+  blocks `identity` a token attends to itself alone.
   """
   _check_inputs(config, x_BHWC, t_B, cond)
   label_B = cond["label"]
   if rng is not None:
     drop_B = jax.random.bernoulli(rng, config.label_dropout, label_B.shape)
     label_B = jnp.where(drop_B, config.num_classes, label_B)
-  v_BHWC = DiT(config).apply({"params": params}, x_BHWC, t_B, label_B)
+  identity_L = None
+  if identity:
+    identity_L = jnp.isin(jnp.arange(config.depth), jnp.array(identity))
+  v_BHWC = DiT(config).apply(
+    {"params": params}, x_BHWC, t_B, label_B, identity_L
+  )
   return typing.cast(jax.Array, v_BHWC)
+
+
+def example(config: DiTConfig, batch: int = 1) -> dict[str, jax.Array]:
+  """Returns a condition of zeros, of the shapes that the network takes."""
+  del config
+  return {"label": jnp.zeros(batch, jnp.int32)}
 
 
 def unconditional(
@@ -234,6 +278,28 @@ def unconditional(
 ) -> dict[str, jax.Array]:
   """Returns `cond` with the label that stands for none."""
   return {**cond, "label": jnp.full_like(cond["label"], config.num_classes)}
+
+
+def without_layers(
+  config: DiTConfig,
+  params: dict[str, Any],
+  layers: collections.abc.Collection[int],
+) -> tuple[DiTConfig, dict[str, Any]]:
+  """Returns the config and the parameters of a network without some blocks.
+
+  The blocks are stacked: it is a shallower network on a part of the stack.
+  """
+  kept = np.array([i for i in range(config.depth) if i not in layers])
+  stack = jax.tree.map(lambda leaf: leaf[kept], params["blocks"])
+  shallow = dataclasses.replace(config, depth=len(kept))
+  return shallow, {**params, "blocks": stack}
+
+
+def with_identity_attention(
+  config: DiTConfig, layers: collections.abc.Sequence[int]
+) -> collections.abc.Callable[..., jax.Array]:
+  """Returns `apply` where, in some blocks, tokens see themselves alone."""
+  return functools.partial(apply, config, identity=tuple(layers))
 
 
 def flops(config: DiTConfig) -> int:
@@ -256,53 +322,16 @@ def flops(config: DiTConfig) -> int:
   return config.depth * block + ends + time
 
 
-def _check_choices(config: DiTConfig) -> None:
-  choices = {
-    "name": ("dit",),
-    "mlp": blocks.MLPS,
-    "position": POSITIONS,
-    "remat": tuple(blocks.REMAT),
-    "attention": attention.BODIES,
-    "dtype": tuple(blocks.DTYPES),
-  }
-  for field, words in choices.items():
-    word = getattr(config, field)
-    if word not in words:
-      raise ValueError(
-        f"{field}={word!r} is not known. {schema.closest(word, words)}"
-      )
-
-
 def _check_ranges(config: DiTConfig) -> None:
-  positive = (
-    "channels patch_size width depth heads mlp_ratio rope_theta num_classes "
-    "timestep_scale channels_out"
-  )
-  for field in positive.split():
-    if getattr(config, field) <= 0:
-      raise ValueError(
-        f"{field.replace('channels_out', 'out_channels')}="
-        f"{getattr(config, field)} must be positive."
-      )
-  if min(config.image_size) <= 0:
-    raise ValueError(f"image_size={config.image_size} must be positive.")
+  if not config.frequency_shift < layers.TIME_FREQUENCIES // 2:
+    raise ValueError(
+      f"frequency_shift={config.frequency_shift} must be below "
+      f"{layers.TIME_FREQUENCIES // 2}; 0 is the original DiT's, 1 diffusers'."
+    )
   if not 0.0 <= config.label_dropout < 1.0:
     raise ValueError(
       f"label_dropout={config.label_dropout} must be at least 0 and below 1: "
       "with 1 no label is ever seen. 0.1 is usual."
-    )
-
-
-def _check_patches(image_size: tuple[int, ...], patch: int) -> None:
-  if any(size % patch for size in image_size):
-    fits = [
-      p
-      for p in range(1, min(image_size) + 1)
-      if not any(size % p for size in image_size)
-    ]
-    raise ValueError(
-      f"patch_size={patch} does not divide an image of {image_size[0]}x"
-      f"{image_size[1]}. Patch sizes that do: {', '.join(map(str, fits))}."
     )
 
 
@@ -331,13 +360,7 @@ def _check_heads(config: DiTConfig) -> None:
 
 
 def _check_inputs(config: DiTConfig, x_BHWC, t_B, cond) -> None:
-  if x_BHWC.ndim != 4 or x_BHWC.shape[-1] != config.channels:
-    raise ValueError(
-      f"The network takes images [B, H, W, {config.channels}], not "
-      f"{x_BHWC.shape}. channels={config.channels} is in its config."
-    )
-  batch, *image_size, _ = x_BHWC.shape
-  _check_patches(tuple(image_size), config.patch_size)
+  batch, image_size = checks.image(config, x_BHWC)
   grid = tuple(size // config.patch_size for size in image_size)
   if config.position == "learned" and grid != config.grid:
     raise ValueError(
@@ -350,8 +373,4 @@ def _check_inputs(config: DiTConfig, x_BHWC, t_B, cond) -> None:
       "The network takes cond={'label': [B] integers}, got the keys "
       f"{sorted(cond)}."
     )
-  for name, value in (("t", t_B), ("label", cond["label"])):
-    if value.shape != (batch,):
-      raise ValueError(
-        f"{name} has shape {value.shape}; for {batch} images it is ({batch},)."
-      )
+  checks.per_example(batch, t=t_B, label=cond["label"])

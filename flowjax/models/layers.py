@@ -17,6 +17,9 @@ from flowjax.ops import axes
 Init = collections.abc.Callable[[jax.Array, tuple[int, ...], int], jax.Array]
 
 TIME_FREQUENCIES = 256
+# What an adapter adds to a `Dense`, beside its kernel (models/lora.py).
+FACTORS = ("lora_a", "lora_b")
+NORMS = ("layernorm", "rmsnorm")
 
 # Of a cheap function only the inputs are kept for the gradient. In float32
 # the insides of norms and activations would be two thirds of what is saved.
@@ -54,6 +57,7 @@ class Dense(nn.Module):
   contract: int = 1
   dtype: jnp.dtype = jnp.float32
   init_kernel: Init = xavier
+  bias: bool = True
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -61,7 +65,6 @@ class Dense(nn.Module):
     kernel = self.param(
       "kernel", self.init_kernel, (*inner, *self.features), math.prod(inner)
     )
-    bias = self.param("bias", zeros, self.features)
     # One row per token makes the gradient of the kernel a plain matmul, which
     # a CPU does twice as fast. Merging split tokens would move them, though.
     if len(lead) > 1 and not axes.is_split("tokens"):
@@ -69,8 +72,28 @@ class Dense(nn.Module):
     y = jnp.tensordot(
       x.astype(self.dtype), kernel.astype(self.dtype), axes=self.contract
     )
-    y = y + jnp.broadcast_to(bias.astype(self.dtype), y.shape)
+    if self.has_variable("params", FACTORS[0]):
+      a: jax.Array = self.get_variable("params", FACTORS[0])
+      b: jax.Array = self.get_variable("params", FACTORS[1])
+      y = y + _low_rank(x.astype(self.dtype), a, b, self.contract)
+    if self.bias:
+      bias = self.param("bias", zeros, self.features)
+      y = y + jnp.broadcast_to(bias.astype(self.dtype), y.shape)
     return y.reshape(*lead, *self.features)
+
+
+def _low_rank(
+  x: jax.Array, a: jax.Array, b: jax.Array, contract: int
+) -> jax.Array:
+  """Returns x a b; where a leads with parts, the product with each of them."""
+
+  def product(a, b):
+    u = jnp.tensordot(x, a.astype(x.dtype), axes=contract)
+    return jnp.tensordot(u, b.astype(x.dtype), axes=1)
+
+  if a.ndim == contract + 1:
+    return product(a, b)
+  return jax.vmap(product, out_axes=x.ndim - contract)(a, b)
 
 
 class RMSNorm(nn.Module):
@@ -92,22 +115,64 @@ class RMSNorm(nn.Module):
     return normed(x, scale)
 
 
-@recomputed
+class ModulatedNorm(nn.Module):
+  """Normalises tokens, by `kind`, and then scales and shifts them by c.
+
+  "layernorm" has no parameters of its own; "rmsnorm" has a scale, which comes
+  before the modulation (LightningDiT, arXiv:2501.01423).
+  """
+
+  kind: str = "layernorm"
+  epsilon: float = 1e-6
+
+  @nn.compact
+  def __call__(
+    self, x_BTD: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array
+  ) -> jax.Array:
+    if self.kind == "layernorm":
+      return modulated_norm(x_BTD, shift_BD, scale_BD, self.epsilon)
+    weight_D = self.param("scale", nn.initializers.ones, x_BTD.shape[-1:])
+    return _modulated_rms_norm(
+      x_BTD, weight_D, shift_BD, scale_BD, self.epsilon
+    )
+
+
 def modulated_norm(
-  x_BTD: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array
+  x_BTD: jax.Array,
+  shift_BD: jax.Array,
+  scale_BD: jax.Array,
+  epsilon: float = 1e-6,
 ) -> jax.Array:
   """Returns (1 + scale) LayerNorm(x) + shift, computed in float32.
 
   The norm has no parameters of its own, and epsilon 1e-6
   (arXiv:2212.09748, section 3.2).
   """
+  return _modulated_layer_norm(x_BTD, shift_BD, scale_BD, epsilon)
+
+
+@functools.partial(recomputed, static_argnums=3)
+def _modulated_layer_norm(x_BTD, shift_BD, scale_BD, epsilon):
   x = x_BTD.astype(jnp.float32)
   centred = x - jnp.mean(x, axis=-1, keepdims=True)
   variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-  normed = centred * jax.lax.rsqrt(variance + 1e-6)
+  normed = centred * jax.lax.rsqrt(variance + epsilon)
+  return _modulated(normed, shift_BD, scale_BD).astype(x_BTD.dtype)
+
+
+@functools.partial(recomputed, static_argnums=4)
+def _modulated_rms_norm(x_BTD, weight_D, shift_BD, scale_BD, epsilon):
+  x = x_BTD.astype(jnp.float32)
+  mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+  normed = x * jax.lax.rsqrt(mean_square + epsilon)
+  normed = normed * jnp.broadcast_to(weight_D, x.shape)
+  return _modulated(normed, shift_BD, scale_BD).astype(x_BTD.dtype)
+
+
+def _modulated(x_BTD, shift_BD, scale_BD):
   shift_B1D = shift_BD.astype(jnp.float32)[:, None]
   scale_B1D = scale_BD.astype(jnp.float32)[:, None]
-  return (normed * (1.0 + scale_B1D) + shift_B1D).astype(x_BTD.dtype)
+  return x_BTD * (1.0 + scale_B1D) + shift_B1D
 
 
 @recomputed
@@ -120,13 +185,22 @@ def add_gated(
   return sum_BTD.astype(x_BTD.dtype)
 
 
-def sinusoid(t_B: jax.Array, size: int) -> jax.Array:
-  """Returns [cos(t w), sin(t w)], w_i = 10000^(-i / (size/2)), in float32."""
+def sinusoid(
+  t_B: jax.Array, size: int, frequency_shift: float = 0.0
+) -> jax.Array:
+  """Returns [cos(t w), sin(t w)], in float32.
+
+  w_i = 10000^(-i / (size/2 - frequency_shift)). Without the shift these are
+  the frequencies of the original DiT; with 1 the last is 1 / 10000, as in
+  diffusers' DiT.
+  """
   half = size // 2
   # Constants, rounded where PyTorch's float32 rounds them: at t = 1000 another
   # last bit of a frequency is a thousandfold in the output.
   exponent_F = np.float32(-math.log(10000.0)) * np.arange(half, dtype="f4")
-  exponent_F = (exponent_F / np.float32(half)).astype(np.float64)
+  exponent_F = (exponent_F / np.float32(half - frequency_shift)).astype(
+    np.float64
+  )
   frequency_F = np.exp(exponent_F).astype(np.float32)
   angle_BF = t_B.astype(jnp.float32)[:, None] * frequency_F[None]
   return jnp.concatenate([jnp.cos(angle_BF), jnp.sin(angle_BF)], axis=-1)
@@ -136,11 +210,13 @@ class TimeEmbed(nn.Module):
   """Embeds a time by an MLP over its sinusoid, in float32."""
 
   width: int
+  frequency_shift: float = 0.0
 
   @nn.compact
   def __call__(self, t_B: jax.Array) -> jax.Array:
     dense = functools.partial(Dense, (self.width,), init_kernel=normal)
-    hidden_BD = dense(name="in")(sinusoid(t_B, TIME_FREQUENCIES))
+    waves_BF = sinusoid(t_B, TIME_FREQUENCIES, self.frequency_shift)
+    hidden_BD = dense(name="in")(waves_BF)
     return dense(name="out")(nn.silu(hidden_BD))
 
 

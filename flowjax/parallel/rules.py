@@ -55,12 +55,72 @@ COUPLING: Rules = (
   (r".*/(bias|scale)", ()),
 )
 
+# As a DiT's, in each stream. The last block of an MM-DiT stands alone, and its
+# parameters have no dim of layers.
+_STREAM: Rules = (
+  (r"modulation/kernel", ("fsdp", None, None)),
+  (r"attention2?/qkv/kernel", ("fsdp", None, "tensor", None)),
+  (r"attention2?/qkv/bias", (None, "tensor", None)),
+  (r"attention2?/out/kernel", ("tensor", None, "fsdp")),
+  (r"mlp/in/kernel", ("fsdp", "tensor")),
+  (r"mlp/in/bias", ("tensor",)),
+  (r"mlp/out/kernel", ("tensor", "fsdp")),
+)
+MMDIT: Rules = (
+  (r"(patch|text)_embed/kernel", (None, "fsdp")),
+  (r"(time|pooled)_embed/\w+/kernel", (None, "fsdp")),
+  (r"label_embed/text", (None, None, "fsdp")),
+  (r"label_embed/pooled", (None, "fsdp")),
+  *((rf"(dual_)?blocks/\w+/{name}", (None, *dims)) for name, dims in _STREAM),
+  *((rf"last_block/\w+/{name}", dims) for name, dims in _STREAM),
+  (r"final/modulation/kernel", ("fsdp", None, None)),
+  (r"final/out/kernel", ("fsdp", None)),
+  (r".*(?<!/qkv)(?<!/mlp/in)/bias|.*/scale|uncertainty/kernel", ()),
+)
+
+# As an MM-DiT's; blocks of one stream are divided as those of two.
+FLUX: Rules = (
+  (r"guidance_embed/\w+/kernel", (None, "fsdp")),
+  *(
+    (rf"(double_blocks/\w+|single_blocks)/{name}", (None, *dims))
+    for name, dims in _STREAM
+  ),
+  *MMDIT,
+)
+
 
 def for_model(config: Any) -> Rules:
   """Returns the rules for the parameters of a model's config."""
   if config.name == "coupling":
     return COUPLING
+  if config.name == "flux":
+    return FLUX
+  if config.name == "mmdit":
+    return MMDIT
   return (*SWIGLU, *DIT) if config.mlp == "swiglu" else DIT
+
+
+def of_factors(
+  rules: Rules,
+  factors: collections.abc.Mapping[
+    str, tuple[str, collections.abc.Sequence[int | None]]
+  ],
+) -> Rules:
+  """Returns a rule for each factor of a kernel, divided as the kernel is.
+
+  A factor's name has that of its kernel, and which of its dims are which of
+  the kernel's; None for a dim that the kernel does not have.
+  """
+  found = []
+  for name, (kernel, dims) in factors.items():
+    for pattern, axes in rules:
+      if re.fullmatch(pattern, kernel):
+        of_kernel = (
+          tuple(None if i is None else axes[i] for i in dims) if axes else ()
+        )
+        found.append((re.escape(name), of_kernel))
+        break
+  return tuple(found)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,11 +19,7 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 embeddings = pytest.importorskip("diffusers.models.embeddings")
 
-with pytest.MonkeyPatch.context() as patch:
-  # A torchvision built for another torch would break an import that a DiT
-  # does not need.
-  patch.setattr("diffusers.utils.import_utils._torchvision_available", False)
-  Theirs = diffusers.DiTTransformer2DModel
+Theirs = diffusers.DiTTransformer2DModel
 
 CONFIG = dit.DiTConfig(
   image_size=(8, 8),
@@ -191,3 +187,38 @@ def test_the_fixed_table_is_theirs():
   )
   ours = models.dit.positions.sincos2d(7, 7, 48)
   np.testing.assert_allclose(ours, table.numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("layers", [(1,), (0, 2)])
+def test_identity_attention_is_that_of_perturbed_attention_guidance(layers):
+  attention = pytest.importorskip("diffusers.models.attention_processor")
+  rng = np.random.default_rng(1)
+  net = models.build(CONFIG)
+  params = jax.tree.map(
+    lambda leaf: (0.1 * rng.standard_normal(leaf.shape)).astype(np.float32),
+    jax.eval_shape(net.init, jax.random.key(0)),
+  )
+  theirs = build_theirs(CONFIG)
+  load(theirs, params, CONFIG)
+  for layer in layers:
+    theirs.transformer_blocks[layer].attn1.set_processor(
+      attention.PAGIdentitySelfAttnProcessor2_0()
+    )
+  x_BHWC = rng.standard_normal((2, 8, 8, 4)).astype(np.float32)
+  t_B = np.asarray([0.2, 0.7], np.float32)
+  label_B = np.asarray([4, 0], np.int32)
+  # Their processor sees [as it is; perturbed].
+  twice = [
+    torch.tensor(np.concatenate([a, a]))
+    for a in (x_BHWC.transpose(0, 3, 1, 2), 1000.0 * t_B, label_B)
+  ]
+  with torch.no_grad():
+    both = theirs(
+      twice[0], timestep=twice[1], class_labels=twice[2].long()
+    ).sample.numpy()
+  plain, perturbed = np.split(both.transpose(0, 2, 3, 1), 2)
+  inputs = (params, x_BHWC, t_B, {"label": label_B})
+  degraded = models.with_identity_attention(net, layers)
+  assert_close(jax.jit(net.apply)(*inputs), plain)
+  assert_close(jax.jit(degraded)(*inputs), perturbed)
+  assert np.abs(plain - perturbed).max() > 0.05 * np.abs(plain).max()

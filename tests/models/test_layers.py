@@ -121,3 +121,22 @@ def test_patchify_orders_tokens_and_values(height, width, patch):
     np.testing.assert_array_equal(y[:, token], piece.reshape(2, -1))
   back = patches.unpatchify(y, height // patch, columns, patch)
   np.testing.assert_array_equal(back, x)
+
+
+def test_an_rms_norm_is_scaled_and_then_modulated():
+  rng = np.random.default_rng(5)
+  x = rng.standard_normal((2, 3, 8), np.float32)
+  weight, *modulation = rng.standard_normal((3, 8)).astype(np.float32)
+  shift, scale = (np.stack([m, -m]) for m in modulation)
+  norm = layers.ModulatedNorm("rmsnorm", 0.1)
+  y = norm.apply({"params": {"scale": weight}}, x, shift, scale)
+  expected = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 0.1) * weight
+  expected = expected * (1 + scale[:, None]) + shift[:, None]
+  np.testing.assert_allclose(y, expected, atol=1e-5)
+
+
+def test_the_last_frequency_is_where_the_shift_puts_it():
+  # Of a long period, t w: the sine of the last wave at t = 1 is w itself.
+  for shift, exponent in ((0.0, 127 / 128), (1.0, 1.0)):
+    waves = layers.sinusoid(jnp.ones(1), 256, shift)
+    np.testing.assert_allclose(waves[0, -1], 1e4**-exponent, rtol=1e-5)

@@ -88,3 +88,34 @@ def test_tables_have_one_angle_per_pair(head_size):
   assert cos_TH.shape == sin_TH.shape == (6, head_size)
   assert cos_TH.dtype == sin_TH.dtype == np.float32
   np.testing.assert_array_equal(cos_TH[:, 0::2], cos_TH[:, 1::2])
+
+
+def test_each_axis_turns_its_own_part_of_a_head():
+  place_TA = np.array([[0, 0, 0], [3, 0, 0], [0, 5, 0], [0, 0, 7], [2, 4, 6]])
+  sizes, theta = (2, 4, 6), 100.0
+  cos_TH, sin_TH = positions.rope_axes(place_TA, sizes, theta)
+  assert cos_TH.shape == sin_TH.shape == (5, 12)
+  for token, places in enumerate(place_TA):
+    angles = []
+    for place, size in zip(places, sizes, strict=True):
+      angles += [place * theta ** (-2 * i / size) for i in range(size // 2)]
+    wanted = np.exp(1j * np.repeat(angles, 2))
+    np.testing.assert_allclose(cos_TH[token], wanted.real, atol=1e-6)
+    np.testing.assert_allclose(sin_TH[token], wanted.imag, atol=1e-6)
+  # The origin is not turned, to the bit.
+  assert np.all(cos_TH[0] == 1.0) and np.all(sin_TH[0] == 0.0)
+
+
+def test_far_from_the_origin_angles_keep_their_digits():
+  place_TA = np.array([[99_999]])
+  cos_TH, sin_TH = positions.rope_axes(place_TA, (4,), 10000.0)
+  for pair, angle in enumerate((99_999, 999.99)):
+    np.testing.assert_allclose(cos_TH[0, 2 * pair], np.cos(angle), atol=1e-7)
+    np.testing.assert_allclose(sin_TH[0, 2 * pair], np.sin(angle), atol=1e-7)
+
+
+def test_rope2d_is_rows_and_columns_as_two_axes():
+  place_TA = np.array([place(token) for token in range(ROWS * COLUMNS)])
+  ours = positions.rope2d(ROWS, COLUMNS, 16, 100.0)
+  wanted = positions.rope_axes(place_TA, (8, 8), 100.0)
+  np.testing.assert_array_equal(ours, wanted)

@@ -13,6 +13,7 @@ from flowjax.parallel import rules
 OPTIONS = [
   {},
   {"mlp": "swiglu", "qk_norm": True, "position": "learned"},
+  {"norm": "rmsnorm"},
 ]
 
 

@@ -1,0 +1,79 @@
+"""What the networks here refuse alike, in a config and of their inputs."""
+
+# Shape suffixes: B batch, H height, W width, C channels.
+
+import collections.abc
+from typing import Any
+
+import jax
+
+from flowjax import schema
+from flowjax.models import blocks
+from flowjax.ops import attention
+
+_CHOICES = {
+  "remat": tuple(blocks.REMAT),
+  "attention": attention.BODIES,
+  "dtype": tuple(blocks.DTYPES),
+}
+
+
+def choices(config: Any, **words: collections.abc.Collection[str]) -> None:
+  """Raises ValueError for a word that is not among those of its field."""
+  for field, known in {**_CHOICES, **words}.items():
+    word = getattr(config, field)
+    if word not in known:
+      raise ValueError(
+        f"{field}={word!r} is not known. {schema.closest(word, known)}"
+      )
+
+
+def positive(config: Any, fields: str) -> None:
+  """Raises ValueError unless all of the named fields are above 0."""
+  for field in fields.split():
+    if getattr(config, field) <= 0:
+      raise ValueError(
+        f"{field.replace('channels_out', 'out_channels')}="
+        f"{getattr(config, field)} must be positive."
+      )
+  if min(config.image_size) <= 0:
+    raise ValueError(f"image_size={config.image_size} must be positive.")
+
+
+def patches(image_size: collections.abc.Sequence[int], patch: int) -> None:
+  """Raises ValueError unless images are cut into whole patches."""
+  if not any(size % patch for size in image_size):
+    return
+  fits = [
+    p
+    for p in range(1, min(image_size) + 1)
+    if not any(size % p for size in image_size)
+  ]
+  raise ValueError(
+    f"patch_size={patch} does not divide an image of {image_size[0]}x"
+    f"{image_size[1]}. Patch sizes that do: {', '.join(map(str, fits))}."
+  )
+
+
+def image(config: Any, x_BHWC: jax.Array) -> tuple[int, tuple[int, ...]]:
+  """Returns batch and size of images that the network takes.
+
+  Raises ValueError for an array that holds none.
+  """
+  if x_BHWC.ndim != 4 or x_BHWC.shape[-1] != config.channels:
+    raise ValueError(
+      f"The network takes images [B, H, W, {config.channels}], not "
+      f"{x_BHWC.shape}. channels={config.channels} is in its config."
+    )
+  batch, *image_size, _ = x_BHWC.shape
+  patches(image_size, config.patch_size)
+  return batch, tuple(image_size)
+
+
+def per_example(batch: int, **values: jax.Array) -> None:
+  """Raises ValueError unless each value is one number per image."""
+  for name, value in values.items():
+    if value.shape != (batch,):
+      raise ValueError(
+        f"{name} has shape {value.shape}; for {batch} images it is ({batch},)."
+      )

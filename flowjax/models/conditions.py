@@ -1,0 +1,188 @@
+"""What a network that reads text is told: the text, and one vector of it.
+
+Where a dataset has labels and no text, each label has a text of its own, which
+is learned; so such a network trains on labelled images as it is.
+"""
+
+# Shape suffixes: B batch, L text tokens, E width of the text, P width of the
+# pooled text, D width, K labels and the one that stands for none.
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from flowjax.models import layers
+
+Cond = dict[str, Any]
+
+# The keys in which a condition differs from its unconditional one.
+_TEXT = ("text", "pooled", "text_mask")
+
+
+class LabelEmbed(nn.Module):
+  """Holds a text and a pooled text for each label, the last for none."""
+
+  labels: int
+  tokens: int
+  text_width: int
+  pooled_width: int
+
+  @nn.compact
+  def __call__(self, label_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    rows = self.labels + 1
+    text_KLE = self.param(
+      "text", layers.normal, (rows, self.tokens, self.text_width)
+    )
+    pooled_KP = self.param("pooled", layers.normal, (rows, self.pooled_width))
+    return (
+      jnp.take(text_KLE, label_B, axis=0),
+      jnp.take(pooled_KP, label_B, axis=0),
+    )
+
+
+class PooledEmbed(nn.Module):
+  """Embeds the pooled text by an MLP, in float32."""
+
+  width: int
+
+  @nn.compact
+  def __call__(self, pooled_BP: jax.Array) -> jax.Array:
+    hidden_BD = layers.Dense(
+      (self.width,), init_kernel=layers.normal, name="in"
+    )(pooled_BP)
+    return layers.Dense((self.width,), init_kernel=layers.normal, name="out")(
+      nn.silu(hidden_BD)
+    )
+
+
+def read(
+  config: Any, cond: Cond
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+  """Returns text_BLE, pooled_BP and the mask [B, L] of real tokens, if any.
+
+  Called inside a network, which gets the parameters "label_embed" where its
+  config has classes.
+  """
+  if not config.num_classes:
+    return cond["text"], cond["pooled"], cond.get("text_mask")
+  text_BLE, pooled_BP = LabelEmbed(
+    config.num_classes,
+    config.label_tokens,
+    config.text_width,
+    config.pooled_width,
+    name="label_embed",
+  )(cond["label"])
+  return text_BLE, pooled_BP, None
+
+
+def text_length(config: Any) -> int:
+  """Returns how many tokens of text the network is counted with."""
+  return config.label_tokens if config.num_classes else config.text_tokens
+
+
+def example(config: Any, batch: int = 1) -> Cond:
+  """Returns a condition of zeros, of the shapes that the network takes."""
+  if config.num_classes:
+    return {"label": jnp.zeros(batch, jnp.int32)}
+  return {
+    "text": jnp.zeros((batch, config.text_tokens, config.text_width)),
+    "pooled": jnp.zeros((batch, config.pooled_width)),
+  }
+
+
+def unconditional(config: Any, cond: Cond) -> Cond:
+  """Returns `cond` with what stands for no condition; other keys stay.
+
+  That is the last label; or the text of cond["negative"], where there is one;
+  or else a text of zeros, all seen, so that nothing of the text is left, not
+  even its length.
+  """
+  if config.num_classes:
+    return {**cond, "label": jnp.full_like(cond["label"], config.num_classes)}
+  if "negative" in cond:
+    return {**cond, **cond["negative"]}
+  empty = {key: jnp.zeros_like(cond[key]) for key in ("text", "pooled")}
+  if "text_mask" in cond:
+    empty["text_mask"] = jnp.ones_like(cond["text_mask"])
+  return {**cond, **empty}
+
+
+def dropped(config: Any, cond: Cond, rng: jax.Array) -> Cond:
+  """Returns `cond`, of which some examples lost their condition.
+
+  Each by itself, with probability `condition_dropout`.
+  """
+  without = unconditional(config, cond)
+  keys = ("label",) if config.num_classes else _TEXT
+  batch = cond[keys[0]].shape[:1]
+  drop_B = jax.random.bernoulli(rng, config.condition_dropout, batch)
+
+  def choose(without, value):
+    drop = drop_B.reshape(-1, *(1,) * (value.ndim - 1))
+    return jnp.where(drop, without, value)
+
+  changed = {k: choose(without[k], cond[k]) for k in keys if k in cond}
+  return {**cond, **changed}
+
+
+def check_config(config: Any) -> None:
+  """Raises ValueError for sizes of a condition that cannot be."""
+  for field in ("text_width", "pooled_width", "text_tokens", "label_tokens"):
+    if getattr(config, field) <= 0:
+      raise ValueError(f"{field}={getattr(config, field)} must be positive.")
+  if config.num_classes < 0:
+    raise ValueError(
+      f"num_classes={config.num_classes} must be positive, or 0 for a network "
+      "that reads text."
+    )
+  if not 0.0 <= config.condition_dropout < 1.0:
+    raise ValueError(
+      f"condition_dropout={config.condition_dropout} must be at least 0 and "
+      "below 1: with 1 no condition is ever seen. 0.1 is usual."
+    )
+
+
+def check(config: Any, cond: Cond, batch: int) -> None:
+  """Raises ValueError unless `cond` has the keys and shapes of the config."""
+  keys = ("label",) if config.num_classes else ("text", "pooled")
+  if any(key not in cond for key in keys):
+    takes = (
+      f"{{'label': [B] integers}} (num_classes={config.num_classes})"
+      if config.num_classes
+      else "{'text': [B, L, E], 'pooled': [B, P]} (num_classes=0; with more, "
+      "the network learns a text for each label)"
+    )
+    raise ValueError(
+      f"The network takes cond={takes}, got the keys {sorted(cond)}."
+    )
+  if config.num_classes:
+    return _check_shape("label", cond["label"], (batch,))
+  _check_text("", config, cond, batch, cond["text"].shape[1:2])
+  if "negative" in cond:
+    negative = cond["negative"]
+    wanted = sorted(key for key in _TEXT if key in cond)
+    if sorted(negative) != wanted:
+      raise ValueError(
+        f"cond['negative'] has the keys {sorted(negative)}; it stands in for "
+        f"those of cond, {wanted}, and must have the same."
+      )
+    _check_text("negative ", config, negative, batch, cond["text"].shape[1:2])
+
+
+def _check_text(prefix, config, cond, batch, length) -> None:
+  _check_shape(
+    f"{prefix}text", cond["text"], (batch, *length, config.text_width)
+  )
+  _check_shape(f"{prefix}pooled", cond["pooled"], (batch, config.pooled_width))
+  if "text_mask" in cond:
+    _check_shape(f"{prefix}text_mask", cond["text_mask"], (batch, *length))
+
+
+def _check_shape(name, value, shape) -> None:
+  if value.shape != shape:
+    raise ValueError(
+      f"{name} has shape {value.shape}; for {shape[0]} images and this config "
+      f"it is {shape}."
+    )

@@ -1,0 +1,339 @@
+"""FLUX.1: two streams that join, then one (Black Forest Labs, 2024).
+
+First blocks in which text and image have weights of their own, as in SD3
+(arXiv:2403.03206); then blocks over both as one sequence, whose attention and
+MLP stand side by side (arXiv:2302.05442). No paper describes it; the equations
+here are those of the released weights.
+"""
+
+# Shape suffixes: B batch, H height, W width, C channels of the image; L text
+# tokens, T image tokens, S = L + T, E width of the text, P one flattened patch,
+# D width, K parts of a modulation, N heads, H head size, A axes.
+
+import dataclasses
+import functools
+import typing
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flowjax.models import (
+  blocks,
+  checks,
+  conditions,
+  dit,
+  joint,
+  layers,
+  patches,
+  positions,
+)
+from flowjax.ops import attention, axes
+
+# They differ in how they were distilled: "schnell" is not told a guidance, and
+# was trained on shorter texts.
+SIZES: dict[str, dict[str, Any]] = {
+  "dev": dict(guidance_embed=True, text_tokens=512),
+  "schnell": dict(guidance_embed=False, text_tokens=256),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class FluxConfig:
+  """What a FLUX is made of.
+
+  `rope_axes` are the parts of a head that turn with the index of the image
+  (always 0 here), the row and the column. With `guidance_embed` the network is
+  told cond["guidance"], or `train_guidance` where that is not given.
+  `text_tokens` is the length that `flops` counts with; any is taken. With
+  `num_classes` the network reads labels, and learns a text for each.
+  """
+
+  name: str = "flux"
+  image_size: tuple[int, int] = (128, 128)
+  channels: int = 16
+  patch_size: int = 2
+  width: int = 3072
+  heads: int = 24
+  double_depth: int = 19
+  single_depth: int = 38
+  mlp_ratio: float = 4.0
+  text_width: int = 4096
+  pooled_width: int = 768
+  text_tokens: int = 512
+  rope_axes: tuple[int, int, int] = (16, 56, 56)
+  rope_theta: float = 10000.0
+  guidance_embed: bool = True
+  train_guidance: float = 1.0
+  num_classes: int = 0
+  label_tokens: int = 8
+  condition_dropout: float = 0.1
+  timestep_scale: float = 1000.0
+  scan: bool = True
+  remat: str = "none"
+  attention: str = "auto"
+  dtype: str = "float32"
+
+  def __post_init__(self):
+    checks.choices(self, name=("flux",))
+    checks.positive(
+      self,
+      "channels patch_size width heads double_depth single_depth mlp_ratio "
+      "rope_theta timestep_scale",
+    )
+    checks.patches(self.image_size, self.patch_size)
+    _check_heads(self)
+    conditions.check_config(self)
+
+  @property
+  def head_size(self) -> int:
+    return self.width // self.heads
+
+  @property
+  def mlp_width(self) -> int:
+    return int(self.mlp_ratio * self.width)
+
+  @property
+  def grid(self) -> tuple[int, int]:
+    """Rows and columns of patches."""
+    height, width = self.image_size
+    return height // self.patch_size, width // self.patch_size
+
+
+class Attention(joint.Attention):
+  """Attention among all tokens, without a bias at its end.
+
+  The MLP beside it has that bias for both.
+  """
+
+  answers: bool = False
+
+  def setup(self):
+    super().setup()
+    self.out = layers.Dense(
+      (self.width,), contract=2, dtype=self.dtype, bias=False
+    )
+
+
+class SingleBlock(nn.Module):
+  """One block over text and image as one sequence, modulated by c.
+
+  x + gate (A y + M y) with y = (1 + scale) LayerNorm(x) + shift: attention A
+  and MLP M read the same y, and are added.
+  """
+
+  config: FluxConfig
+
+  @nn.compact
+  def __call__(self, x_BSD, c_BD, rope, mask_BS):
+    config = self.config
+    dtype = blocks.DTYPES[config.dtype]
+    modulation_BKD = layers.Dense(
+      (3, config.width), 1, dtype, layers.zeros, name="modulation"
+    )(c_BD)
+    shift_BD, scale_BD, gate_BD = jnp.unstack(
+      blocks.saved(modulation_BKD, "modulation"), axis=1
+    )
+    y_BSD = layers.modulated_norm(x_BSD, shift_BD, scale_BD, joint.EPSILON)
+
+    maps = Attention(
+      config.width,
+      config.heads,
+      config.head_size,
+      qk_norm=True,
+      dtype=dtype,
+      tokens="tokens",
+      name="attention",
+    )
+    heads_BSNH = _attend(*maps.ask(y_BSD, rope), mask_BS, config.attention)
+    hidden_BSD = maps.answer(heads_BSNH) + blocks.Mlp(
+      "gelu", config.mlp_width, dtype, name="mlp"
+    )(y_BSD)
+
+    # The sum is what the gradient reads: saved, its terms need not be.
+    hidden_BSD = blocks.saved(hidden_BSD, "mlp_out")
+    x_BSD = layers.add_gated(x_BSD, gate_BD, hidden_BSD)
+    return axes.name(x_BSD, "batch", "tokens", "width"), None
+
+
+def _attend(q_BSNH, k_BSNH, v_BSNH, mask_BS, body):
+  # Where tokens are split, each device has its own queries.
+  k_BSNH = axes.name(k_BSNH, "batch", None, "heads", None)
+  v_BSNH = axes.name(v_BSNH, "batch", None, "heads", None)
+  mask = mask_BS
+  if mask_BS is not None:
+    mask = jnp.broadcast_to(mask_BS[:, None], (*mask_BS.shape, mask.shape[1]))
+  return attention.attention(q_BSNH, k_BSNH, v_BSNH, body=body, mask_BTS=mask)
+
+
+class Flux(nn.Module):
+  """From a noisy image, its time and what it shows to a velocity."""
+
+  config: FluxConfig
+
+  @nn.compact
+  def __call__(self, x_BHWC, t_B, cond):
+    config = self.config
+    dtype, patch = blocks.DTYPES[config.dtype], config.patch_size
+    rows, columns = (size // patch for size in x_BHWC.shape[1:3])
+    text_BLE, pooled_BP, text_mask_BL = conditions.read(config, cond)
+
+    embed = functools.partial(layers.Dense, (config.width,), dtype=dtype)
+    x_BTP = patches.patchify(x_BHWC, patch)
+    image_BTD = axes.name(
+      embed(name="patch_embed")(x_BTP), "batch", "tokens", "width"
+    )
+    text_BLD = axes.name(
+      embed(name="text_embed")(text_BLE), "batch", None, "width"
+    )
+    c_BD = nn.silu(self._condition(t_B, pooled_BP, cond))
+
+    length = text_BLD.shape[1]
+    rope = _rope(config, length, rows, columns)
+    x_BSD = self._joined(text_BLD, image_BTD, c_BD, rope, text_mask_BL)
+    single = _repeated(SingleBlock, config, config.single_depth)
+    x_BSD, _ = single(config, name="single_blocks")(
+      x_BSD, c_BD, rope, _mask(text_mask_BL, rows * columns)
+    )
+
+    image_BTD = axes.name(x_BSD[:, length:], "batch", "tokens", "width")
+    x_BTP = dit.Final(
+      patch * patch * config.channels, norm="layernorm", name="final"
+    )(image_BTD, c_BD)
+    return patches.unpatchify(x_BTP, rows, columns, patch)
+
+  def _condition(self, t_B, pooled_BP, cond):
+    """Returns the sum of what time, guidance and text are embedded to."""
+    config = self.config
+    scaled_B = config.timestep_scale * t_B.astype(jnp.float32)
+    sum_BD = layers.TimeEmbed(config.width, name="time_embed")(scaled_B)
+    if config.guidance_embed:
+      default_B = jnp.full(t_B.shape, config.train_guidance)
+      guidance_B = cond.get("guidance", default_B).astype(jnp.float32)
+      sum_BD += layers.TimeEmbed(config.width, name="guidance_embed")(
+        config.timestep_scale * guidance_B
+      )
+    return sum_BD + conditions.PooledEmbed(config.width, name="pooled_embed")(
+      pooled_BP
+    )
+
+  def _joined(self, text_BLD, image_BTD, c_BD, rope, text_mask_BL):
+    """Returns the sequence that two streams make, after their blocks."""
+    config = self.config
+    double = _repeated(joint.JointBlock, config, config.double_depth)
+    # Text is at the origin, where nothing turns.
+    image_rope = tuple(table_SH[text_BLD.shape[1] :] for table_SH in rope)
+    streams, _ = double(
+      config.width,
+      config.heads,
+      config.head_size,
+      config.mlp_width,
+      qk_norm=True,
+      body=config.attention,
+      dtype=blocks.DTYPES[config.dtype],
+      name="double_blocks",
+    )((text_BLD, image_BTD), c_BD, (None, image_rope), text_mask_BL)
+    x_BSD = jnp.concatenate(streams, axis=1)
+    return axes.name(x_BSD, "batch", "tokens", "width")
+
+
+def _repeated(block: Any, config: FluxConfig, depth: int):
+  return joint.repeated(block, depth, scan=config.scan, remat=config.remat)
+
+
+def _rope(config: FluxConfig, length: int, rows: int, columns: int):
+  """Returns how to turn text at the origin, and image at (0, row, column)."""
+  place_SA = np.zeros((length + rows * columns, 3))
+  place_SA[length:, 1:] = np.argwhere(np.ones((rows, columns)))
+  return positions.rope_axes(place_SA, config.rope_axes, config.rope_theta)
+
+
+def _mask(text_mask_BL, tokens: int):
+  """Returns which tokens of the sequence are seen, or None for all."""
+  if text_mask_BL is None:
+    return None
+  image_BT = jnp.ones((text_mask_BL.shape[0], tokens), bool)
+  return jnp.concatenate([text_mask_BL.astype(bool), image_BT], axis=1)
+
+
+def init(config: FluxConfig, rng: jax.Array) -> dict[str, Any]:
+  """Draws the parameters, float32."""
+  x_BHWC = jnp.zeros((1, *config.image_size, config.channels), jnp.float32)
+  t_B, cond = jnp.zeros(1, jnp.float32), conditions.example(config)
+  return Flux(config).init(rng, x_BHWC, t_B, cond)["params"]
+
+
+def apply(
+  config: FluxConfig,
+  params: dict[str, Any],
+  x_BHWC: jax.Array,
+  t_B: jax.Array,
+  cond: dict[str, Any],
+  rng: jax.Array | None = None,
+) -> jax.Array:
+  """Returns the velocity at (x, t) given cond, in float32.
+
+  cond has "text" [B, L, E] and "pooled" [B, P], or "label" [B]; it may have
+  "text_mask" [B, L], "negative" and "guidance" [B]. With an rng, each example
+  loses its condition with probability `condition_dropout`.
+  """
+  _check_inputs(config, x_BHWC, t_B, cond)
+  if rng is not None:
+    cond = conditions.dropped(config, cond, rng)
+  v_BHWC = Flux(config).apply({"params": params}, x_BHWC, t_B, cond)
+  return typing.cast(jax.Array, v_BHWC)
+
+
+unconditional = conditions.unconditional
+example = conditions.example
+
+
+def flops(config: FluxConfig) -> int:
+  """Counts the arithmetic of a forward pass per example.
+
+  A multiply-add is two; norms, activations and softmax are left out. For
+  width D, an MLP of width F and S tokens of both kinds, a block of either kind
+  has S (8 D^2 + 4 D F) + 4 S^2 D, and its modulation, of 12 parts or 3, 2 D^2
+  for each.
+  """
+  d, tokens = config.width, config.grid[0] * config.grid[1]
+  length = conditions.text_length(config)
+  both = length + tokens
+  block = both * (8 * d * d + 4 * d * config.mlp_width) + 4 * both * both * d
+  double = config.double_depth * (block + 2 * 12 * d * d)
+  single = config.single_depth * (block + 2 * 3 * d * d)
+
+  values = config.patch_size**2 * config.channels
+  ends = 2 * d * (2 * tokens * values + length * config.text_width + 2 * d)
+  times = 2 if config.guidance_embed else 1
+  inputs = times * layers.TIME_FREQUENCIES + config.pooled_width
+  return double + single + ends + 2 * d * (inputs + (times + 1) * d)
+
+
+def _check_heads(config: FluxConfig) -> None:
+  width, heads = config.width, config.heads
+  if width % heads:
+    raise ValueError(
+      f"heads={heads} does not divide width={width}. A width that it divides "
+      f"is {heads * sum(config.rope_axes)}, of heads as rope_axes cuts them."
+    )
+  parts = config.rope_axes
+  if sum(parts) != config.head_size or any(n <= 0 or n % 2 for n in parts):
+    raise ValueError(
+      f"rope_axes={parts} cuts a head of {config.head_size} (width={width} / "
+      f"heads={heads}) into pairs that turn: use three even sizes that sum to "
+      f"{config.head_size}."
+    )
+
+
+def _check_inputs(config: FluxConfig, x_BHWC, t_B, cond) -> None:
+  batch, _ = checks.image(config, x_BHWC)
+  conditions.check(config, cond, batch)
+  if "guidance" in cond and not config.guidance_embed:
+    raise ValueError(
+      "cond has 'guidance', and guidance_embed=False: this network is not "
+      "told one. Leave it out, or use guidance_embed=True, as FLUX.1-dev does."
+    )
+  checks.per_example(batch, t=t_B, guidance=cond.get("guidance", t_B))

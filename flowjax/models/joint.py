@@ -1,0 +1,268 @@
+"""Blocks in which text and image attend together (arXiv:2403.03206).
+
+Each stream has weights of its own; they meet in attention alone, where the
+tokens of both are one sequence, text first.
+"""
+
+# Shape suffixes: B batch, L text tokens, T image tokens (or those of either
+# stream), S = L + T, D width, K parts of a fused map, N heads, H head size,
+# F hidden width of the MLP.
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from flowjax.models import blocks, layers, positions
+from flowjax.ops import attention, axes
+
+Rope = tuple[jax.Array, jax.Array] | None  # cosines and sines [T, H]
+Heads = tuple[jax.Array, jax.Array, jax.Array]  # queries, keys, values
+
+EPSILON = 1e-6  # of the norms before attention and MLP
+
+
+def attend(
+  text: Heads,
+  image: Heads,
+  *,
+  body: str,
+  text_mask_BL: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Lets the tokens of both streams see each other; returns each its part.
+
+  Nobody sees a token of text where the mask is false.
+  """
+  # Where image tokens are split, each device has its own queries and all of
+  # the keys and values; text is short, and never split.
+  keys, values = (
+    axes.name(x_BTNH, "batch", None, "heads", None) for x_BTNH in image[1:]
+  )
+  k_BSNH = jnp.concatenate([text[1], keys], axis=1)
+  v_BSNH = jnp.concatenate([text[2], values], axis=1)
+
+  def ask(q_BTNH):
+    mask = _mask(text_mask_BL, q_BTNH.shape[1], keys.shape[1])
+    return attention.attention(q_BTNH, k_BSNH, v_BSNH, body=body, mask_BTS=mask)
+
+  if axes.is_split("tokens"):
+    return ask(text[0]), ask(image[0])
+  length = text[0].shape[1]
+  y_BSNH = ask(jnp.concatenate([text[0], image[0]], axis=1))
+  return y_BSNH[:, :length], y_BSNH[:, length:]
+
+
+def _mask(text_mask_BL, queries: int, image_tokens: int):
+  if text_mask_BL is None:
+    return None
+  batch, length = text_mask_BL.shape
+  image_BT = jnp.ones((batch, image_tokens), bool)
+  mask_BS = jnp.concatenate([text_mask_BL.astype(bool), image_BT], axis=1)
+  shape = (batch, queries, length + image_tokens)
+  return jnp.broadcast_to(mask_BS[:, None], shape)
+
+
+class Attention(nn.Module):
+  """The maps of a stream to queries, keys and values, and from the answer.
+
+  `tokens` names the dim of the stream's tokens. A stream that ends with this
+  block has no use for the answer, and no map from it.
+  """
+
+  width: int
+  heads: int
+  head_size: int
+  qk_norm: bool
+  dtype: jnp.dtype
+  tokens: str | None
+  answers: bool = True
+
+  def setup(self):
+    self.qkv = layers.Dense((3, self.heads, self.head_size), dtype=self.dtype)
+    if self.qk_norm:
+      self.query_norm = layers.RMSNorm()
+      self.key_norm = layers.RMSNorm()
+    if self.answers:
+      self.out = layers.Dense((self.width,), contract=2, dtype=self.dtype)
+
+  def ask(self, x_BTD: jax.Array, rope: Rope) -> Heads:
+    qkv_BTKNH = axes.name(
+      self.qkv(x_BTD), "batch", self.tokens, None, "heads", None
+    )
+    q_BTNH, k_BTNH, v_BTNH = jnp.unstack(blocks.saved(qkv_BTKNH, "qkv"), axis=2)
+    if self.qk_norm:
+      q_BTNH, k_BTNH = self.query_norm(q_BTNH), self.key_norm(k_BTNH)
+    if rope is not None:
+      q_BTNH = positions.rotate(q_BTNH, *rope)
+      k_BTNH = positions.rotate(k_BTNH, *rope)
+    return q_BTNH, k_BTNH, v_BTNH
+
+  def answer(self, y_BTNH: jax.Array) -> jax.Array:
+    y_BTNH = axes.name(y_BTNH, "batch", self.tokens, "heads", None)
+    y_BTD = self.out(blocks.saved(y_BTNH, "attention"))
+    return blocks.saved(y_BTD, "attention_out")
+
+
+class Stream(nn.Module):
+  """What one stream does in a block, before attention and after it.
+
+  Its modulation is (shift, scale, gate) of attention, the same of the MLP, and
+  with `second` the same of an attention among the stream's own tokens. With
+  `last` the stream ends here: it has only (shift, scale), and is asked.
+  """
+
+  width: int
+  heads: int
+  head_size: int
+  mlp_width: int
+  qk_norm: bool
+  body: str
+  dtype: jnp.dtype
+  tokens: str | None
+  second: bool = False
+  last: bool = False
+
+  def setup(self):
+    self.modulation = layers.Dense(
+      (2 if self.last else 9 if self.second else 6, self.width),
+      dtype=self.dtype,
+      init_kernel=layers.zeros,
+    )
+    maps = functools.partial(
+      Attention,
+      self.width,
+      self.heads,
+      self.head_size,
+      self.qk_norm,
+      self.dtype,
+      self.tokens,
+    )
+    self.attention = maps(answers=not self.last)
+    if self.second:
+      self.attention2 = maps()
+    if not self.last:
+      self.mlp = blocks.Mlp("gelu", self.mlp_width, self.dtype, self.tokens)
+
+  def begin(
+    self, x_BTD: jax.Array, c_BD: jax.Array, rope: Rope
+  ) -> tuple[Heads, tuple[jax.Array, ...]]:
+    """Returns the heads for joint attention, and the modulation."""
+    parts = jnp.unstack(
+      blocks.saved(self.modulation(c_BD), "modulation"), axis=1
+    )
+    shift_BD, scale_BD = parts[:2]
+    y_BTD = layers.modulated_norm(x_BTD, shift_BD, scale_BD, EPSILON)
+    return self.attention.ask(y_BTD, rope), parts
+
+  def end(
+    self,
+    x_BTD: jax.Array,
+    y_BTNH: jax.Array,
+    parts: tuple[jax.Array, ...],
+    rope: Rope,
+  ) -> jax.Array:
+    """Returns the stream with all that the block adds to it."""
+    gate_BD, shift_mlp, scale_mlp, gate_mlp = parts[2:6]
+    # Both attentions read the stream as it was.
+    second_BTD = self._among_themselves(x_BTD, parts, rope)
+    x_BTD = layers.add_gated(x_BTD, gate_BD, self.attention.answer(y_BTNH))
+    if second_BTD is not None:
+      x_BTD = layers.add_gated(x_BTD, parts[8], second_BTD)
+    x_BTD = axes.name(x_BTD, "batch", self.tokens, "width")
+
+    y_BTD = self.mlp(
+      layers.modulated_norm(x_BTD, shift_mlp, scale_mlp, EPSILON)
+    )
+    x_BTD = layers.add_gated(x_BTD, gate_mlp, y_BTD)
+    return axes.name(x_BTD, "batch", self.tokens, "width")
+
+  def _among_themselves(self, x_BTD, parts, rope):
+    if not self.second:
+      return None
+    shift_BD, scale_BD = parts[6:8]
+    y_BTD = layers.modulated_norm(x_BTD, shift_BD, scale_BD, EPSILON)
+    q_BTNH, *keys_values = self.attention2.ask(y_BTD, rope)
+    k_BTNH, v_BTNH = (
+      axes.name(x_BTNH, "batch", None, "heads", None) for x_BTNH in keys_values
+    )
+    return self.attention2.answer(
+      attention.attention(q_BTNH, k_BTNH, v_BTNH, body=self.body)
+    )
+
+
+class JointBlock(nn.Module):
+  """One block of two streams, each modulated by c.
+
+  `second` gives the image an attention of its own beside the joint one
+  (MMDiT-X); after the `last` block of an MM-DiT there is no text.
+  """
+
+  width: int
+  heads: int
+  head_size: int
+  mlp_width: int
+  qk_norm: bool
+  body: str
+  dtype: jnp.dtype
+  second: bool = False
+  last: bool = False
+
+  @nn.compact
+  def __call__(
+    self,
+    streams: tuple[jax.Array, jax.Array],
+    c_BD: jax.Array,
+    ropes: tuple[Rope, Rope],
+    text_mask_BL: jax.Array | None,
+  ) -> tuple[tuple[jax.Array, jax.Array], None]:
+    """Takes and returns (text, image); `ropes` turn the one and the other."""
+    stream = functools.partial(
+      Stream,
+      self.width,
+      self.heads,
+      self.head_size,
+      self.mlp_width,
+      self.qk_norm,
+      self.body,
+      self.dtype,
+    )
+    text = stream(None, last=self.last, name="text")
+    image = stream("tokens", second=self.second, name="image")
+    text_BLD, image_BTD = streams
+    text_rope, image_rope = ropes
+
+    text_heads, text_parts = text.begin(text_BLD, c_BD, text_rope)
+    image_heads, image_parts = image.begin(image_BTD, c_BD, image_rope)
+    y_BLNH, y_BTNH = attend(
+      text_heads, image_heads, body=self.body, text_mask_BL=text_mask_BL
+    )
+    image_BTD = image.end(image_BTD, y_BTNH, image_parts, image_rope)
+    if not self.last:
+      text_BLD = text.end(text_BLD, y_BLNH, text_parts, text_rope)
+    return (text_BLD, image_BTD), None
+
+
+def repeated(block: Any, length: int, *, scan: bool, remat: str) -> Any:
+  """Returns `length` blocks, whose parameters share a leading dim.
+
+  The first argument goes from block to block; all others are the same for
+  each. `remat` is a key of `blocks.REMAT`.
+  """
+  return nn.scan(
+    remade(block, remat, in_loop=scan),
+    variable_axes={"params": 0},
+    split_rngs={"params": True},
+    in_axes=nn.broadcast,
+    length=length,
+    unroll=1 if scan else length,
+  )
+
+
+def remade(block: Any, remat: str, *, in_loop: bool = False) -> Any:
+  """Returns the block, keeping for its gradient what `remat` says."""
+  if blocks.REMAT[remat] is None:
+    return block
+  # In a loop the compiler cannot merge the second computation with the first.
+  return nn.remat(block, policy=blocks.REMAT[remat], prevent_cse=not in_loop)

@@ -1,0 +1,167 @@
+"""The same FLUX on one device and on eight."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flowjax import models
+from flowjax.models import flux
+from flowjax.parallel import mesh as meshes
+from flowjax.parallel import rules
+
+CONFIG = flux.FluxConfig(
+  image_size=(8, 8),
+  channels=4,
+  width=32,
+  heads=4,
+  double_depth=2,
+  single_depth=2,
+  text_width=16,
+  pooled_width=16,
+  rope_axes=(2, 2, 4),
+)
+OPTIONS = {
+  "text": CONFIG,
+  "labels": flux.FluxConfig(
+    width=32, heads=2, rope_axes=(4, 6, 6), num_classes=3, guidance_embed=False
+  ),
+}
+
+
+@functools.lru_cache
+def inputs(length=6):
+  rng = np.random.default_rng(0)
+
+  def normal(*shape):
+    return rng.standard_normal(shape, np.float32)
+
+  params = jax.tree_util.tree_map_with_path(
+    lambda path, leaf: 0.1 * normal(*leaf.shape) + (path[-1].key == "scale"),
+    jax.eval_shape(models.build(CONFIG).init, jax.random.key(0)),
+  )
+  cond = {
+    "text": normal(8, length, 16),
+    "pooled": normal(8, 16),
+    "text_mask": np.arange(length) < np.arange(8)[:, None] % length + 1,
+    "guidance": np.linspace(1.0, 4.0, 8, dtype=np.float32),
+  }
+  return params, (normal(8, 8, 8, 4), rng.random(8, np.float32), cond)
+
+
+def step(params, batch):
+  x_BHWC = batch[0]
+
+  def scalar(params):
+    v_BHWC = models.build(CONFIG).apply(params, *batch)
+    return jnp.mean(jnp.square(v_BHWC - x_BHWC)), v_BHWC
+
+  gradient, v_BHWC = jax.grad(scalar, has_aux=True)(params)
+  return v_BHWC, gradient
+
+
+@functools.lru_cache
+def on_one_device(length):
+  return jax.jit(step)(*inputs(length))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "sizes, length",
+  [
+    (dict(data=2, fsdp=2, tensor=2), 5),
+    (dict(data=1, tensor=4, context=2), 6),
+  ],
+  ids=str,
+)
+def test_eight_devices_compute_what_one_does(sizes, length):
+  mesh = meshes.build(meshes.MeshConfig(**sizes))
+  params, batch = inputs(length)
+  places = rules.shardings(rules.for_model(CONFIG), params, mesh)
+  with meshes.use(mesh):
+    params = jax.device_put(params, places)
+    batch = jax.device_put(batch, meshes.batch_sharding(mesh))
+    program = jax.jit(step, out_shardings=(None, places))
+    v_BHWC, gradient = program(params, batch)
+  wanted_v, wanted = on_one_device(length)
+  np.testing.assert_allclose(
+    v_BHWC, wanted_v, atol=1e-5 * np.abs(wanted_v).max()
+  )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max()),
+    gradient,
+    wanted,
+  )
+  # It was really shared out: each device has its part of the result.
+  rows = 8 // (sizes["data"] * sizes.get("fsdp", 1))
+  assert v_BHWC.addressable_shards[0].data.shape[0] == rows
+
+
+def test_split_heads_are_added_up_and_nothing_else_moves():
+  """After attention and after the MLP, in either stream and in the one."""
+  mesh = meshes.build(meshes.MeshConfig(data=4, tensor=2))
+  params, batch = inputs()
+  with meshes.use(mesh):
+    places = rules.shardings(rules.for_model(CONFIG), params, mesh)
+    program = jax.jit(models.build(CONFIG).apply).lower(
+      jax.device_put(params, places),
+      *jax.device_put(batch, meshes.batch_sharding(mesh)),
+    )
+  text = program.compile().as_text()
+  kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+  found = re.findall(rf" = (.*?) ({kinds})(?:-start)?\(", text)
+  assert {kind for _, kind in found} == {"all-reduce"}
+  # Several arrays may go together; a loop over blocks counts once.
+  assert sum(shapes.count("[") for shapes, _ in found) == 4 + 2
+
+
+def test_a_sequence_that_cannot_be_split_evenly_is_refused():
+  mesh = meshes.build(meshes.MeshConfig(data=4, context=2))
+  odd = inputs(5)
+  with meshes.use(mesh):
+    with pytest.raises(ValueError, match="21 'tokens' cannot be split over 2"):
+      jax.eval_shape(step, *odd)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_parameter_is_placed_by_exactly_one_rule(name):
+  config = OPTIONS[name]
+  params = jax.eval_shape(models.build(config).init, jax.random.key(0))
+  mesh = meshes.build(meshes.MeshConfig(data=2, fsdp=2, tensor=2))
+  found = rules.places(rules.for_model(config), params, mesh)
+  assert len(found) == len(jax.tree.leaves(params))
+  for name, place in found.items():
+    matching = [
+      pattern
+      for pattern, _ in rules.for_model(config)
+      if re.fullmatch(pattern, name)
+    ]
+    assert matching == [place.rule], name
+    assert not place.undivided, name
+    if name.endswith("kernel") or name.startswith("label_embed"):
+      assert "fsdp" in place.spec, name
+
+
+def test_tensor_divides_heads_and_the_hidden_width():
+  mesh = meshes.build(meshes.MeshConfig(data=2, fsdp=2, tensor=2))
+  found = rules.places(rules.for_model(CONFIG), inputs()[0], mesh)
+  divided = {
+    name: place.shape[tuple(place.spec).index("tensor")]
+    for name, place in found.items()
+    if "tensor" in place.spec
+  }
+  assert divided == {
+    f"{block}/{name}": size
+    for block in ("double_blocks/image", "double_blocks/text", "single_blocks")
+    for name, size in {
+      "attention/qkv/kernel": CONFIG.heads,
+      "attention/qkv/bias": CONFIG.heads,
+      "attention/out/kernel": CONFIG.heads,
+      "mlp/in/kernel": CONFIG.mlp_width,
+      "mlp/in/bias": CONFIG.mlp_width,
+      "mlp/out/kernel": CONFIG.mlp_width,
+    }.items()
+  }

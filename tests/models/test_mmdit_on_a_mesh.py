@@ -1,0 +1,162 @@
+"""The same MM-DiT on one device and on eight."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flowjax import models
+from flowjax.models import mmdit
+from flowjax.parallel import mesh as meshes
+from flowjax.parallel import rules
+
+CONFIG = mmdit.MMDiTConfig(
+  image_size=(8, 8),
+  channels=4,
+  depth=2,
+  heads=4,
+  head_size=8,
+  text_width=16,
+  pooled_width=16,
+  qk_norm=True,
+  dual_layers=1,
+)
+OPTIONS = [
+  CONFIG,
+  mmdit.MMDiTConfig(depth=2, heads=2, num_classes=3),
+  mmdit.MMDiTConfig(depth=3, heads=2, dual_layers=1, position="rope2d"),
+]
+
+
+@functools.lru_cache
+def inputs():
+  rng = np.random.default_rng(0)
+
+  def normal(*shape):
+    return rng.standard_normal(shape, np.float32)
+
+  params = jax.tree.map(
+    lambda leaf: 0.1 * normal(*leaf.shape),
+    jax.eval_shape(models.build(CONFIG).init, jax.random.key(0)),
+  )
+  cond = {
+    "text": normal(8, 5, 16),
+    "pooled": normal(8, 16),
+    "text_mask": np.arange(5) < np.arange(8)[:, None] % 5 + 1,
+  }
+  return params, (normal(8, 8, 8, 4), rng.random(8, np.float32), cond)
+
+
+def step(params, batch):
+  x_BHWC = batch[0]
+
+  def scalar(params):
+    v_BHWC = models.build(CONFIG).apply(params, *batch)
+    return jnp.mean(jnp.square(v_BHWC - x_BHWC)), v_BHWC
+
+  gradient, v_BHWC = jax.grad(scalar, has_aux=True)(params)
+  return v_BHWC, gradient
+
+
+@functools.lru_cache
+def on_one_device():
+  return jax.jit(step)(*inputs())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "sizes",
+  [
+    dict(data=2, fsdp=2, tensor=2),
+    dict(data=1, tensor=4, context=2),
+  ],
+  ids=str,
+)
+def test_eight_devices_compute_what_one_does(sizes):
+  mesh = meshes.build(meshes.MeshConfig(**sizes))
+  params, batch = inputs()
+  places = rules.shardings(rules.for_model(CONFIG), params, mesh)
+  with meshes.use(mesh):
+    params = jax.device_put(params, places)
+    batch = jax.device_put(batch, meshes.batch_sharding(mesh))
+    program = jax.jit(step, out_shardings=(None, places))
+    v_BHWC, gradient = program(params, batch)
+  wanted_v, wanted = on_one_device()
+  np.testing.assert_allclose(
+    v_BHWC, wanted_v, atol=1e-5 * np.abs(wanted_v).max()
+  )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max()),
+    gradient,
+    wanted,
+  )
+  # It was really shared out: each device has its part of the result.
+  rows = 8 // (sizes.get("data", 1) * sizes.get("fsdp", 1))
+  assert v_BHWC.addressable_shards[0].data.shape[0] == rows
+
+
+def test_split_tokens_are_never_joined_with_those_of_the_text():
+  """Each stream asks by itself, of 5 + 16 keys, so that none have to move."""
+  params, batch = inputs()
+  scores = "f32[8,4,21,21]", "f32[8,4,5,21]", "f32[8,4,16,21]"
+  found = {}
+  for context in (1, 8):
+    with meshes.use(meshes.build(meshes.MeshConfig(context=context))):
+      text = str(jax.make_jaxpr(step)(params, batch))
+    found[context] = [f"{shape} = dot_general" in text for shape in scores]
+  assert found == {1: [True, False, False], 8: [False, True, True]}
+
+
+@pytest.mark.parametrize("config", OPTIONS, ids=range(len(OPTIONS)))
+def test_every_parameter_is_placed_by_exactly_one_rule(config):
+  mesh = meshes.build(meshes.MeshConfig(data=2, fsdp=2, tensor=2))
+  params = jax.eval_shape(models.build(config).init, jax.random.key(0))
+  found = rules.places(rules.for_model(config), params, mesh)
+  assert len(found) == len(jax.tree.leaves(params))
+  for name, place in found.items():
+    leaf = jax.ShapeDtypeStruct(place.shape, place.dtype)
+    one = [
+      rule
+      for rule in rules.for_model(config)
+      if rules.places([rule, (".*", ())], {name: leaf}, mesh)[name].rule != ".*"
+    ]
+    assert len(one) == 1, name
+    assert not place.undivided, name
+    if name.endswith("kernel"):
+      assert "fsdp" in place.spec, name
+
+
+def test_tensor_divides_heads_and_the_hidden_width():
+  mesh = meshes.build(meshes.MeshConfig(data=2, fsdp=2, tensor=2))
+  config = dataclasses.replace(CONFIG, depth=3)
+  params = jax.eval_shape(models.build(config).init, jax.random.key(0))
+  found = rules.places(rules.for_model(config), params, mesh)
+  divided = {
+    name: place.shape[tuple(place.spec).index("tensor")]
+    for name, place in found.items()
+    if "tensor" in place.spec
+  }
+  streams = [
+    f"{group}/{stream}"
+    for group in ("dual_blocks", "blocks", "last_block")
+    for stream in ("image", "text")
+  ]
+  wanted = {}
+  for stream in streams:
+    attentions = [f"{stream}/attention"]
+    if stream == "dual_blocks/image":
+      attentions.append(f"{stream}/attention2")
+    ends = stream == "last_block/text"
+    for attention in attentions:
+      wanted |= dict.fromkeys(
+        (f"{attention}/qkv/kernel", f"{attention}/qkv/bias"), config.heads
+      )
+      if not ends:
+        wanted[f"{attention}/out/kernel"] = config.heads
+    if not ends:
+      maps = ("in/kernel", "in/bias", "out/kernel")
+      wanted |= {f"{stream}/mlp/{m}": config.mlp_width for m in maps}
+  assert divided == wanted
