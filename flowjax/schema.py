@@ -8,6 +8,7 @@ import collections.abc
 import dataclasses
 import difflib
 import json
+import re
 import types
 import typing
 from typing import Any, TypeVar
@@ -29,7 +30,8 @@ def closest(word: str, words: collections.abc.Iterable[str]) -> str:
 def build(cls: type[T], values: collections.abc.Mapping, where: str) -> T:
   """Builds the dataclass `cls` from `values`, found at `where` in a config.
 
-  Nested dataclasses are built from nested mappings. Raises UserError with the
+  Nested dataclasses are built from nested mappings, or from a string that is
+  the `name` in them. Raises UserError with the
   key, the value and what would do. A key that is missing has its default; where
   there may be none, `require_all` says so.
   """
@@ -49,6 +51,17 @@ def build(cls: type[T], values: collections.abc.Mapping, where: str) -> T:
     raise
   except (ValueError, TypeError) as error:
     raise errors.UserError(f"{where}: {error}") from error
+
+
+def require_patterns(name: str, patterns: collections.abc.Iterable[str]):
+  """Raises ValueError for a regex that is none, in the field `name`."""
+  for pattern in patterns:
+    try:
+      re.compile(pattern)
+    except re.error as error:
+      raise ValueError(
+        f"{name}: {pattern!r} is no regular expression: {error}."
+      ) from error
 
 
 def require_all(config: Any, values: collections.abc.Mapping, where: str):
@@ -101,6 +114,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
   if dataclasses.is_dataclass(hint):
     if dataclasses.is_dataclass(value):
       return value
+    if isinstance(value, str) and "name" in typing.get_type_hints(hint):
+      value = {"name": value}
     if not isinstance(value, collections.abc.Mapping):
       raise errors.UserError(f"{where} must be a group of keys, not {value!r}.")
     return build(typing.cast(type, hint), value, where)

@@ -84,12 +84,19 @@ def measure(built: parts.Parts, seconds: float) -> dict:
 
 
 def random_batch(built: parts.Parts) -> dict[str, jax.Array]:
-  """Returns a batch of noise with random labels, on the devices."""
+  """Returns a batch of noise with random conditions, on the devices."""
   config, rng = built.experiment, np.random.default_rng(0)
   size = (config.data.batch_size, *config.model.image_size)
   image = rng.standard_normal((*size, config.model.channels), np.float32)
-  label = rng.integers(config.model.num_classes, size=size[0], dtype=np.int32)
-  return loop.put_batch(built.mesh)({"image": image, "label": label})
+  cond = jax.eval_shape(lambda: built.network.example(size[0]))
+
+  def drawn(x):
+    if x.dtype == np.int32:
+      return rng.integers(config.model.num_classes, size=x.shape, dtype=x.dtype)
+    return rng.standard_normal(x.shape, np.float32)
+
+  batch = {"image": image, **jax.tree.map(drawn, cond)}
+  return loop.put_batch(built.mesh)(batch)
 
 
 def matmul_flops(dtype: str, size: int | None = None) -> float:

@@ -23,7 +23,7 @@ from flowjax.data import sources
 from flowjax.evaluate import comparison, digits
 from flowjax.flow import losses, prediction
 from flowjax.parallel import mesh as meshes
-from flowjax.train import curves, loop, methods, progress, workdir
+from flowjax.train import curves, flows, loop, methods, progress, workdir
 
 # From nearly noise to nearly data.
 LOG_SNRS = tuple(float(value) for value in np.linspace(-8.0, 8.0, 9))
@@ -102,17 +102,18 @@ def _measure(name, found, judge, counts, args) -> comparison.Run:
 
 def _draw(found, method, labels, args, done) -> np.ndarray:
   draw = drawing.build(found.run, method, found.config.data.batch_size)
-  return draw(found.params, labels, seed=args.seed, done=done)
+  cond = drawing.conditions(found.run, len(labels), labels)
+  return draw(found.params, cond, seed=args.seed, done=done)
 
 
 def _costing(
   method: methods.SampleConfig, found: restored.Restored, count: int
 ) -> tuple[methods.SampleConfig, int]:
   """Returns the method with as many steps as cost at most `count`."""
-  flow = found.config.flow
+  flow, tokens = found.config.flow, flows.tokens_of(found.config.model)
   if found.run.network.inverse is not None:
     return method, 1
-  if hasattr(method.method(flow).solver, "run"):
+  if hasattr(method.method(flow, tokens).solver, "run"):
     raise errors.UserError(
       f"{found.directory}: the solver {method.solver.name!r} decides while "
       "running how often it evaluates the network, and cannot be asked for so "
@@ -121,7 +122,7 @@ def _costing(
 
   def cost(steps: int) -> int:
     chosen = dataclasses.replace(method, steps=steps)
-    return chosen.method(flow).evaluations
+    return chosen.method(flow, tokens).evaluations
 
   # From the most steps down: a method may pay for its first or last ones.
   for steps in range(count, 0, -1):

@@ -1,6 +1,7 @@
 """From `--config=FILE[:ARGUMENT] --config.a.b=VALUE ...` to an Experiment."""
 
 import collections.abc
+import copy
 import pathlib
 import re
 from typing import Any
@@ -10,14 +11,15 @@ from absl import flags
 from ml_collections import config_flags
 
 from flowjax import errors, schema
-from flowjax.train import experiment
+from flowjax.train import experiment, workdir
 
 Words = collections.abc.Sequence[str]
 Define = collections.abc.Callable[[flags.FlagValues, list[str]], list[str]]
 
 HELP = (
   "a Python file with get_config(), run as code; FILE:ARGUMENT calls "
-  "get_config(ARGUMENT). Any key can be overridden: --config.optim.b=c"
+  "get_config(ARGUMENT); or the config.json of a workdir. Any key can be "
+  "overridden: --config.optim.b=c"
 )
 
 
@@ -27,15 +29,19 @@ def load(file: str, overrides: Words) -> experiment.Experiment:
   Raises UserError for a file that is not there, a key that does not exist
   (naming the closest), a value of the wrong type or an impossible value.
   """
-  if not pathlib.Path(file.partition(":")[0]).is_file():
-    raise errors.UserError(f"There is no config file {file!r}.")
+  return _overridden(_from_file(file), overrides, f"--config={file}")
 
-  def define(values, words):
-    argv = ["flowjax", f"--config={file}", *words]
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-    return argv
 
-  return _overridden(define, overrides, f"--config={file}")
+def start(file: str) -> ml_collections.ConfigDict:
+  """Returns what a config file says, before anything is overridden."""
+  return _parse(_from_file(file), [], f"--config={file}")
+
+
+def overridden(
+  config: ml_collections.ConfigDict, overrides: Words, where: str
+) -> experiment.Experiment:
+  """Applies `--config.key=value` words to a config, and checks it."""
+  return _overridden(_from_dict(config), overrides, where)
 
 
 def adjusted(
@@ -49,15 +55,39 @@ def adjusted(
         "can be changed here."
       )
 
+  start = experiment.to_config_dict(config)
+  return overridden(start, overrides, f"config.{group}")
+
+
+def _from_file(file: str) -> Define:
+  path = pathlib.Path(file.partition(":")[0])
+  if not path.is_file():
+    raise errors.UserError(f"There is no config file {file!r}.")
+  if path.suffix == ".json":
+    config = workdir.read_config(path.parent)
+    return _from_dict(experiment.to_config_dict(config))
+
   def define(values, words):
-    start = experiment.to_config_dict(config)
+    argv = ["flowjax", f"--config={file}", *words]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    return argv
+
+  return define
+
+
+def _from_dict(config: ml_collections.ConfigDict) -> Define:
+  def define(values, words):
     argv = ["flowjax", *words]
+    # A copy, as what is overridden is written into it.
     config_flags.DEFINE_config_dict(
-      "config", start, flag_values=values, sys_argv=argv
+      "config",
+      copy.deepcopy(config),
+      flag_values=values,
+      sys_argv=argv,
     )
     return argv
 
-  return _overridden(define, overrides, f"config.{group}")
+  return define
 
 
 def _overridden(

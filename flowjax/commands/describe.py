@@ -9,19 +9,24 @@ example:
     --config.mesh.fsdp=8
 """
 
+import dataclasses
 import math
 import shutil
+from typing import Any
 
 import jax
 import rich.console
 import rich.table
 
+from flowjax import models
 from flowjax.commands import configs, flags
 from flowjax.parallel import mesh as meshes
 from flowjax.parallel import rules
 from flowjax.train import loop, parts
 
 WIDTH = 120
+# Pixels for a latent, in the autoencoders of Stable Diffusion and FLUX.
+LATENT = 8
 
 
 def add_flags(parser) -> None:
@@ -37,10 +42,11 @@ def add_flags(parser) -> None:
 
 def run(args) -> None:
   """Prints the tables."""
-  config = configs.load(args.config, args.overrides)
   if args.devices is not None:
+    # Before a config is checked, which computes.
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", args.devices)
+  config = configs.load(args.config, args.overrides)
   built = parts.build(config)
   places = rules.places(built.rules, built.abstract.params, built.mesh)
   # Names are never cut, also in a pipe or a narrow terminal.
@@ -80,18 +86,42 @@ def _summary(built: parts.Parts, places: dict) -> dict[str, str]:
   config = built.experiment
   forward, batch = built.network.flops, config.data.batch_size
   params = sum(place.bytes_per_device for place in places.values())
+  trained = [p for name, p in places.items() if name not in built.frozen]
   state = sum(map(_bytes_here, jax.tree.leaves(built.abstract)))
   mesh = " x ".join(f"{axis}={n}" for axis, n in built.mesh.shape.items())
   return {
     "parameters": f"{built.parameters:,}",
+    **_trained(trained, built),
     "forward FLOPs per image": f"{forward:,}",
+    **_by_resolution(config.model),
     "training FLOPs per step": f"{3 * forward * batch:,} (3 x forward x batch)",
     "mesh": mesh,
     "images per device": f"{batch / meshes.batch_ways(built.mesh):g}",
     "parameters per device": _size(params),
     "state per device": f"{_size(state)} (parameters, EMA, optimizer)",
-    "gradients per device": _size(params),
+    "gradients per device": _size(sum(p.bytes_per_device for p in trained)),
   }
+
+
+def _trained(trained: list, built: parts.Parts) -> dict[str, str]:
+  """Returns how many parameters are trained, where some are frozen."""
+  if not built.frozen:
+    return {}
+  count = sum(math.prod(place.shape) for place in trained)
+  return {"  of which trained": f"{count:,}"}
+
+
+def _by_resolution(model: Any) -> dict[str, str]:
+  """Returns the arithmetic of usual sizes, for a network of latents."""
+  if model.channels in (1, 3):
+    return {}
+  found = {}
+  for pixels in (512, 1024):
+    side = pixels // LATENT
+    sized = dataclasses.replace(model, image_size=(side, side))
+    name = f"  of {pixels}x{pixels} pixels"
+    found[name] = f"{models.build(sized).flops:,} ({side}x{side} latents)"
+  return found
 
 
 def _bytes_here(leaf: jax.ShapeDtypeStruct) -> int:

@@ -1,15 +1,17 @@
 """Drawing samples of a run, while it trains or after."""
 
 import collections.abc
+import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
 
 from flowjax import errors, models
 from flowjax.data import sources
 from flowjax.evaluate import sampling
 from flowjax.parallel import mesh as meshes
-from flowjax.train import loop, methods, parts
+from flowjax.train import flows, loop, methods, parts
 
 Draw = collections.abc.Callable[..., np.ndarray]
 
@@ -20,11 +22,12 @@ def build(
   batch_size: int,
   worse: parts.Parts | None = None,
 ) -> Draw:
-  """Returns `draw(params, labels, *, seed, done)` for a run's network.
+  """Returns `draw(params, cond, *, seed, ...)` for a run's network.
 
-  It gives one image [H, W, C] per label, at most `batch_size` at a time, and is
-  compiled once. A flow between images starts from those that are held out. With
-  `worse`, a run to be guided away from, params are the pair of both.
+  It gives one image [H, W, C] per row of `cond`, at most `batch_size` at a
+  time, and is compiled once. A flow between images starts from those that are
+  held out. With `worse`, a run to be guided away from, params are the pair of
+  both. The other options are those of `sampling.draw`.
   """
   flow, model = run.experiment.flow, run.network.config
   if run.network.inverse is not None and method.guidance.scale != 1.0:
@@ -35,40 +38,96 @@ def build(
   origin = None
   if run.experiment.data.pair_source is not None:
     origin = sources.open(run.experiment.data, "held_out")
-  skipped = method.guidance.skip_layers
   with errors.naming("config.sample"):
-    sample = sampling.build(
+    made = method.method(flow, flows.tokens_of(model))
+    sampler = sampling.build(
       run.network,
-      flow.predictor(run.network),
-      method.method(flow),
-      degraded=flow.prepared(models.without_layers(run.network, skipped))
-      if skipped
-      else None,
+      flow.predictor(run.network, with_variance=made.learns_variance),
+      made,
+      pushes=[
+        dataclasses.replace(push, degraded=flow.prepared(push.degraded))
+        for push in method.guidance.pushes(run.network)
+      ],
       worse=worse.experiment.flow.predictor(worse.network) if worse else None,
     )
 
   def draw(
     params: Any,
-    labels: np.ndarray,
+    cond: dict[str, Any],
     *,
     seed: int,
-    done: collections.abc.Callable[[int], None] = lambda count: None,
+    starts: np.ndarray | None = None,
+    **options: Any,
   ) -> np.ndarray:
-    starts = None
-    if origin is not None:
-      chosen = [origin[i % len(origin)] for i in range(len(labels))]
+    if origin is not None and starts is None:
+      count = len(jax.tree.leaves(cond)[0])
+      chosen = [origin[i % len(origin)] for i in range(count)]
       starts = np.stack([record["source"] for record in chosen])
     with meshes.use(run.mesh), loop.out_of_memory_advice():
       return sampling.draw(
-        sample,
+        sampler,
         params,
-        labels,
+        cond,
         shape=(*model.image_size, model.channels),
         seed=seed,
         batch_size=meshes.padded(batch_size, run.mesh),
         put=loop.put_batch(run.mesh),
-        done=done,
-        starts_BHWC=starts,
+        starts=starts,
+        **options,
       )
 
   return draw
+
+
+def invert(
+  run: parts.Parts,
+  method: methods.SampleConfig,
+  params: Any,
+  cond: dict[str, Any],
+  images: np.ndarray,
+  batch_size: int,
+) -> np.ndarray:
+  """Returns the starts from which images are drawn, without guidance."""
+  flow, model = run.experiment.flow, run.network.config
+  with errors.naming("config.sample"):
+    encode = sampling.encoder(
+      run.network,
+      flow.predictor(run.network),
+      method.method(flow, flows.tokens_of(model)),
+    )
+    with meshes.use(run.mesh), loop.out_of_memory_advice():
+      return sampling.by_batches(
+        lambda batch: encode(params, batch["cond"], batch["image"]),
+        {"cond": cond, "image": images},
+        meshes.padded(batch_size, run.mesh),
+        loop.put_batch(run.mesh),
+      )
+
+
+def conditions(
+  run: parts.Parts, count: int, labels: np.ndarray | None = None
+) -> dict[str, Any]:
+  """Returns so many conditions: labels, all in turn, or texts held out."""
+  if not reads_text(run.network):
+    if labels is None:
+      labels = np.arange(count) % run.network.config.num_classes
+    return {"label": labels.astype(np.int32)}
+  return held_out(run, count)[1]
+
+
+def held_out(
+  run: parts.Parts, count: int
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+  """Returns images that training never sees, over and over, and their cond."""
+  source = sources.open(run.experiment.data, "held_out")
+  records = [source[i % len(source)] for i in range(count)]
+  keys = [key for key in records[0] if key not in ("image", "source")]
+  images = np.stack([record["image"] for record in records])
+  return images, {
+    key: np.stack([record[key] for record in records]) for key in keys
+  }
+
+
+def reads_text(network: models.Network) -> bool:
+  """Whether the network is told a text, and not a label."""
+  return "text" in jax.eval_shape(lambda: network.example(1))

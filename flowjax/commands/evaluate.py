@@ -120,16 +120,18 @@ def _digits(found: restored.Restored, args) -> dict:
   judge = digits.Digits(
     train_images, train_labels, held_images, held_labels, seed=args.seed
   )
-  labels = np.arange(args.num) % judge.classes
+  labels = np.arange(args.num, dtype=np.int32) % judge.classes
   # As many unguided samples as training images, of the same classes: the two
   # distances to the held-out images are then estimated alike.
   total = len(labels) + len(train_labels)
   method = restored.method(found.config, args)
   unguided = dataclasses.replace(method, guidance=methods.GuidanceConfig())
   with progress.counter("samples", total) as done:
-    guided = found.draw(labels, seed=args.seed, done=done, method=method)
+    guided = found.draw(
+      {"label": labels}, seed=args.seed, done=done, method=method
+    )
     plain = found.draw(
-      train_labels,
+      {"label": train_labels},
       seed=args.seed + 1,
       done=lambda count: done(len(labels) + count),
       method=unguided,

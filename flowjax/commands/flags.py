@@ -2,7 +2,9 @@
 
 import argparse
 import collections.abc
+import math
 import pathlib
+import re
 from typing import NoReturn
 
 from flowjax import errors, schema
@@ -41,11 +43,33 @@ def count(text: str) -> int:
   return int(text)
 
 
+def size(text: str) -> int:
+  """Reads a size in bytes, such as 5GB or 500MB."""
+  found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG])B", text, re.IGNORECASE)
+  if not found or not float(found.group(1)):
+    raise argparse.ArgumentTypeError(f"{text!r} must be a size, such as 5GB")
+  unit = {"K": 10**3, "M": 10**6, "G": 10**9}[found.group(2).upper()]
+  return max(1, int(float(found.group(1)) * unit))
+
+
 def seed(text: str) -> int:
   """Reads a seed: 0, 1, ... below 2^32."""
   if not text.isdecimal() or int(text) >= 2**32:
     raise argparse.ArgumentTypeError(f"{text!r} must be a number from 0 on")
   return int(text)
+
+
+def numbers(text: str) -> tuple[float, ...]:
+  """Reads finite numbers with commas between them, such as 1,1.5,3."""
+  try:
+    found = tuple(float(word) for word in text.split(","))
+  except ValueError:
+    found = ()
+  if not found or not all(map(math.isfinite, found)):
+    raise argparse.ArgumentTypeError(
+      f"{text!r} must be a finite number, or some with commas, such as 1,1.5,3"
+    )
+  return found
 
 
 class Parser(argparse.ArgumentParser):

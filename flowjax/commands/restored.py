@@ -1,7 +1,6 @@
 """A run that is only read: its parts, and its weights on these devices."""
 
 import argparse
-import collections.abc
 import dataclasses
 import pathlib
 from typing import Any
@@ -12,7 +11,15 @@ import numpy as np
 from flowjax import errors
 from flowjax.commands import configs, drawing, flags
 from flowjax.parallel import mesh as meshes
-from flowjax.train import checkpoint, experiment, loop, methods, parts, workdir
+from flowjax.train import (
+  checkpoint,
+  experiment,
+  freezing,
+  loop,
+  methods,
+  parts,
+  workdir,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,32 +38,37 @@ class Restored:
 
   def draw(
     self,
-    labels: np.ndarray,
+    cond: dict[str, Any],
     *,
     seed: int,
-    done: collections.abc.Callable[[int], None] = lambda count: None,
     method: methods.SampleConfig | None = None,
     worse: "Restored | None" = None,
+    **options: Any,
   ) -> np.ndarray:
-    """Draws an image per label, by `method` or as the config says.
+    """Draws an image per row of `cond`, by `method` or as the config says.
 
-    `worse` is a run to be guided away from (autoguidance).
+    `worse` is a run to be guided away from (autoguidance); the other options
+    are those of `evaluate.sampling.draw`.
     """
+    count = len(jax.tree.leaves(cond)[0])
     draw = drawing.build(
       self.run,
       self.config.sample if method is None else method,
-      min(len(labels), self.config.data.batch_size),
+      min(count, self.config.data.batch_size),
       worse.run if worse else None,
     )
     params = (self.params, worse.params) if worse else self.params
-    images_NHWC = draw(params, labels, seed=seed, done=done)
+
+    def stopped(reason: str) -> None:
+      raise errors.NumericError(reason)
+
+    images_NHWC = draw(params, cond, seed=seed, stopped=stopped, **options)
     broken = int(np.sum(~np.isfinite(images_NHWC).all(axis=(1, 2, 3))))
     if broken:
       raise errors.NumericError(
-        f"{broken} of {len(labels)} samples are not finite: the weights are "
+        f"{broken} of {count} samples are not finite: the weights are "
         "broken, guidance is too strong, or the solver takes too few steps. "
-        "Try --guidance=1, more --steps (for dopri5 and tsit5 more "
-        "config.sample.solver.max_steps), or an earlier checkpoint."
+        "Try --guidance=1, more --steps, or an earlier checkpoint."
       )
     return images_NHWC
 
@@ -83,12 +95,16 @@ def open(directory: pathlib.Path, *, ema: bool = True) -> Restored:
   run = parts.build(here)
   run = dataclasses.replace(run, experiment=config)
   name = "ema" if ema else "params"
+  # What is frozen has no average of its own.
+  names = {name, "params"} if run.frozen else {name}
   saved = checkpoint.Checkpoints(
     directory / "checkpoints", config.checkpoint, read_only=True
   )
   try:
     with loop.out_of_memory_advice():
-      restored = saved.restore_subtree({name: getattr(run.abstract, name)})
+      restored = saved.restore_subtree(
+        {name: getattr(run.abstract, name) for name in sorted(names)}
+      )
   finally:
     saved.close()
   if restored is None:
@@ -96,9 +112,10 @@ def open(directory: pathlib.Path, *, ema: bool = True) -> Restored:
       f"{directory} holds no checkpoint yet: train into it until the first "
       "is saved (config.checkpoint.every), with the command that made it."
     )
-  return Restored(
-    directory, run, restored.step, restored.state[name], restored.extra
+  params = freezing.overlaid(
+    restored.state.get("params", {}), restored.state[name]
   )
+  return Restored(directory, run, restored.step, params, restored.extra)
 
 
 def worse(directory: pathlib.Path | None, better: Restored) -> Restored | None:
@@ -153,22 +170,50 @@ _METHOD = {
 }
 
 
-def add_method(parser) -> None:
-  """Adds the flags that change how the config of a run draws samples."""
+def add_method(parser, *, scales: bool = False) -> None:
+  """Adds the flags that change how the config of a run draws samples.
+
+  With `scales`, --guidance takes several of them.
+  """
   parser.adjustable = True
   for name, (_, kind, text) in _METHOD.items():
+    if scales and name == "guidance":
+      kind = flags.numbers
+      text += "; of several, as 1,1.5,3, each image gets the next"
     parser.add_argument(f"--{name}", type=kind, help=text)
 
 
 def method(config: experiment.Experiment, args) -> methods.SampleConfig:
-  """Returns how samples are drawn, from the config and then the flags."""
-  words = [
-    f"--config.sample.{key}={getattr(args, name)}"
-    for name, (key, *_) in _METHOD.items()
+  """Returns how samples are drawn, from the config and then the flags.
+
+  Of several scales of guidance it has the one that is furthest from none.
+  """
+  given = {
+    name: getattr(args, name)
+    for name in _METHOD
     if getattr(args, name) is not None
+  }
+  if isinstance(given.get("guidance"), tuple):
+    given["guidance"] = max(given["guidance"], key=lambda s: abs(s - 1.0))
+  if config.model.name == "coupling":
+    _refuse_for_inverse([f"--{name}" for name in given] + args.overrides)
+  words = [
+    f"--config.sample.{_METHOD[name][0]}={value}"
+    for name, value in given.items()
   ]
   changed = configs.adjusted(config, [*args.overrides, *words], "sample")
   return changed.sample
+
+
+def _refuse_for_inverse(words: list[str]) -> None:
+  """Refuses what a normalizing flow would not heed; a scale is looked at."""
+  scale = ("--guidance", "--config.sample.guidance.scale=")
+  for word in words:
+    if not word.startswith(scale):
+      raise errors.UserError(
+        f"{word} would be without effect: a normalizing flow is inverted, in "
+        "one evaluation, and follows neither a solver nor a grid. Leave it out."
+      )
 
 
 def parse_labels(text: str | None, count: int, classes: int) -> np.ndarray:

@@ -1,60 +1,247 @@
-"""Draws samples from a workdir into one PNG.
+"""Draws samples from a workdir: a PNG, or the arrays in a .npy file.
 
 Image i of a seed is the same however many are drawn, on whatever devices. Any
-key of config.sample can be changed: --config.sample.guidance.name=apg.
+key of config.sample can be changed: --config.sample.guidance.name=apg. With
+--guidance=1,1.5,3 the images have these scales in turn. A network that reads
+texts gets those that are held out, or --embeddings, a .npz file of "text"
+[N, L, E] and "pooled" [N, P], and if you like "text_mask", "negative_text" and
+"negative_pooled". With --invert, held-out images are carried to noise and drawn
+again from it, each row below its originals; other --labels change the class.
 
 example:
   flowjax sample --workdir=runs/digits --out=grid.png --num=40 --guidance=2
 """
 
+import math
+import pathlib
+import zipfile
+from typing import Any
+
+import jax
+import numpy as np
+
 from flowjax import errors
-from flowjax.commands import flags, restored
+from flowjax.commands import drawing, flags, restored
 from flowjax.evaluate import pictures
-from flowjax.train import progress, workdir
+from flowjax.train import methods, progress, workdir
+
+COLUMNS = 10
 
 
 def add_flags(parser) -> None:
   """Adds the flags of `sample`; what is not given is as in the config."""
   restored.add_run(parser)
   parser.add_argument(
-    "--out", type=flags.path, default="grid.png", help="the PNG"
+    "--out",
+    type=flags.path,
+    default="grid.png",
+    help="the PNG, or .npy for float32 [N, H, W, C]",
   )
   parser.add_argument(
     "--num",
     type=flags.count,
-    help="how many images; default: 100, or one per label",
+    help="how many images; default: 100, or one per label, text or start, and "
+    "as many more as make every scale of --guidance come equally often",
   )
   parser.add_argument(
     "--labels", help="classes in turn, such as 3,1,4; default: all"
   )
-  restored.add_method(parser)
+  parser.add_argument(
+    "--embeddings", type=flags.path, help="embedded texts, in turn: a .npz"
+  )
+  restored.add_method(parser, scales=True)
   parser.add_argument(
     "--worse",
     type=flags.path,
     help="a workdir to be guided away from, instead of from no label",
   )
   parser.add_argument("--seed", type=flags.seed, default=0, help="of the noise")
+  parser.add_argument(
+    "--start",
+    type=flags.path,
+    help="what to start from instead of noise: a .npy of [N, H, W, C]",
+  )
+  parser.add_argument(
+    "--invert",
+    action="store_true",
+    help="start from what held-out images are when carried to noise",
+  )
 
 
 def run(args) -> None:
-  """Draws, writes the PNG, and says where it is."""
-  if args.out.suffix.lower() != ".png":
-    raise errors.UserError(f"--out={args.out} must end in .png.")
+  """Draws, writes the images, and says where they are."""
+  if args.out.suffix.lower() not in (".png", ".npy"):
+    raise errors.UserError(f"--out={args.out} must end in .png or .npy.")
+  if args.invert and args.start:
+    raise errors.UserError("--invert finds the start; leave out --start.")
   workdir.require_writable(args.out, "--out")
   found = restored.open(args.workdir, ema=args.ema)
+  texts = _texts(args, found)
+  start = _array(args.start, found) if args.start else None
+  count = args.num or _count(args, texts, start)
+  if args.guidance:
+    args.guidance = args.guidance[:count]
   method = restored.method(found.config, args)
   worse = restored.worse(args.worse, found)
   if worse and method.guidance.scale == 1.0:
     raise errors.UserError(
       "--worse has no effect at guidance scale 1; set --guidance above it."
     )
-  count = args.num or (len(args.labels.split(",")) if args.labels else 100)
+  cond = _cond(args, found, texts, count)
+  originals = None
+  if args.invert:
+    originals, own = drawing.held_out(found.run, count)
+    start = _inverted(found, method, own, originals)
+    if not (args.labels or args.embeddings):
+      cond = own
+  with progress.counter("samples", count) as done:
+    images = found.draw(
+      cond,
+      seed=args.seed,
+      done=done,
+      method=method,
+      scales=_scales(args.guidance, count),
+      worse=worse,
+      starts=None if start is None else _in_turn(start, count),
+    )
+  _write(images, originals, args.out)
+  print(f"{count} samples of step {found.step}: {args.out}")
+
+
+def _count(args, texts: dict | None, start: np.ndarray | None) -> int:
+  """Returns a number of images that uses all conditions, starts and scales."""
+  scales = len(args.guidance or (1.0,))
+  given = [len(args.labels.split(","))] if args.labels else []
+  given += [] if texts is None else [len(texts["text"])]
+  given += [] if start is None else [len(start)]
+  return math.lcm(*given, scales) if given else math.ceil(100 / scales) * scales
+
+
+def _scales(given: tuple[float, ...] | None, count: int) -> np.ndarray | None:
+  """Returns a scale for each image, in turn, unless all are the same."""
+  if given is None or len(set(given)) == 1:
+    return None
+  return np.resize(np.asarray(given, np.float32), count)
+
+
+def _in_turn(rows: np.ndarray, count: int) -> np.ndarray:
+  return rows[np.arange(count) % len(rows)]
+
+
+def _cond(args, found, texts: dict | None, count: int) -> dict[str, Any]:
+  if texts is not None:
+    return jax.tree.map(lambda leaf: _in_turn(leaf, count), texts)
+  if drawing.reads_text(found.run.network):
+    if args.labels:
+      raise errors.UserError(
+        "--labels are for a network of labels; this one reads texts: give "
+        "--embeddings, or nothing for the texts that are held out."
+      )
+    return drawing.conditions(found.run, count)
   labels = restored.parse_labels(
     args.labels, count, found.config.model.num_classes
   )
-  with progress.counter("samples", count) as done:
-    images = found.draw(
-      labels, seed=args.seed, done=done, method=method, worse=worse
+  return drawing.conditions(found.run, count, labels)
+
+
+def _texts(args, found) -> dict[str, Any] | None:
+  """Reads --embeddings, as the network takes them."""
+  if args.embeddings is None:
+    return None
+  if not drawing.reads_text(found.run.network):
+    raise errors.UserError(
+      f"--embeddings={args.embeddings} are texts, and this network is told "
+      "labels: --labels=3,1,4."
     )
-  pictures.save_png(pictures.grid(images, columns=10), args.out)
-  print(f"{count} samples of step {found.step}: {args.out}")
+  arrays = _load(args.embeddings, "--embeddings")
+  if isinstance(arrays, np.ndarray):
+    raise errors.UserError(
+      f"--embeddings={args.embeddings} holds one array; it must be a .npz file "
+      "with 'text' and 'pooled'."
+    )
+  model = found.config.model
+  widths = {"text": model.text_width, "pooled": model.pooled_width}
+  cond: dict[str, Any] = {}
+  for name, array in arrays.items():
+    key = name.removeprefix("negative_")
+    group = cond.setdefault("negative", {}) if key != name else cond
+    if key not in (*widths, "text_mask"):
+      raise errors.UserError(
+        f"--embeddings={args.embeddings} has {name!r}; it is to hold 'text', "
+        "'pooled', 'text_mask', and each of these with 'negative_' before it."
+      )
+    wanted = widths.get(key)
+    if wanted is not None and array.shape[-1] != wanted:
+      raise errors.UserError(
+        f"--embeddings={args.embeddings}: {name!r} has the shape {array.shape},"
+        f" and this network reads {wanted} numbers."
+      )
+    group[key] = array.astype(bool if key == "text_mask" else np.float32)
+  lengths = {len(leaf) for leaf in jax.tree.leaves(cond)}
+  if not widths.keys() <= cond.keys() or len(lengths) != 1:
+    raise errors.UserError(
+      f"--embeddings={args.embeddings} must hold 'text' and 'pooled', and as "
+      f"many rows of each; found {sorted(arrays)} of {sorted(lengths)} rows."
+    )
+  return cond
+
+
+def _array(path: pathlib.Path, found) -> np.ndarray:
+  """Reads --start."""
+  array, model = _load(path, "--start"), found.config.model
+  shape = (*model.image_size, model.channels)
+  if not isinstance(array, np.ndarray) or array.shape[1:] != shape:
+    found_shape = getattr(array, "shape", "several arrays")
+    raise errors.UserError(
+      f"--start={path} must be one array of [N, {', '.join(map(str, shape))}], "
+      f"not {found_shape}."
+    )
+  return array.astype(np.float32)
+
+
+def _load(path: pathlib.Path, flag: str) -> Any:
+  """Returns the array of a .npy file, or those of a .npz file by name."""
+  try:
+    loaded = np.load(path, allow_pickle=False)
+    return loaded if isinstance(loaded, np.ndarray) else dict(loaded)
+  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    raise errors.UserError(f"{flag}={path} cannot be read: {error}.") from error
+
+
+def _inverted(
+  found: restored.Restored,
+  method: methods.SampleConfig,
+  cond: dict[str, Any],
+  images: np.ndarray,
+) -> np.ndarray:
+  starts = drawing.invert(
+    found.run,
+    method,
+    found.params,
+    cond,
+    images,
+    min(len(images), found.config.data.batch_size),
+  )
+  print(
+    f"{len(images)} held-out images as noise: mean {starts.mean():.3f}, "
+    f"standard deviation {starts.std():.3f}"
+  )
+  return starts
+
+
+def _write(images, originals: np.ndarray | None, out: pathlib.Path) -> None:
+  if originals is not None:
+    away = np.sqrt(np.mean(np.square(images - originals)))
+    print(f"drawn again, they differ by {away:.4f} (root mean square)")
+  if out.suffix.lower() == ".npy":
+    np.save(out, images)
+    return
+  if originals is not None:
+    blank = np.full((-len(images) % COLUMNS, *images.shape[1:]), -1.0)
+    pairs = (
+      np.concatenate([rows, blank]).reshape(-1, COLUMNS, *images.shape[1:])
+      for rows in (originals, images)
+    )
+    images = np.concatenate(list(pairs), axis=1)
+    images = images.reshape(-1, *images.shape[2:])
+  pictures.save_png(pictures.grid(images, columns=COLUMNS), out)

@@ -11,7 +11,6 @@ example:
 import pathlib
 
 import jax
-import numpy as np
 
 from flowjax.commands import configs, drawing, flags
 from flowjax.data import loader, sources
@@ -95,7 +94,7 @@ def _validation(built: parts.Parts):
   evaluator = held_out_loss(built)
 
   def look(state: states.TrainState):
-    return evaluator.run(state.ema), {}
+    return evaluator.run(states.averaged(state)), {}
 
   return look
 
@@ -104,10 +103,10 @@ def _samples(built: parts.Parts, directory: pathlib.Path):
   config = built.experiment
   count = config.log.sample_count
   draw = drawing.build(built, config.sample, count)
-  labels = np.arange(count) % config.model.num_classes
+  cond = drawing.conditions(built, count)
 
   def look(state: states.TrainState):
-    images = draw(state.ema, labels, seed=config.seed)
+    images = draw(states.averaged(state), cond, seed=config.seed)
     grid = pictures.grid(images, columns=10)
     if jax.process_index() == 0:
       folder = directory / "samples"

@@ -4,6 +4,8 @@ Shape suffixes: B batch, H height, W width, C channels.
 """
 
 import collections.abc
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -11,12 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowjax import models
-from flowjax.flow import losses, sampling
+from flowjax.flow import guidance, losses, sampling
 
-# sample(params, cond, start_BHWC, rng_B) -> images_BHWC
-Sampler = collections.abc.Callable[
-  [Any, dict[str, jax.Array], jax.Array, jax.Array], jax.Array
-]
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sampler:
+  """Draws a batch of images, and says why where that failed.
+
+  `sample(params, cond, start_BHWC, rng_B, scale_B=None)` is jitted. It returns
+  images_BHWC and, of a solver that chooses its own steps, its report, else
+  None. With the report of a solve that did not reach its end,
+  `reason(params, cond, scale_B, report)` says at which time it stopped.
+  """
+
+  sample: collections.abc.Callable[..., tuple[jax.Array, Any]]
+  reason: collections.abc.Callable[..., str]
 
 
 def build(
@@ -24,35 +35,50 @@ def build(
   predict: losses.Predictor,
   method: sampling.Method,
   *,
-  degraded: losses.Predictor | None = None,
+  pushes: collections.abc.Sequence[guidance.Push] = (),
   worse: losses.Predictor | None = None,
 ) -> Sampler:
-  """Returns the jitted `sample(params, cond, start_BHWC, rng_B)`.
+  """Returns the sampler of a network.
 
   `predict(params, x_BHWC, t_B, cond, rng)` is the network as its prediction
-  wants it; `degraded` is the same without some of its parts, for skip-layer
-  guidance. `worse` is another network, guided away from (autoguidance); params
-  are then the pair of both. `start` is standard normal noise, or the image at
-  t = 1 of a flow between images; `rng_B` holds a key per example, for methods
-  that draw noise. Images are float32, near [-1, 1] and not clipped. A network
-  that is invertible needs no method.
+  wants it; the `pushes` are away from the same without some of its parts.
+  `worse` is another network, guided away from (autoguidance); params are then
+  the pair of both. `start` is standard normal noise, or the image at t = 1 of a
+  flow between images; `rng_B` holds a key per example, for methods that draw
+  noise; `scale_B` a scale of guidance, in place of the method's. Images are
+  float32, near [-1, 1] and not clipped. A network that is invertible needs no
+  method.
   """
 
-  def sample(params, cond, start_BHWC, rng_B):
-    if network.inverse is not None:
-      return network.inverse(params, start_BHWC, cond)
+  def field(params, cond, scale_B):
     params, others = params if worse else (params, None)
-    return method.sample(
+    return method.field(
       _of(predict, params),
       cond,
       network.unconditional(cond),
-      start_BHWC,
-      rng_B,
-      degraded=_of(degraded, params) if degraded else None,
+      scale=scale_B,
+      pushes=[
+        dataclasses.replace(push, degraded=_of(push.degraded, params))
+        for push in pushes
+      ],
       worse=_of(worse, others) if worse else None,
     )
 
-  return jax.jit(sample)
+  def sample(params, cond, start_BHWC, rng_B, scale_B=None):
+    if network.inverse is not None:
+      return network.inverse(params, start_BHWC, cond), None
+    return method.reported(field(params, cond, scale_B), start_BHWC, rng_B)
+
+  @jax.jit
+  def evaluated(params, cond, scale_B, x_BHWC, t):
+    return field(params, cond, scale_B)(x_BHWC, t)
+
+  def reason(params, cond, scale_B, report):
+    return method.reason(
+      functools.partial(evaluated, params, cond, scale_B), report
+    )
+
+  return Sampler(jax.jit(sample), reason)
 
 
 def _of(predict: losses.Predictor, params: Any) -> sampling.Predict:
@@ -73,45 +99,87 @@ def noise(seed: int, indices_B: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def draw(
-  sample: Sampler,
+  sampler: Sampler,
   params: Any,
-  labels_B: np.ndarray,
+  cond: dict[str, Any],
   *,
   shape: tuple[int, int, int],
   seed: int,
   batch_size: int,
   put: collections.abc.Callable[[dict], dict],
   done: collections.abc.Callable[[int], None] = lambda count: None,
-  starts_BHWC: np.ndarray | None = None,
+  stopped: collections.abc.Callable[[str], None] = lambda reason: None,
+  starts: np.ndarray | None = None,
+  scales: np.ndarray | None = None,
 ) -> np.ndarray:
-  """Draws one image [H, W, C] for each label, `batch_size` at a time.
+  """Draws one image [H, W, C] for each row of `cond`.
 
-  `put` places a batch on the devices and `done` is told how many images are
-  drawn so far. The last batch is padded, so that one program serves all. They
-  start from noise, or from `starts`.
+  `put` places a batch on the devices, `done` is told how many images are drawn
+  so far, and `stopped` why a solver did not reach the end of some. They start
+  from noise, or from `starts`; `scales` are those of guidance, in place of the
+  method's.
   """
+  count = len(jax.tree.leaves(cond)[0])
   make_noise = jax.jit(noise, static_argnums=(0, 2))
+  rows: dict[str, Any] = {
+    "cond": cond,
+    "index": np.arange(count, dtype=np.uint32),
+  }
+  if starts is not None:
+    rows["start"] = starts
+  if scales is not None:
+    rows["scale"] = scales.astype(np.float32)
+
+  def images(batch):
+    cond, index_B = batch["cond"], batch["index"]
+    start_BHWC = batch.get("start")
+    if start_BHWC is None:
+      start_BHWC = make_noise(seed, index_B, shape)
+    images_BHWC, report = sampler.sample(
+      params, cond, start_BHWC, _keys(seed, index_B), batch.get("scale")
+    )
+    if report is not None and not report.finished:
+      stopped(sampler.reason(params, cond, batch.get("scale"), report))
+    return images_BHWC
+
+  return by_batches(images, rows, batch_size, put, done)
+
+
+def encoder(
+  network: models.Network, predict: losses.Predictor, method: sampling.Method
+) -> collections.abc.Callable[..., jax.Array]:
+  """Returns the jitted `encode(params, cond, images_BHWC)`.
+
+  It gives the starts from which these images are drawn without guidance.
+  """
+
+  def encode(params, cond, images_BHWC):
+    if network.forward is not None:
+      return network.forward(params, images_BHWC, cond)[0]
+    return method.encode(_of(predict, params), cond, images_BHWC)
+
+  return jax.jit(encode)
+
+
+def by_batches(
+  compute: collections.abc.Callable[[dict], jax.Array],
+  rows: dict[str, Any],
+  batch_size: int,
+  put: collections.abc.Callable[[dict], dict],
+  done: collections.abc.Callable[[int], None] = lambda count: None,
+) -> np.ndarray:
+  """Returns what `compute` makes of a tree of rows, `batch_size` at a time.
+
+  The last row fills up the last batch, so that one program serves all.
+  """
+  count = len(jax.tree.leaves(rows)[0])
   parts = []
-  for start in range(0, len(labels_B), batch_size):
-    indices_B = np.arange(start, start + batch_size)
-    kept_B = np.minimum(indices_B, len(labels_B) - 1)
-    starts = (
-      np.asarray(make_noise(seed, indices_B, shape))
-      if starts_BHWC is None
-      else starts_BHWC[kept_B]
-    )
-    batch = put(
-      {
-        "label": labels_B[kept_B].astype(np.int32),
-        "start": starts,
-        "index": indices_B.astype(np.uint32),
-      }
-    )
-    start_BHWC, index_B = batch.pop("start"), batch.pop("index")
-    rng_B = _keys(seed, index_B)
-    parts.append(np.asarray(sample(params, batch, start_BHWC, rng_B)))
-    done(min(start + batch_size, len(labels_B)))
-  return np.concatenate(parts)[: len(labels_B)]
+  for start in range(0, count, batch_size):
+    kept_B = np.minimum(np.arange(start, start + batch_size), count - 1)
+    batch = put(jax.tree.map(lambda leaf, kept_B=kept_B: leaf[kept_B], rows))
+    parts.append(np.asarray(compute(batch)))
+    done(min(start + batch_size, count))
+  return np.concatenate(parts)[:count]
 
 
 @jax.jit

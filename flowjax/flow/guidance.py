@@ -6,6 +6,10 @@ The change is a rule of `flow/guidance_rules.py`; here the networks are called,
 and only where guidance acts. Which of them that is, is decided while running,
 from t, so that a whole sampler is one program and pays for no more.
 
+A network that learns its variance returns (prediction, v): guidance acts on the
+first, and beside the guided prediction the field returns the v of the strong
+one, as it is.
+
 A rule that is written for one prediction serves a network of another. The
 difference is converted on its own: conversions are affine, so that x_t cancels
 in it, and with it the rounding that dividing by a small sigma would magnify.
@@ -25,10 +29,12 @@ from flowjax.flow import guidance_rules as rules
 from flowjax.flow import paths
 from flowjax.flow import prediction as predictions
 
+# A prediction, or (prediction, v).
+Said = Any
 # predict(x, t_B, cond), under one condition per example.
-Predict = Callable[[jax.Array, jax.Array, Any], jax.Array]
+Predict = Callable[[jax.Array, jax.Array, Any], Said]
 # field(x, t), where t is one number or one per example.
-Field = Callable[[jax.Array, jax.Array], jax.Array]
+Field = Callable[[jax.Array, jax.Array], Said]
 Interval = tuple[float, float]
 
 ALWAYS: Interval = (0.0, 1.0)
@@ -47,7 +53,7 @@ class Push:
   the interval and a scale that is not 0 ask for it.
   """
 
-  degraded: Predict
+  degraded: Callable[..., Said]
   scale: rules.Scale
   interval: Interval = ALWAYS
 
@@ -66,8 +72,8 @@ class Guided:
   what it does whatever the solver follows.
   """
 
-  strong: Callable[[jax.Array, jax.Array], jax.Array]
-  pair: Callable[[jax.Array, jax.Array], Sequence[jax.Array]]
+  strong: Callable[[jax.Array, jax.Array], Said]
+  pair: Callable[[jax.Array, jax.Array], Sequence[Said]]
   rule: rules.Rule
   cond: Any
   interval: Interval = ALWAYS
@@ -92,8 +98,8 @@ class Guided:
         f"{self.target!r}: to convert, give path=."
       )
 
-  def __call__(self, x: jax.Array, t: jax.Array) -> jax.Array:
-    if self.rule.momentum:
+  def __call__(self, x: jax.Array, t: jax.Array) -> Said:
+    if self.rule.remembers:
       raise ValueError(
         f"Guidance with momentum={self.rule.momentum} has a memory, which a "
         "field has not: wrap the solver in wrapped.Remembering, or set "
@@ -103,35 +109,38 @@ class Guided:
 
   def remember(
     self, x: jax.Array, t: jax.Array, total: jax.Array | None
-  ) -> tuple[jax.Array, jax.Array | None]:
+  ) -> tuple[Said, jax.Array | None]:
     """Returns the field, and the sum of differences that follows `total`."""
     t = jnp.asarray(t)
     t_B = jnp.broadcast_to(t, x.shape[:1])
-    value, total = self._predicted(x, t, t_B, total)
-    return self._convert(self.prediction, self.target, value, x, t_B), total
+    value, v, total = self._predicted(x, t, t_B, total)
+    value = self._convert(self.prediction, self.target, value, x, t_B)
+    return (value if v is None else (value, v)), total
 
   def _predicted(self, x, t, t_B, total):
     pushes = [push for push in self.pushes if not rules.known(push.scale, 0)]
     if self.rule.idle:
-      value = strong = self.strong(x, t_B)
+      value, v = _apart(self.strong(x, t_B))
       if not pushes:
-        return value, total
-      value = strong = paths.wide(strong)
+        return value, v, total
+      value = strong = paths.wide(value)
     else:
-      strong, value, total = _within(
+      strong, value, v, total = _within(
         self.interval, t, self._combine, self._plain, x, t_B, total
       )
     for push in pushes:
       value = value + self._term(push, strong, x, t)
-    return value, total
+    return value, v, total
 
   def _plain(self, x, t_B, total, inside):
     del inside
-    strong = paths.wide(self.strong(x, t_B))
-    return strong, strong, total
+    strong, v = _apart(self.strong(x, t_B))
+    strong = paths.wide(strong)
+    return strong, strong, v, total
 
   def _combine(self, x, t_B, total, inside):
-    strong, weak = map(paths.wide, self.pair(x, t_B))
+    (strong, v), (weak, _) = map(_apart, self.pair(x, t_B))
+    strong, weak = paths.wide(strong), paths.wide(weak)
     inside = paths.over(inside, x)
     difference = self._to_rule(strong - weak, jnp.zeros_like(x), t_B)
     if total is not None:
@@ -140,12 +149,13 @@ class Guided:
     change = self.rule.change(self._to_rule(strong, x, t_B), difference)
     change = self._from_rule(change, jnp.zeros_like(x), t_B)
     value = jnp.where(inside, strong + change, strong)
-    return strong, value.astype(strong.dtype), total
+    return strong, value.astype(strong.dtype), v, total
 
   def _term(self, push, strong, x, t):
     def term(strong, x, inside):
       t_B = jnp.broadcast_to(t, x.shape[:1])
-      degraded = paths.wide(push.degraded(x, t_B, self.cond))
+      degraded, _ = _apart(push.degraded(x, t_B, self.cond))
+      degraded = paths.wide(degraded)
       value = rules.over(push.scale, strong) * (strong - degraded)
       return jnp.where(paths.over(inside, x), value, 0.0)
 
@@ -190,7 +200,9 @@ def guided(
 
   def both(x, t_B):
     twice = jax.tree.map(_stack, (x, t_B, cond), (x, t_B, uncond))
-    return jnp.split(predict(*twice), 2)
+    value, v = _apart(predict(*twice))
+    strong, weak = jnp.split(value, 2)
+    return (strong if v is None else (strong, jnp.split(v, 2)[0])), weak
 
   return Guided(_under(predict, cond), both, rule, cond, **options)
 
@@ -277,6 +289,11 @@ def _within(interval, t, act, rest, *operands):
   if low <= 0.0 and 1.0 <= high:
     return act(*operands, inside)
   return jax.lax.cond(jnp.any(inside), act, rest, *operands, inside)
+
+
+def _apart(said: Said) -> tuple[jax.Array, jax.Array | None]:
+  """Returns a prediction, and the v beside it where there is one."""
+  return said if isinstance(said, tuple) else (said, None)
 
 
 def _under(predict: Predict, cond: Any):

@@ -27,21 +27,37 @@ Scale = float | jax.Array
 _TINY = 1e-12
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Rule:
   """What guidance adds to `strong`: change(strong, strong - weak).
 
-  `space` is the prediction for which the rule is written; None is that of the
-  network, whichever it is. Where `idle`, the change is known beforehand to be
-  none. With `momentum` b, each step replaces its difference d by the running
-  sum d + b (sum of the steps before), which a solver has to carry:
-  `solvers.wrapped.Remembering`.
+  That is formula(scale, strong, strong - weak). `space` is the prediction for
+  which it is written; None is that of the network, whichever it is. With
+  `momentum` b, each step replaces its difference d by the running sum d + b
+  (sum of the steps before), which a solver has to carry:
+  `solvers.wrapped.Remembering`. A scale that is `told` is an input of the
+  network, and nothing is added.
   """
 
-  change: Callable[[jax.Array, jax.Array], jax.Array]
+  formula: Callable[[Scale, jax.Array, jax.Array], jax.Array]
+  scale: Scale
   space: str | None = None
   momentum: float = 0.0
-  idle: bool = False
+  told: bool = False
+
+  def change(self, strong: jax.Array, difference: jax.Array) -> jax.Array:
+    """Returns what is added to `strong`."""
+    return self.formula(self.scale, strong, difference)
+
+  @property
+  def idle(self) -> bool:
+    """Whether the change is known beforehand to be none."""
+    return self.told or known(self.scale, 1)
+
+  @property
+  def remembers(self) -> bool:
+    """Whether a solver has to carry a sum."""
+    return bool(self.momentum) and not self.idle
 
 
 def classifier_free(scale: Scale) -> Rule:
@@ -50,10 +66,11 @@ def classifier_free(scale: Scale) -> Rule:
   arXiv:2207.12598, eq. 6, with scale = 1 + w. Written from the strong end, so
   that a scale of 1 is that end exactly.
   """
-  return Rule(
-    lambda strong, difference: over(scale, strong, -1.0) * difference,
-    idle=known(scale, 1),
-  )
+  return Rule(_extrapolated, scale)
+
+
+def _extrapolated(scale, strong, difference):
+  return over(scale, strong, -1.0) * difference
 
 
 def rescaled(
@@ -69,16 +86,15 @@ def rescaled(
       f"A rescale factor of {factor} is not within 0 (none) and 1 (all); 0.7 "
       "is the paper's."
     )
-  rule = classifier_free(scale)
 
-  def change(strong, difference):
-    added = rule.change(strong, difference)
+  def change(scale, strong, difference):
+    added = _extrapolated(scale, strong, difference)
     # A network that begins as zero has no deviation, and is left as it is.
     deviation = jnp.maximum(_std(strong + added), _TINY)
     kept = factor * (_std(strong) / deviation) + (1.0 - factor)
     return (kept - 1.0) * strong + kept * added
 
-  return Rule(change, space, idle=rule.idle)
+  return Rule(change, scale, space)
 
 
 def zero_star(scale: Scale) -> Rule:
@@ -88,12 +104,12 @@ def zero_star(scale: Scale) -> Rule:
   terms of velocity. The other half of that method is `solvers.wrapped.Resting`.
   """
 
-  def change(strong, difference):
+  def change(scale, strong, difference):
     weak = strong - difference
     share = _dot(strong, weak) / (_dot(weak, weak) + 1e-8)
     return over(scale, strong, -1.0) * (strong - share * weak)
 
-  return Rule(change, "velocity", idle=known(scale, 1))
+  return Rule(change, scale, "velocity")
 
 
 def projected(
@@ -121,7 +137,7 @@ def projected(
       "end: it must be between -1 and 1; the paper's is -0.5, and 0 is none."
     )
 
-  def change(strong, difference):
+  def change(scale, strong, difference):
     if norm_threshold > 0.0:
       length = jnp.sqrt(_dot(difference, difference))
       limit = norm_threshold / jnp.maximum(length, _TINY)
@@ -132,8 +148,23 @@ def projected(
     update = difference - (1.0 - eta) * parallel
     return over(scale, strong, -1.0) * update
 
-  idle = known(scale, 1)
-  return Rule(change, space, 0.0 if idle else momentum, idle)
+  return Rule(change, scale, space, momentum)
+
+
+def distilled(scale: Scale) -> Rule:
+  """Builds the guidance of a network that learned what it gives.
+
+  FLUX.1 dev is told the scale (arXiv:2210.03142): one evaluation, whatever the
+  scale. `guidance.distilled` is how.
+  """
+
+  def change(scale, strong, difference):
+    raise ValueError(
+      "Guidance of the kind 'distilled' is told to the network, and has no "
+      "difference to add: give the scale by guidance.distilled."
+    )
+
+  return Rule(change, scale, told=True)
 
 
 # Rules by the name that a config gives them, all with an option `scale`.
@@ -142,6 +173,7 @@ GUIDANCES: dict[str, Callable[..., Rule]] = {
   "cfg_rescale": rescaled,
   "cfg_zero_star": zero_star,
   "apg": projected,
+  "distilled": distilled,
 }
 
 

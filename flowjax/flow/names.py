@@ -6,6 +6,14 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 
+def check(kind: str, known: Collection[str], name: str) -> None:
+  """Raises ValueError for a name that is not known, with the nearest."""
+  if name not in known:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"one of {sorted(known)}."
+    raise ValueError(f"There is no {kind} {name!r}: {hint}")
+
+
 def choose(
   kind: str,
   table: Mapping[str, Callable[..., Any]],
@@ -18,10 +26,7 @@ def choose(
   `given` are the parameters that are not the config's to set. Raises ValueError
   for an unknown name, with the nearest, or an option that it does not take.
   """
-  if name not in table:
-    near = difflib.get_close_matches(name, table, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"one of {sorted(table)}."
-    raise ValueError(f"There is no {kind} {name!r}: {hint}")
+  check(kind, table, name)
   parameters = inspect.signature(table[name]).parameters
   takes = [option for option in parameters if option not in given]
   for option in options:

@@ -7,7 +7,7 @@ is guided, and converted to what the solver integrates.
 # Shape suffixes: B batch. Images have any shape that starts with B.
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowjax.flow import guidance, guidance_rules, paths, prediction, solvers
-from flowjax.flow.solvers import wrapped
+from flowjax.flow.solvers import adaptive, wrapped
 
-# predict(x_t, t_B, cond) -> what the network predicts.
-Predict = Callable[[jax.Array, jax.Array, Any], jax.Array]
+# predict(x_t, t_B, cond) -> what the network predicts; (that, v) where the
+# solver wants its learned variance.
+Predict = guidance.Predict
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,8 +39,6 @@ class Method:
   rule: guidance_rules.Rule
   interval: guidance.Interval = guidance.ALWAYS
   still_steps: int = 0
-  push_scale: float = 0.0
-  push_interval: guidance.Interval = guidance.ALWAYS
   sigma_data: float = 0.5
   trained_on: paths.Path | None = None
 
@@ -51,6 +50,12 @@ class Method:
       sigma_data=self.sigma_data,
     )
     solvers.check(self.solver, self.path, self.grid, prediction=self.prediction)
+    if self.learns_variance and self.trained_on is not None:
+      raise ValueError(
+        "A learned variance is that of steps along the path of training, and "
+        f"another, {self.path.name!r}, is to be followed: take the variance "
+        "'small' or 'large', or the path of training."
+      )
     steps = len(self.grid) - 1
     if not 0 <= self.still_steps < steps:
       raise ValueError(
@@ -58,6 +63,11 @@ class Method:
         "stand still: 0 is none, and at least one step must move."
       )
     self._stepper()
+
+  @property
+  def learns_variance(self) -> bool:
+    """Whether the network has to say (prediction, v)."""
+    return getattr(self.solver, "learns_variance", False)
 
   @property
   def evaluations(self) -> int:
@@ -74,40 +84,96 @@ class Method:
     uncond: Any,
     start: jax.Array,
     rng: jax.Array | None = None,
-    *,
-    degraded: Predict | None = None,
-    worse: Predict | None = None,
+    **options: Any,
   ) -> jax.Array:
     """Returns samples from `start`, standard normal or images at t = 1.
 
-    `rng` is one key, or one for each example. `degraded` is the network with
-    something taken from it, which `push_scale` pushes away from; `worse` is a
-    worse network, guided away from instead of from no condition
+    `rng` is one key, or one for each example. Options are those of `field`.
+    """
+    field = self.field(predict, cond, uncond, **options)
+    x, times = self._begin(start)
+    return solvers.solve(self._stepper(), field, x, times, rng=rng)
+
+  def reported(
+    self, field: guidance.Guided, start: jax.Array, rng: jax.Array | None = None
+  ) -> tuple[jax.Array, adaptive.Report | None]:
+    """Returns samples along a field of this method, and how the solve went.
+
+    There is a report where the solver chooses its own steps. If it says that
+    the end was not reached, the samples are nan, and `reason` says why.
+    """
+    solver: Any = self._stepper()
+    x, times = self._begin(start)
+    if hasattr(solver, "integrate"):
+      return solver.integrate(field, x, times)
+    return solvers.solve(solver, field, x, times, rng=rng), None
+
+  def reason(self, field: guidance.Guided, report: adaptive.Report) -> str:
+    """Says at which time a solve stopped, and why; outside of jit."""
+    solver: Any = self.solver
+    return solver.reason(field, self.grid, report)
+
+  def _begin(self, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return self.path.prior_scale * start, jnp.asarray(self.grid)
+
+  def field(
+    self,
+    predict: Predict,
+    cond: Any,
+    uncond: Any,
+    *,
+    scale: guidance_rules.Scale | None = None,
+    pushes: Sequence[guidance.Push] = (),
+    worse: Predict | None = None,
+  ) -> guidance.Guided:
+    """Returns the guided field that the solver follows.
+
+    `scale` is in place of that of the rule, as with one for each example;
+    `worse` is a worse network, guided away from instead of from no condition
     (autoguidance).
     """
+    rule = self.rule
+    if scale is not None:
+      rule = dataclasses.replace(rule, scale=scale)
+    if rule.told:
+      cond = guidance.distilled(cond, rule.scale)
     options: Any = {
+      "pushes": [
+        dataclasses.replace(push, degraded=self._on_path(push.degraded))
+        for push in pushes
+      ],
       "interval": self.interval,
       "path": self.path,
       "prediction": self.prediction,
       "target": self.solver.prediction,
       "sigma_data": self.sigma_data,
     }
-    if degraded is not None:
-      options["pushes"] = [
-        guidance.Push(
-          self._on_path(degraded), self.push_scale, self.push_interval
-        )
-      ]
-    field: Any
     predict = self._on_path(predict)
     if worse is None:
-      field = guidance.guided(predict, cond, uncond, self.rule, **options)
-    else:
-      worse = self._on_path(worse)
-      field = guidance.autoguided(predict, worse, cond, self.rule, **options)
-    solver = self._stepper()
-    x = self.path.prior_scale * start
-    return solvers.solve(solver, field, x, jnp.asarray(self.grid), rng=rng)
+      return guidance.guided(predict, cond, uncond, rule, **options)
+    worse = self._on_path(worse)
+    return guidance.autoguided(predict, worse, cond, rule, **options)
+
+  def encode(self, predict: Predict, cond: Any, x: jax.Array) -> jax.Array:
+    """Returns the start from which `sample` without guidance ends in x.
+
+    The same ODE, followed up from data to noise. Raises ValueError for a
+    solver that draws noise.
+    """
+    times = np.asarray(self.grid)[::-1].copy()
+    solvers.check(self.solver, self.path, times, prediction=self.prediction)
+    field = guidance.guided(
+      self._on_path(predict),
+      cond,
+      cond,
+      guidance_rules.classifier_free(1.0),
+      path=self.path,
+      prediction=self.prediction,
+      target=self.solver.prediction,
+      sigma_data=self.sigma_data,
+    )
+    end = solvers.solve(self.solver, field, x, jnp.asarray(times))
+    return end / self.path.prior_scale
 
   def _on_path(self, predict: Predict) -> Predict:
     """Returns the network as one that was trained on the path followed."""
@@ -130,7 +196,7 @@ class Method:
   def _stepper(self) -> Any:
     """Returns the solver, with what momentum and steps that rest need."""
     solver: Any = self.solver
-    if self.rule.momentum:
+    if self.rule.remembers:
       solver = wrapped.Remembering(solver)
     if self.still_steps:
       solver = wrapped.Resting(solver, self.still_steps)

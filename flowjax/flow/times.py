@@ -315,20 +315,21 @@ def shift_times(t: Time, shift: float) -> Time:
   return shift * t / (shift * t + (1.0 - t))
 
 
-def resolution_shift(tokens: int, base_tokens: int) -> float:
+def resolution_shift(tokens: int, base_tokens: int = 256) -> float:
   """Returns the shift sqrt(m / n) that keeps the noise level seen by the eye.
 
   m tokens average away more noise than n do (arXiv:2403.03206, section 5.3.2).
+  256 tokens are 256 pixels in SD3 and FLUX, 4096 are 1024.
   """
   if tokens < 1 or base_tokens < 1:
     raise ValueError(
       f"A sequence has at least 1 token: not {tokens} with {base_tokens} as "
-      "the base; 1024 tokens are 512 pixels in FLUX."
+      "the base; 256 tokens are 256 pixels in SD3."
     )
   return math.sqrt(tokens / base_tokens)
 
 
-def flux_shift(
+def flux_mu(
   tokens: int,
   *,
   base_tokens: int = 256,
@@ -336,13 +337,36 @@ def flux_shift(
   max_tokens: int = 4096,
   max_mu: float = 1.15,
 ) -> float:
-  """Returns FLUX's shift exp(mu), mu linear in the length of the sequence.
+  """Returns FLUX's mu, linear in the length of the sequence.
 
-  mu is `base_mu` at `base_tokens` and `max_mu` at `max_tokens`, and goes on in
+  It is `base_mu` at `base_tokens` and `max_mu` at `max_tokens`, and goes on in
   the same line beyond.
   """
+  if base_tokens == max_tokens:
+    raise ValueError(
+      f"base_tokens and max_tokens are both {max_tokens}: they are two lengths "
+      "between which mu is a line; FLUX's are 256 and 4096."
+    )
   slope = (max_mu - base_mu) / (max_tokens - base_tokens)
-  return math.exp(base_mu + slope * (tokens - base_tokens))
+  return base_mu + slope * (tokens - base_tokens)
+
+
+def flux_shift(tokens: int, **options: Any) -> float:
+  """Returns FLUX's shift exp(mu); options are those of `flux_mu`."""
+  return math.exp(flux_mu(tokens, **options))
+
+
+# Rules for a shift from the length of a sequence, by the name in a config.
+SHIFTS: dict[str, Callable[..., float]] = {
+  "sd3": resolution_shift,
+  "flux": flux_shift,
+}
+
+
+def shift_by(name: str, tokens: int, **options: Any) -> float:
+  """Returns the shift for a sequence of `tokens` by the rule `name`."""
+  names.check("rule of a shift", SHIFTS, name)
+  return SHIFTS[name](tokens, **options)
 
 
 def uniform_grid(steps: int, shift: float = 1.0) -> np.ndarray:

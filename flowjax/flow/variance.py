@@ -11,7 +11,8 @@ beta_i, the two that are right for data without and with all entropy:
   log variance = f log beta_i + (1 - f) log beta~_i,   f = (v + 1) / 2
 
 (arXiv:2102.09672, eq. 15). Everything here is in float32, from tables that are
-computed in float64.
+computed in float64. That is for training; `solvers.ancestral` takes the steps,
+which may be longer than those of the table.
 """
 
 # Shape suffixes: B batch, N steps of the table; the first, i = 0, leads to
@@ -59,8 +60,7 @@ class Posterior:
   def log_variance(self, v: jax.Array, i: jax.Array) -> jax.Array:
     """Returns the logarithm of the variance that v in [-1, 1] chooses."""
     v = paths.wide(v)
-    large, small = _of(self.log_large_N, i, v), _of(self.log_small_N, i, v)
-    return small + 0.5 * (v + 1.0) * (large - small)
+    return between(v, _of(self.log_small_N, i, v), _of(self.log_large_N, i, v))
 
   def bits(
     self,
@@ -110,6 +110,13 @@ def posterior(path: paths.Path) -> Posterior:
   return Posterior(*(table_N.astype(np.float32) for table_N in tables))
 
 
+def between(
+  v: jax.Array, log_small: jax.Array, log_large: jax.Array
+) -> jax.Array:
+  """Returns the logarithm of a variance, from that for v = -1 to v = 1."""
+  return log_small + 0.5 * (v + 1.0) * (log_large - log_small)
+
+
 def split(both: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Splits a network's channels into its prediction and v."""
   if both.shape != (*x.shape[:-1], 2 * x.shape[-1]):
@@ -121,11 +128,20 @@ def split(both: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
   return value, v
 
 
+def apart(predict):
+  """Returns `predict` as (prediction, v), which are halves of its channels."""
+
+  def both(params, x_t, t_B, cond, rng):
+    return split(predict(params, x_t, t_B, cond, rng), x_t)
+
+  return both
+
+
 def predicted(predict):
   """Returns `predict` without the variance: the first half of its channels."""
 
-  def first(params, x_t, t_B, cond, rng):
-    value, _ = split(predict(params, x_t, t_B, cond, rng), x_t)
+  def first(*inputs):
+    value, _ = apart(predict)(*inputs)
     return value
 
   return first

@@ -84,6 +84,8 @@ class LawConfig:
 
   `mean` and `std` are those of logit t or of log sigma. `shift` is the
   resolution shift (arXiv:2403.03206, eq. 23), applied after the law; 1 is none.
+  `shift_by` multiplies it by a rule for the length of the sequence: "sd3",
+  sqrt(tokens / base_tokens), or "flux", its exp(mu).
   """
 
   name: str = "logit_normal"
@@ -94,11 +96,40 @@ class LawConfig:
   b: float | None = None
   compat: bool | None = None
   shift: float = 1.0
+  shift_by: str | None = None
+  base_tokens: int | None = None
   stratified: bool = False
 
-  def build(self, path: paths.Path) -> times.TimeLaw:
+  def build(self, path: paths.Path, tokens: int | None) -> times.TimeLaw:
     """Returns the law, on a path where it is one of sigma."""
-    return times.build(self.name, path, **options(self))
+    chosen = options(self, "shift_by", "base_tokens")
+    chosen["shift"] *= shift_by(self, tokens)
+    return times.build(self.name, path, **chosen)
+
+
+def shift_by(config: Any, tokens: int | None) -> float:
+  """Returns the shift of a group's rule `shift_by`, for so many tokens."""
+  chosen = (
+    {} if config.base_tokens is None else {"base_tokens": config.base_tokens}
+  )
+  if config.shift_by is None:
+    if chosen:
+      raise ValueError(
+        f"base_tokens = {config.base_tokens} is an option of shift_by, which "
+        "is not set: 'sd3' or 'flux'."
+      )
+    return 1.0
+  if tokens is None:
+    raise ValueError(
+      f"shift_by = {config.shift_by!r} is for transformers, and this network "
+      "has no tokens."
+    )
+  return times.shift_by(config.shift_by, tokens, **chosen)
+
+
+def tokens_of(model: Any) -> int | None:
+  """Returns the number of tokens of an image in a model, if it has any."""
+  return math.prod(model.grid) if hasattr(model, "grid") else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +142,33 @@ class WeightConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistanceConfig:
+  """How far from its target an output is, as named in flow/distances.py."""
+
+  name: str = "l2"
+  c: float | None = None
+  of: str | None = None
+  scale: float | None = None
+  floor: float | None = None
+
+  def __post_init__(self):
+    self.build()
+
+  def build(self) -> distances.Distance:
+    """Returns the distance."""
+    return distances.build(self.name, **options(self))
+
+
+@dataclasses.dataclass(frozen=True)
 class CouplingConfig:
-  """Which noise meets which data, as named in flow/couplings.py."""
+  """Which noise meets which data, as named in flow/couplings.py.
+
+  After "pairs", `then` may couple the two ends further, as by
+  "optimal_transport", whose options these are.
+  """
 
   name: str = "independent"
+  then: str | None = None
   sigma: float | None = None
   sigma_min: float | None = None
   epsilon: float | None = None
@@ -127,7 +181,17 @@ class CouplingConfig:
 
   def build(self) -> couplings.Coupling:
     """Returns the coupling."""
-    return couplings.build(self.name, **options(self))
+    chosen = options(self, "then")
+    if self.then is None:
+      return couplings.build(self.name, **chosen)
+    if self.name != "pairs" or self.then == "pairs":
+      raise ValueError(
+        f"then = {self.then!r} after the coupling {self.name!r}: it is for "
+        "'pairs' alone, to couple them further, as by 'optimal_transport'."
+      )
+    return couplings.chain(
+      couplings.pairs(), couplings.build(self.then, **chosen)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +244,7 @@ class FlowConfig:
   sigma_data: float = 0.5
   law: LawConfig = _group(LawConfig)
   weight: WeightConfig = _group(WeightConfig)
-  distance: str = "l2"
+  distance: DistanceConfig = _group(DistanceConfig)
   coupling: CouplingConfig = _group(CouplingConfig)
   learned_variance: bool = False
   uncertainty: bool = False
@@ -190,7 +254,6 @@ class FlowConfig:
   def __post_init__(self):
     _member("objective", self.objective, OBJECTIVES)
     _member("prediction", self.prediction, prediction.PREDICTIONS)
-    _member("distance", self.distance, distances.DISTANCES)
     if self.levels is not None and self.levels < 2:
       raise ValueError(
         f"levels = {self.levels} values of a pixel; 256 for images of 8 bits."
@@ -198,7 +261,7 @@ class FlowConfig:
     if not self.sigma_data > 0:
       raise ValueError(f"sigma_data = {self.sigma_data} must be above 0.")
     path = self.path.build()
-    self.law.build(path)
+    self.law.build(path, tokens=1)
     self._weight(path)
     objective.Objective(
       path, self.prediction, self.coupling.build(), self.sigma_data
@@ -226,6 +289,7 @@ class FlowConfig:
     """Refuses what the log-density of the data does not depend on."""
     plain = FlowConfig()
     for name in (
+      "law",
       "weight",
       "distance",
       "coupling",
@@ -243,7 +307,8 @@ class FlowConfig:
     if self._by_likelihood(network):
       return self.bits(network, training=True)
     path = self.path.build()
-    law, weight = self.law.build(path), self._weight(path)
+    law = self.law.build(path, tokens_of(network.config))
+    weight = self._weight(path)
     if self.learned_variance:
       return losses.hybrid(
         network.apply,
@@ -251,7 +316,7 @@ class FlowConfig:
         law,
         prediction=self.prediction,
         weight=weight,
-        distance=self.distance,
+        distance=self.distance.build(),
       )
     predict = self.predictor(network)
     if network.uncertainty is not None:
@@ -321,8 +386,16 @@ class FlowConfig:
 
     return forward
 
-  def predictor(self, network: models.Network) -> losses.Predictor:
-    """Returns predict(params, x_t, t_B, cond, rng), of `prediction` alone."""
+  def predictor(
+    self, network: models.Network, *, with_variance: bool = False
+  ) -> losses.Predictor:
+    """Returns predict(params, x_t, t_B, cond, rng), of `prediction` alone.
+
+    That of a network which learns its variance gives, `with_variance`, the pair
+    (prediction, v).
+    """
+    if with_variance:
+      return variance.apart(network.apply)
     return self.prepared(network.apply)
 
   def prepared(self, predict: losses.Predictor) -> losses.Predictor:
@@ -336,7 +409,7 @@ class FlowConfig:
   def _space(self) -> dict[str, Any]:
     return {
       "prediction": self.prediction,
-      "distance": self.distance,
+      "distance": self.distance.build(),
       "coupling": self.coupling.build(),
       "sigma_data": self.sigma_data,
     }

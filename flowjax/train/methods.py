@@ -4,10 +4,15 @@ import dataclasses
 import math
 from typing import Any
 
+import numpy as np
+
+from flowjax import errors, models, schema
 from flowjax.flow import (
   grids,
+  guidance,
   guidance_rules,
   paths,
+  prediction,
   sampling,
   solvers,
 )
@@ -46,10 +51,16 @@ class SolverConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GridConfig:
-  """The times that a solver visits, as named in flow/grids.py."""
+  """The times that a solver visits, as named in flow/grids.py.
+
+  `shift_by` multiplies the shift by a rule for the length of the sequence, as
+  in the law of t.
+  """
 
   name: str = "uniform"
   shift: float | None = None
+  shift_by: str | None = None
+  base_tokens: int | None = None
   rho: float | None = None
   sigma_min: float | None = None
   sigma_max: float | None = None
@@ -65,6 +76,16 @@ class GridConfig:
   spacing: str | None = None
   compat: bool | None = None
 
+  def build(
+    self, path: paths.Path, steps: int, tokens: int | None
+  ) -> np.ndarray:
+    """Returns the times, for images of so many tokens."""
+    chosen = flows.options(self, "shift_by", "base_tokens")
+    factor = flows.shift_by(self, tokens)
+    if self.shift_by is not None:
+      chosen["shift"] = chosen.get("shift", 1.0) * factor
+    return grids.build(self.name, path, steps, **chosen)
+
 
 @dataclasses.dataclass(frozen=True)
 class GuidanceConfig:
@@ -73,13 +94,15 @@ class GuidanceConfig:
   Scale 1 is the plain conditional field. Guidance acts for t inside `interval`.
   Before it, the first `zero_init_steps` do not move (CFG-Zero*). Skip-layer
   guidance pushes away from the network without its blocks `skip_layers`, by
-  `skip_scale`, inside `skip_interval`.
+  `skip_scale`, inside `skip_interval`; perturbed attention guidance from the
+  one whose tokens attend to themselves alone in `perturbed_layers`.
   """
 
   name: str = "cfg"
   scale: float = 1.0
   interval: tuple[float, float] = (0.0, 1.0)
   factor: float | None = None
+  space: str | None = None
   eta: float | None = None
   norm_threshold: float | None = None
   momentum: float | None = None
@@ -87,13 +110,23 @@ class GuidanceConfig:
   skip_layers: tuple[int, ...] = ()
   skip_scale: float = 0.0
   skip_interval: tuple[float, float] = (0.0, 1.0)
+  perturbed_layers: tuple[int, ...] = ()
+  perturbed_scale: float = 0.0
+  perturbed_interval: tuple[float, float] = (0.0, 1.0)
 
   def __post_init__(self):
-    if not math.isfinite(self.scale):
+    if self.space is not None and self.space not in prediction.PREDICTIONS:
       raise ValueError(
-        f"scale = {self.scale} must be a finite number; 1 is no guidance."
+        f"space = {self.space!r} is no prediction that a rule can act on. "
+        f"{schema.closest(self.space, prediction.PREDICTIONS)}"
       )
-    for name in ("interval", "skip_interval"):
+    for name, none in (("scale", 1), ("skip_scale", 0), ("perturbed_scale", 0)):
+      value = getattr(self, name)
+      if not math.isfinite(value):
+        raise ValueError(
+          f"{name} = {value} must be a finite number; {none} is no guidance."
+        )
+    for name in ("interval", "skip_interval", "perturbed_interval"):
       low, high = getattr(self, name)
       if not 0 <= low <= high <= 1:
         raise ValueError(
@@ -104,10 +137,36 @@ class GuidanceConfig:
         f"skip_layers = {self.skip_layers} and skip_scale = {self.skip_scale} "
         "need each other: SD3.5 skips (7, 8, 9) by 2.5."
       )
+    if bool(self.perturbed_layers) != bool(self.perturbed_scale):
+      raise ValueError(
+        f"perturbed_layers = {self.perturbed_layers} and perturbed_scale = "
+        f"{self.perturbed_scale} need each other: blocks in the middle of the "
+        "network, by 3.0."
+      )
     if self.zero_init_steps < 0:
       raise ValueError(
         f"zero_init_steps = {self.zero_init_steps} is below 0; 0 is none."
       )
+
+  def pushes(self, network: models.Network) -> list[guidance.Push]:
+    """Returns the pushes, each away from `apply` of a degraded network.
+
+    Raises UserError for a block that the network does not have.
+    """
+    found = []
+    for name, degrade in (
+      ("skip", models.without_layers),
+      ("perturbed", models.with_identity_attention),
+    ):
+      layers, scale, interval = (
+        getattr(self, f"{name}_{what}")
+        for what in ("layers", "scale", "interval")
+      )
+      if layers:
+        with errors.naming(f"config.sample.guidance.{name}_layers"):
+          degraded = degrade(network, layers)
+        found.append(guidance.Push(degraded, scale, interval))
+    return found
 
 
 AS_TRAINED = "as_trained"
@@ -159,34 +218,41 @@ class SampleConfig:
       )
     self._rule()
 
-  def method(self, flow: flows.FlowConfig) -> sampling.Method:
+  def method(
+    self, flow: flows.FlowConfig, tokens: int | None = None
+  ) -> sampling.Method:
     """Returns how networks trained by `flow` are sampled.
 
+    `tokens` is the number of those of an image, for a shift that depends on it.
     Raises ValueError for a solver or a grid that this path does not allow.
     """
     trained_on, another = flow.path.build(), self.path.another()
     path, chosen = another or trained_on, self.guidance
-    grid = grids.build(
-      self.grid.name, path, self.steps, **flows.options(self.grid)
-    )
     return sampling.Method(
       path=path,
       prediction=flow.prediction,
-      solver=solvers.build(
-        self.solver.name, path, **flows.options(self.solver)
-      ),
-      grid=grid,
+      solver=self._solver(path, flow),
+      grid=self.grid.build(path, self.steps, tokens),
       rule=self._rule(),
       interval=chosen.interval,
       still_steps=chosen.zero_init_steps,
-      push_scale=chosen.skip_scale,
-      push_interval=chosen.skip_interval,
       sigma_data=flow.sigma_data,
       trained_on=trained_on if another else None,
     )
 
+  def _solver(self, path: paths.Path, flow: flows.FlowConfig) -> solvers.Solver:
+    solver = solvers.build(self.solver.name, path, **flows.options(self.solver))
+    if getattr(solver, "learns_variance", False) and not flow.learned_variance:
+      raise ValueError(
+        f"solver.variance = {self.solver.variance!r}: this network learns no "
+        "variance. Take 'small' or 'large', or train one that does, with "
+        "flow.learned_variance=True and model.out_channels twice the channels "
+        "(the preset 'iddpm')."
+      )
+    return solver
+
   def _rule(self) -> guidance_rules.Rule:
-    rule = ("scale", "factor", "eta", "norm_threshold", "momentum")
+    rule = ("scale", "factor", "space", "eta", "norm_threshold", "momentum")
     chosen = flows.options(self.guidance)
     return guidance_rules.build(
       self.guidance.name, **{key: chosen[key] for key in rule if key in chosen}

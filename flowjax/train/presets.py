@@ -59,7 +59,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "sample.solver.name": "euler",
     "sample.grid.name": "flow_match",
     "sample.grid.source": "even",
-    "sample.grid.mu": 1.15,
+    "sample.grid.shift_by": "flux",
     "sample.steps": 28,
   },
   # DDPM (arXiv:2006.11239): linear betas, noise, ancestral sampling.
@@ -88,6 +88,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "flow.law.name": "uniform",
     "flow.learned_variance": True,
     "sample.solver.name": "ddpm",
+    "sample.solver.variance": "learned",
     "sample.grid.name": "linspace",
     "sample.steps": 250,
   },

@@ -117,7 +117,7 @@ def read_config(workdir: pathlib.Path) -> experiment.Experiment:
 
   What an earlier FlowJAX wrote lacks the keys that are newer, and these have
   their defaults. So that a key that was lost is not taken for one that is new,
-  a file that is not as it was written must have them all.
+  a file whose seal is broken must have them all.
   """
   path = workdir / "config.json"
   if not path.exists():
@@ -128,9 +128,10 @@ def read_config(workdir: pathlib.Path) -> experiment.Experiment:
     )
   values = read_json(path)
   seal = values.pop(SEAL, None)
+  checksum = _checksum(values)
   try:
     config = experiment.build(values)
-    if not isinstance(seal, dict) or seal.get("checksum") != _checksum(values):
+    if seal is not None and seal.get("checksum") != checksum:
       schema.require_all(config, values, "config")
     return config
   except errors.UserError as error:

@@ -15,7 +15,9 @@ X = jnp.asarray(np.random.default_rng(0).standard_normal((B, 4, 2), np.float32))
 
 def network(x, t_B, cond):
   label_B = cond["label"][:, None, None]
-  return jnp.sin(2.0 * x + label_B) + 0.3 * label_B * t_B[:, None, None]
+  told_B = cond.get("guidance", jnp.zeros(x.shape[0]))[:, None, None]
+  value = jnp.sin(2.0 * x + label_B) + 0.3 * label_B * t_B[:, None, None]
+  return value + 0.1 * told_B
 
 
 def method(solver, source="velocity", rule="cfg", *, steps=6, **options):
@@ -91,14 +93,98 @@ def test_pushes_and_worse_networks_are_of_the_networks_own_prediction():
   def worse(x, t_B, cond):
     return 0.5 * network(x, t_B, cond) - jnp.cos(x)
 
-  for options in ({"worse": worse}, {"degraded": worse}):
+  push = guidance.Push(worse, 0.5, (0.2, 1.0))
+  for options in ({"worse": worse}, {"pushes": [push, push]}):
     euler, ddim = (
-      method(name, "edm", push_scale=0.5).sample(
-        network, COND, UNCOND, X, **options
-      )
+      method(name, "edm").sample(network, COND, UNCOND, X, **options)
       for name in ("euler", "ddim")
     )
     np.testing.assert_allclose(euler, ddim, atol=2e-4, rtol=1e-4)
+
+
+def test_two_pushes_add_up():
+  def worse(x, t_B, cond):
+    return 0.5 * network(x, t_B, cond) - jnp.cos(x)
+
+  def ends(*scales):
+    pushes = [guidance.Push(worse, scale) for scale in scales]
+    return method("euler").sample(network, COND, UNCOND, X, pushes=pushes)
+
+  np.testing.assert_allclose(ends(0.2, 0.3), ends(0.5), atol=1e-5)
+  assert np.abs(ends(0.5) - ends()).max() > 0.05
+
+
+@pytest.mark.parametrize(
+  "rule,options",
+  [(rule, {}) for rule in sorted(guidance.GUIDANCES)]
+  + [("apg", {"momentum": -0.5})],
+)
+def test_each_example_has_its_own_scale(rule, options):
+  made = method("euler", rule=rule, steps=3, **options)
+  scales = jnp.array([1.0, 1.5, 4.0])
+  found = made.sample(network, COND, UNCOND, X, scale=scales)
+  for i, scale in enumerate(scales.tolist()):
+    alone = made.sample(network, COND, UNCOND, X, scale=scale)
+    np.testing.assert_allclose(found[i], alone[i], atol=1e-5, rtol=1e-5)
+  plain = made.sample(network, COND, UNCOND, X)
+  assert np.abs(found - plain).max() > 1e-2
+
+
+def test_a_learned_variance_goes_by_guidance_and_costs_nothing():
+  calls = []
+
+  def both(x, t_B, cond):
+    jax.debug.callback(lambda x: calls.append(len(x)), x)
+    value = network(x, t_B, cond)
+    return value, jnp.tanh(value)
+
+  def worse(x, t_B, cond):
+    return 0.5 * network(x, t_B, cond)
+
+  def fields(predict, scale, **options):
+    rule = guidance.build("cfg", scale=scale)
+    more = {"interval": (0.2, 0.8), "path": paths.straight(), "target": "data"}
+    return guidance.guided(predict, COND, UNCOND, rule, **more, **options)
+
+  for scale, pushes in ((1.0, []), (3.0, [guidance.Push(worse, 0.5)])):
+    for t, count in ((0.5, B if scale == 1.0 else 2 * B), (0.9, B)):
+      calls.clear()
+      made = jax.jit(fields(both, scale, pushes=pushes))
+      value, v = made(X, jnp.float32(t))
+      jax.effects_barrier()
+      assert calls == [count]
+      alone = fields(network, scale, pushes=pushes)(X, t)
+      np.testing.assert_allclose(value, alone, atol=1e-5)
+      strong = network(X, jnp.full((B,), t), COND)
+      np.testing.assert_allclose(v, jnp.tanh(strong), atol=1e-6)
+  rule = guidance.build("cfg", scale=3.0)
+  away = guidance.autoguided(both, worse, COND, rule)
+  value, v = away(X, 0.5)
+  expected = guidance.autoguided(network, worse, COND, rule)(X, 0.5)
+  np.testing.assert_allclose(value, expected, atol=1e-5)
+  np.testing.assert_allclose(
+    v, jnp.tanh(network(X, jnp.full((B,), 0.5), COND)), atol=1e-6
+  )
+
+
+def test_a_solve_that_stops_is_reported_out_of_jit():
+  pytest.importorskip("diffrax")
+
+  def broken(x, t_B, cond):
+    return network(x, jnp.where(t_B < 0.4, jnp.nan, t_B), cond)
+
+  made = method("dopri5")
+  fields = [made.field(predict, COND, UNCOND) for predict in (broken, network)]
+  images, report = jax.jit(lambda x: made.reported(fields[0], x))(X)
+  assert np.all(np.isnan(images)) and not report.finished
+  assert int(report.evaluations) < 500
+  said = made.reason(fields[0], report)
+  assert "stopped at t = 0.4" in said and "not finite" in said
+  assert f"after {int(report.evaluations)} evaluations" in said
+  images, report = jax.jit(lambda x: made.reported(fields[1], x))(X)
+  assert report.finished and np.all(np.isfinite(images))
+  _, report = method("euler").reported(fields[1], X)
+  assert report is None
 
 
 def test_what_is_followed_is_converted():
@@ -140,3 +226,33 @@ def test_a_network_is_sampled_on_another_path_than_its_own(other):
 
   found = drawn(gaussian(trained_on), trained_on=trained_on)
   np.testing.assert_allclose(found, drawn(gaussian(path)), atol=2e-3)
+
+
+@pytest.mark.parametrize("solver", ["heun", "rk4", "dpmpp_2m", "ddim"])
+@pytest.mark.parametrize("name", ["straight", "vp", "edm"])
+def test_what_is_encoded_is_drawn_again(name, solver):
+  path = paths.build(name)
+  way = sampling.Method(
+    path=path,
+    prediction="v",
+    solver=solvers.build(solver, path),
+    grid=grids.build("karras" if name == "edm" else "uniform", path, 60),
+    rule=guidance.build("cfg", scale=1.0),
+  )
+
+  def predict(x, t_B, cond):
+    noise = gaussian(path)(x, t_B, cond)
+    return prediction.convert(path, "noise", "v", noise, x, t_B)
+
+  images = 1.0 + 0.5 * np.random.default_rng(2).standard_normal((B, 400))
+  start = way.encode(predict, COND, jnp.asarray(images, jnp.float32))
+  # Standard normal, as samples start.
+  np.testing.assert_allclose(np.std(start), 1.0, atol=0.06)
+  again = way.sample(predict, COND, UNCOND, start)
+  first_order = solver == "ddim"
+  np.testing.assert_allclose(again, images, atol=0.2 if first_order else 0.05)
+
+
+def test_noise_that_is_drawn_cannot_be_encoded():
+  with pytest.raises(ValueError, match="'ddpm' draws noise"):
+    method("ddpm").encode(network, COND, X)

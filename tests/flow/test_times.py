@@ -341,14 +341,10 @@ def test_laws_by_name_build_with_their_defaults(name):
   assert np.all(np.asarray(law.density(t)) > 0.0)
 
 
-def diffusers_times(monkeypatch, scheme, **options):
+def diffusers_times(scheme, **options):
   """Returns the times that diffusers draws, and its random numbers."""
   torch = pytest.importorskip("torch")
   pytest.importorskip("diffusers")
-  # Imported there if it is present, not used here, and often mismatched.
-  monkeypatch.setattr(
-    "diffusers.utils.import_utils._torchvision_available", False
-  )
   training = pytest.importorskip("diffusers.training_utils")
   draw = training.compute_density_for_timestep_sampling
   generator = torch.Generator().manual_seed(0)
@@ -357,10 +353,8 @@ def diffusers_times(monkeypatch, scheme, **options):
 
 
 @pytest.mark.slow
-def test_mode_is_that_of_diffusers(monkeypatch):
-  expected, generator, torch = diffusers_times(
-    monkeypatch, "mode", mode_scale=1.29
-  )
+def test_mode_is_that_of_diffusers():
+  expected, generator, torch = diffusers_times("mode", mode_scale=1.29)
   u = torch.rand(size=(1000,), generator=generator).numpy()
   # There the quantile function falls.
   t = times.mode(1.29).quantile(1.0 - u)
@@ -368,9 +362,9 @@ def test_mode_is_that_of_diffusers(monkeypatch):
 
 
 @pytest.mark.slow
-def test_logit_normal_is_that_of_diffusers(monkeypatch):
+def test_logit_normal_is_that_of_diffusers():
   expected, generator, torch = diffusers_times(
-    monkeypatch, "logit_normal", logit_mean=0.5, logit_std=0.8
+    "logit_normal", logit_mean=0.5, logit_std=0.8
   )
   z = torch.normal(0.0, 1.0, size=(1000,), generator=generator).double()
   with jax.enable_x64(True):
@@ -381,10 +375,8 @@ def test_logit_normal_is_that_of_diffusers(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_compat_is_what_diffusers_makes_of_a_mean(monkeypatch, shift):
-  u, *_ = diffusers_times(
-    monkeypatch, "logit_normal", logit_mean=1.0, logit_std=1.0
-  )
+def test_compat_is_what_diffusers_makes_of_a_mean(shift):
+  u, *_ = diffusers_times("logit_normal", logit_mean=1.0, logit_std=1.0)
   diffusers = pytest.importorskip("diffusers")
   scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
   sigma = scheduler.sigmas.numpy()[(u * 1000).astype(np.int64)]

@@ -255,12 +255,8 @@ def test_an_impossible_value_is_refused(make, message):
 
 
 @pytest.fixture
-def training_utils(monkeypatch):
+def training_utils():
   pytest.importorskip("diffusers")
-  # Imported there if it is present, not used here, and often mismatched.
-  monkeypatch.setattr(
-    "diffusers.utils.import_utils._torchvision_available", False
-  )
   return pytest.importorskip("diffusers.training_utils")
 
 

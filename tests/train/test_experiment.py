@@ -47,7 +47,7 @@ def test_a_saved_config_builds_the_same_experiment():
     ("flow", "prediction", "epsilon", "noise"),
     ("flow", "prediction", "noise", "is multiplied by"),
     ("flow", "weight", {"name": "min_snrr"}, "min_snr"),
-    ("flow", "distance", "l3", "l2"),
+    ("flow", "distance", {"name": "l3"}, "l2"),
     ("flow", "coupling", {"name": "optimal"}, "optimal_transport"),
     ("flow", "coupling", {"name": "pairs"}, "pair_source"),
     ("data", "pair_source", "digits", "pair_source"),

@@ -32,6 +32,7 @@ def network(apply, **more):
     apply=lambda params, x, t, cond, rng=None: apply(params["scale"], x, t),
     unconditional=lambda cond: cond,
     flops=0,
+    example=lambda batch: {},
     **more,
   )
 
@@ -58,8 +59,8 @@ def test_each_preset_trains_and_can_be_sampled(name):
   assert np.isfinite(value) and float(slopes["scale"]) != 0.0
 
   short = dataclasses.replace(built.sample, steps=3)
-  method = short.method(built.flow)
-  predict = built.flow.predictor(net)
+  method = short.method(built.flow, flows.tokens_of(built.model))
+  predict = built.flow.predictor(net, with_variance=method.learns_variance)
   images = method.sample(
     lambda x, t, cond: predict(net.init(None), x, t, cond, None),
     {},
@@ -160,6 +161,55 @@ def test_skipped_layers_push_and_must_exist():
     experiment.build(full)
 
 
+def test_perturbed_layers_push_beside_skipped_ones():
+  values = config(depth=3)
+  values.sample.guidance.update(
+    skip_layers=(0,),
+    skip_scale=2.5,
+    perturbed_layers=(1, 2),
+    perturbed_scale=3.0,
+    perturbed_interval=(0.2, 0.9),
+  )
+  built = experiment.build(values)
+  net = models.build(built.model)
+  skipped, perturbed = built.sample.guidance.pushes(net)
+  assert (skipped.scale, skipped.interval) == (2.5, (0.0, 1.0))
+  assert (perturbed.scale, perturbed.interval) == (3.0, (0.2, 0.9))
+  params = jax.tree.map(
+    lambda p: 0.1 * jnp.cos(jnp.arange(float(p.size))).reshape(p.shape),
+    jax.eval_shape(net.init, jax.random.key(0)),
+  )
+  x = jax.random.normal(jax.random.key(2), (2, 8, 8, 1))
+  inputs = (x, jnp.array([0.2, 0.7]), {"label": jnp.array([1, 2])})
+  for push, apply in (
+    (skipped, models.without_layers(net, (0,))),
+    (perturbed, models.with_identity_attention(net, (1, 2))),
+  ):
+    found = jax.jit(push.degraded)(params, *inputs)
+    np.testing.assert_array_equal(found, jax.jit(apply)(params, *inputs))
+  assert config().sample.guidance.perturbed_layers == ()
+
+
+def test_a_learned_variance_is_of_the_path_of_training():
+  values = config("iddpm")
+  built = experiment.build(values)
+  assert built.sample.method(built.flow).learns_variance
+  values.sample.grid.name = "uniform"
+  values.sample.path.name = "vp"
+  with pytest.raises(errors.UserError, match="'vp', is to be followed"):
+    experiment.build(values)
+
+
+def test_the_variance_that_a_network_learns_is_the_second_half():
+  flow = experiment.build(config("iddpm")).flow
+  net = network(lambda scale, x, t: jnp.concatenate([scale * x, 0.5 * x], -1))
+  inputs = ({"scale": 2.0}, jnp.ones(SHAPE), jnp.ones(6), {}, None)
+  value, v = flow.predictor(net, with_variance=True)(*inputs)
+  np.testing.assert_allclose(value, 2.0)
+  np.testing.assert_allclose(v, 0.5)
+  np.testing.assert_array_equal(flow.predictor(net)(*inputs), value)
+
+
 @pytest.mark.slow
 def test_a_network_without_layers_is_the_one_whose_gates_are_shut():
   built = experiment.build(config(depth=3))
@@ -225,8 +275,49 @@ def test_momentum_is_refused_where_a_solver_chooses_its_steps():
       "blocks 0 to",
     ),
     (
+      {"sample": {"guidance": {"perturbed_layers": (12,)}}},
+      "perturbed_scale = 0.0 need each other",
+    ),
+    (
+      {"sample": {"guidance": {"perturbed_scale": 2.0}}},
+      r"perturbed_layers = \(\).*need each other",
+    ),
+    (
+      {
+        "sample": {
+          "guidance": {"perturbed_layers": (12,), "perturbed_scale": 1.0}
+        }
+      },
+      r"perturbed_layers: blocks \(12,\): this network has the blocks 0 to 11",
+    ),
+    (
+      {"sample": {"guidance": {"perturbed_interval": (0.5, 0.2)}}},
+      "perturbed_interval",
+    ),
+    (
+      {"sample": {"guidance": {"perturbed_scale": math.nan}}},
+      "perturbed_scale = nan must be a finite",
+    ),
+    (
       {"sample": {"steps": 2, "guidance": {"zero_init_steps": 2}}},
       "must move",
+    ),
+    (
+      {
+        "flow": {
+          "objective": "maximum_likelihood",
+          "law": {"name": "uniform"},
+        }
+      },
+      "law belongs to the objective 'matching'",
+    ),
+    (
+      {"sample": {"solver": {"name": "ddpm", "variance": "learned"}}},
+      "learns no variance.*'small'.*learned_variance=True",
+    ),
+    (
+      {"sample": {"solver": {"name": "heun", "variance": "learned"}}},
+      "'heun' has no option 'variance'",
     ),
   ],
 )
@@ -264,3 +355,78 @@ def test_the_likelihood_trains_with_labels_dropped():
   seen.clear()
   flow.validation_loss(net)(net.init(None), batch(), jax.random.key(0))
   assert not any(seen)
+
+
+def test_options_of_a_distance_and_of_paired_couplings_reach_them():
+  values = config()
+  values.flow.distance.update(name="pseudo_huber", c=0.5, of="examples")
+  measure = experiment.build(values).flow.distance.build()
+  zero, two = jnp.zeros((1, 3)), jnp.full((1, 3), 2.0)
+  np.testing.assert_allclose(measure(two, zero), np.sqrt(4.25) - 0.5, rtol=1e-6)
+  values.flow.distance.scale = 2.0
+  with pytest.raises(
+    errors.UserError, match="no option 'scale'; it takes c, of"
+  ):
+    experiment.build(values)
+
+  coupling = flows.CouplingConfig("pairs", then="optimal_transport").build()
+  x, ends = jnp.array([[0.0], [1.0]]), jnp.array([[1.1], [0.1]])
+  _, found, _ = coupling(jax.random.key(0), x, 0 * x, {"source": ends})
+  np.testing.assert_allclose(found, ends[::-1])
+  with pytest.raises(ValueError, match="'pairs' alone"):
+    flows.CouplingConfig("independent", then="optimal_transport")
+
+
+@pytest.mark.parametrize(
+  ("rule", "base", "shift"),
+  [("sd3", 4, 2.0), ("sd3", None, 0.25), ("flux", None, math.exp(0.459375))],
+)
+def test_a_shift_follows_from_the_length_of_the_sequence(rule, base, shift):
+  values = config()  # 16 tokens
+  for group in (values.flow.law, values.sample.grid):
+    group.update(shift_by=rule, base_tokens=base)
+  values.sample.steps = 4
+  built = experiment.build(values)
+  fixed = flows.LawConfig(shift=shift)
+  u = jnp.array([0.1, 0.5, 0.8])
+  path, tokens = built.flow.path.build(), flows.tokens_of(built.model)
+  np.testing.assert_allclose(
+    built.flow.law.build(path, tokens).quantile(u),
+    fixed.build(path, None).quantile(u),
+    rtol=1e-6,
+  )
+  grid = built.sample.method(built.flow, tokens).grid
+  t = np.linspace(1, 0, 5)
+  np.testing.assert_allclose(grid, shift * t / (1 + (shift - 1) * t), rtol=1e-6)
+
+
+def test_a_shift_that_follows_from_nothing_is_refused():
+  values = config()
+  values.flow.law.base_tokens = 256
+  with pytest.raises(errors.UserError, match="base_tokens = 256 is an option"):
+    experiment.build(values)
+  values.flow.law.shift_by = "sd33"
+  with pytest.raises(errors.UserError, match="mean 'sd3'"):
+    experiment.build(values)
+
+
+def test_the_space_of_a_rule_is_that_of_the_config():
+  values = config()
+  values.sample.guidance.update(name="apg", scale=2.0, space="noise")
+  built = experiment.build(values)
+  assert built.sample.method(built.flow).rule.space == "noise"
+  values.sample.guidance.space = "noises"
+  with pytest.raises(errors.UserError, match="mean 'noise'"):
+    experiment.build(values)
+
+
+def test_samples_may_follow_another_path():
+  values = config("sd2_v")
+  values.sample.update(grid={"name": "uniform"}, path={"name": "straight"})
+  built = experiment.build(values)
+  method = built.sample.method(built.flow)
+  assert method.path.name == "straight"
+  assert method.trained_on.name == "scaled_linear"
+  values.sample.path.update(name="as_trained", high=0.9)
+  with pytest.raises(errors.UserError, match="high of the path 'as_trained'"):
+    experiment.build(values)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from flowjax import errors
+from flowjax import errors, schema
 from flowjax.train import experiment, workdir
 
 _VALUES = experiment.defaults()
@@ -39,6 +39,16 @@ def test_a_key_that_is_newer_than_the_run_has_its_default(tmp_path):
   write(tmp_path, older, reseal=True)
   assert workdir.read_config(tmp_path) == CONFIG
   assert not workdir.changes(tmp_path, CONFIG)
+
+
+def test_what_was_written_before_there_was_a_seal_is_read(tmp_path):
+  values = schema.to_dict(CONFIG)
+  del values["sample"]["path"]
+  values["flow"]["distance"] = "l2_cosine"  # Before it was a group.
+  (tmp_path / "config.json").write_text(json.dumps(values))
+  found = workdir.read_config(tmp_path)
+  assert found.sample == CONFIG.sample
+  assert found.flow.distance.name == "l2_cosine"
 
 
 def test_a_key_that_was_lost_is_named(tmp_path):

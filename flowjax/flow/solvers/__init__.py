@@ -47,9 +47,10 @@ class Solver(Protocol):
 
   A solver may have `grid(times)`, the times that it follows in place of those
   that it is given. One that chooses its own steps has `run(field, x, times,
-  trajectory)` in place of `init` and `step`. What `check` asks of a solver:
+  trajectory)` in place of `init` and `step`. Two more default to no:
   `stochastic`, if it draws noise on the way down and cannot go up, and
-  `needs_finite_log_snr`, if it divides by alpha or sigma; both default to no.
+  `learns_variance`, if the field is to return (prediction, v), as a network
+  does that learned both (flow/variance.py).
   """
 
   name: str

@@ -9,7 +9,8 @@ interpolated, and take no step of their own.
 step. Once the step is below 1e-9 of the whole, or after `max_steps` steps, the
 solve stops. `solve` then raises, with the time that was reached. Inside of jit
 it cannot: there it returns nan, all of it, so that no half-integrated state
-passes for an end; `integrate` also returns a `Report`, to look at outside.
+passes for an end; `integrate` also returns a `Report`, to look at outside, and
+from that `reason` says the same.
 
 Gradients are those of reverse mode, through the steps that were taken.
 """
@@ -31,6 +32,9 @@ SMALLEST_STEP = 1e-9
 # By name: the class in diffrax, and evaluations per step; the last one of a
 # step is the first one of the next.
 _METHODS = {"dopri5": ("Dopri5", 6), "tsit5": ("Tsit5", 6)}
+
+
+Field = Callable[[Any, jax.Array], Any]
 
 
 class Report(NamedTuple):
@@ -61,7 +65,7 @@ class Adaptive:
 
   def run(
     self,
-    field: Callable[[Any, jax.Array], Any],
+    field: Field,
     x: Any,
     times: jax.Array,
     trajectory: bool = False,
@@ -74,11 +78,11 @@ class Adaptive:
     states, report = self.integrate(field, x, times, trajectory)
     if isinstance(report.finished, jax.core.Tracer) or report.finished:
       return states
-    raise ValueError(self._reason(field, times, report))
+    raise ValueError(self.reason(field, times, report))
 
   def integrate(
     self,
-    field: Callable[[Any, jax.Array], Any],
+    field: Field,
     x: Any,
     times: jax.Array,
     trajectory: bool = False,
@@ -130,10 +134,13 @@ class Adaptive:
     evaluations = 1 + per_step * solution.stats["num_steps"]
     return states, Report(finished, time, state, evaluations)
 
-  def _reason(self, field, times, report: Report) -> str:
+  def reason(self, field: Field, times: Any, report: Report) -> str:
     """Says why the solve stopped, by a look at the field where it did."""
     span = float(times[-1] - times[0])
-    where = f"{self.name} stopped at t = {float(report.time):.7g}"
+    where = (
+      f"{self.name} stopped at t = {float(report.time):.7g}, after "
+      f"{int(report.evaluations)} evaluations"
+    )
     for beyond in (0.0, SMALLEST_STEP, 1e-6):
       t = report.time + beyond * span
       leaves = jax.tree.leaves(field(report.state, t))

@@ -11,6 +11,10 @@ holds for any path, since sigma_t^2 (1 - e^{-2h}) is the variance of x_t given
 x_s and the data). eta = 0 is deterministic, and on the straight path it is
 Euler. eta = 1 draws from that posterior: the ancestral sampling of DDPM
 (arXiv:2006.11239, eq. 6-7).
+
+Its variance w^2 is beta-tilde of a step of whatever length; that of x_s given
+x_t, scaled as x_s, is beta = sigma_s^2 (1 - e^{-2h}). A network that learns its
+variance chooses between their logarithms (arXiv:2102.09672, eq. 15).
 """
 
 import dataclasses
@@ -21,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from flowjax.flow import paths
+from flowjax.flow import variance as variances
 from flowjax.flow.solvers import exponential, linear, noise
 
 
@@ -29,15 +34,16 @@ class Ancestral:
   """Predicts the data, and renoises it to the next time.
 
   `clip` bounds the predicted data to [-clip, clip]; the noise is then the one
-  that the bounded data imply. `large` replaces the variance of the fresh noise
-  by that of x_s given x_t, DDPM's other choice; the mean stays.
+  that the bounded data imply. The `variance` of the fresh noise is "small",
+  that of the posterior, "large", that of x_s given x_t, or "learned", between
+  them; the mean stays. For the last one the field returns (data, v).
   """
 
   name: str
   path: paths.Path
   eta: float = 0.0
   clip: float | None = None
-  large: bool = False
+  variance: str = "small"
   order: int = 1
   draw: noise.Draw = noise.normal
   prediction: str = "data"
@@ -46,6 +52,11 @@ class Ancestral:
   def stochastic(self) -> bool:
     """Whether it draws noise, and so runs from noise to data alone."""
     return self.eta > 0.0
+
+  @property
+  def learns_variance(self) -> bool:
+    """Whether the field has to return (data, v)."""
+    return self.variance == "learned"
 
   def init(self, x: Any, rng: jax.Array | None) -> Any:
     """Returns the key from which noise is drawn, if it is drawn."""
@@ -57,7 +68,10 @@ class Ancestral:
 
   def step(self, field: Any, x: Any, memory: Any, step: Any) -> tuple[Any, Any]:
     """Moves x to the next time."""
-    data = linear.like(x, field(x, step.t))
+    data, v = field(x, step.t), None
+    if self.learns_variance:
+      data, v = data
+    data = linear.like(x, data)
     if self.clip is not None:
       bound = self.clip
       data = jax.tree.map(lambda d: jnp.clip(d, -bound, bound), data)
@@ -68,20 +82,42 @@ class Ancestral:
     # sqrt(1 - eta^2 fresh), without the cancellation: this part of the noise
     # in x_s stays.
     turn = jnp.sqrt(1.0 - self.eta**2 + (self.eta * over.decay) ** 2)
-    weights = [
+    weights: list[linear.Weight] = [
       turn * over.keep,
       over.alpha * (1.0 - turn * over.decay),
-      self._deviation(over, fresh),
     ]
     drawn = self.draw(memory, step.number, x)
+    if v is None:
+      weights.append(self._deviation(over, fresh))
+    else:
+      drawn = _scaled(drawn, v, over, fresh)
+      weights.append(1.0)
     return linear.combine(weights, (x, data, drawn)), memory
 
   def _deviation(self, over, fresh):
-    if not self.large:
-      return self.eta * over.sigma * jnp.sqrt(fresh)
-    # sigma_s, and no noise on the data themselves.
-    sigma = over.sigma / jnp.where(over.sigma > 0.0, over.keep, 1.0)
+    sigma = over.sigma if self.variance == "small" else _before(over)
     return self.eta * sigma * jnp.sqrt(fresh)
+
+
+def _before(over: exponential.Interval) -> jax.Array:
+  """Returns sigma_s; at the data, where no noise is drawn, 0."""
+  return over.sigma / jnp.where(over.sigma > 0.0, over.keep, 1.0)
+
+
+def _scaled(drawn: Any, v: Any, over: exponential.Interval, fresh) -> Any:
+  """Returns the noise that is drawn, with the variance that v chooses."""
+  noisy = over.sigma > 0.0
+  small, large = (
+    jnp.log(jnp.where(noisy, fresh * sigma**2, 1.0))
+    for sigma in (over.sigma, _before(over))
+  )
+
+  def leaf(drawn, v):
+    v = v.astype(drawn.dtype)
+    deviation = jnp.exp(0.5 * variances.between(v, small, large))
+    return jnp.where(noisy, deviation, 0.0) * drawn
+
+  return jax.tree.map(leaf, drawn, v)
 
 
 def ddim(
@@ -99,17 +135,19 @@ def ddim(
 def ddpm(
   path: paths.Path, variance: str = "small", clip: float | None = None
 ) -> Ancestral:
-  """Builds ancestral sampling with the posterior's variance, or the larger.
+  """Builds ancestral sampling with the posterior's variance, or a larger.
 
   "small" is beta-tilde, the variance of x_t given x_s and the data; "large" is
-  beta, which arXiv:2006.11239 (section 3.2) found to serve as well.
+  beta, which arXiv:2006.11239 (section 3.2) found to serve as well; "learned"
+  is chosen between them by the network (arXiv:2102.09672).
   """
-  if variance not in ("small", "large"):
+  if variance not in ("small", "large", "learned"):
     raise ValueError(
       f"There is no variance {variance!r}: it must be 'small' (that of the "
-      "posterior) or 'large' (that of the forward process)."
+      "posterior), 'large' (that of the forward process), or 'learned' (by the "
+      "network, between them)."
     )
-  return Ancestral("ddpm", path, 1.0, _checked(clip), variance == "large")
+  return Ancestral("ddpm", path, 1.0, _checked(clip), variance)
 
 
 def _checked(clip: float | None) -> float | None:

@@ -61,8 +61,13 @@ class Heun:
     return noise.required(rng, self.name) if self.stochastic else ()
 
   def evaluations(self, count: int) -> int:
-    """Returns two per step but for the last, which is not corrected."""
-    return 2 * count - 1
+    """Returns how often a grid from `path.high` evaluates the field.
+
+    Two per step but for those that are not corrected.
+    """
+    with jax.ensure_compile_time_eval():
+      from_noise = float(self.path.alpha(jnp.float32(self.path.high))) <= FLOOR
+    return max(2 * count - 1 - from_noise, 1)
 
   def step(
     self,

@@ -12,14 +12,13 @@ data). D = 0 is the flow itself. Along t rising the score changes its sign.
 # States are trees of arrays, c is a scale, L the size of the last step.
 
 import dataclasses
-import difflib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from flowjax.flow import paths, prediction
+from flowjax.flow import names, paths, prediction
 from flowjax.flow.solvers import noise
 
 Diffusion = Callable[[jax.Array], jax.Array]
@@ -177,8 +176,8 @@ def _build(name: str, corrected: bool) -> Callable[..., Stochastic]:
     last_step: str = "mean",
     last_step_size: float | None = 0.04,
   ) -> Stochastic:
-    _check_name("diffusion", diffusion, DIFFUSIONS)
-    _check_name("rule for the last step", last_step, LAST_STEPS)
+    names.check("diffusion", DIFFUSIONS, diffusion)
+    names.check("rule for the last step", LAST_STEPS, last_step)
     if scale < 0.0:
       raise ValueError(
         f"The scale of the diffusion must be at least 0, not {scale}: it is a "
@@ -195,13 +194,6 @@ def _build(name: str, corrected: bool) -> Callable[..., Stochastic]:
     return Stochastic(name, path, form, last_step, last_step_size, corrected)
 
   return build
-
-
-def _check_name(what: str, name: str, known: Any) -> None:
-  if name not in known:
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"one of {sorted(known)}."
-    raise ValueError(f"There is no {what} {name!r}: {hint}")
 
 
 SOLVERS = {

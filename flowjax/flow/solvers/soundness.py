@@ -25,7 +25,6 @@ def check(
   - a grid that turns back, leaves [0, 1], or has the field evaluated outside
     of [path.low, path.high], for which no network is trained;
   - a method that draws noise on a grid that rises towards noise;
-  - a method with `needs_finite_log_snr` where alpha or sigma is 0;
   - a network that predicts noise, or score, evaluated where alpha = 0: x_t
     holds no data there, and the noise in it says nothing about them;
   - one that predicts data, followed by velocity where sigma is all but 0: the
@@ -37,16 +36,7 @@ def check(
   _check_order(solver, times)
   evaluated = times if _looks_ahead(solver) else times[:-1]
   _check_range(path, times, evaluated)
-  alpha, sigma = _coefficients(path, times)
-  if getattr(solver, "needs_finite_log_snr", False):
-    for t in times[(alpha == 0.0) | (sigma == 0.0)]:
-      raise ValueError(
-        f"The solver {solver.name!r} needs a finite log-SNR, which the path "
-        f"{path.name!r} does not have at t = {t:g}: keep the grid away from "
-        "there (paths.build(..., low=1e-3, high=0.999)), or take dpmpp_2m or "
-        "ddim, which are exact at the ends."
-      )
-  blind = evaluated[alpha[: len(evaluated)] == 0.0]
+  blind = evaluated[_alpha(path, evaluated) == 0.0]
   if prediction in ("noise", "score") and blind.size:
     raise ValueError(
       f"A network that predicts {prediction} cannot be followed from t = "
@@ -125,9 +115,6 @@ def _looks_ahead(solver: Any) -> bool:
   return hasattr(solver, "run") or max(nodes) == 1.0
 
 
-def _coefficients(
-  path: paths.Path, times: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _alpha(path: paths.Path, times: np.ndarray) -> np.ndarray:
   with jax.ensure_compile_time_eval():
-    t = jnp.asarray(times, jnp.float32)
-    return np.asarray(path.alpha(t)), np.asarray(path.sigma(t))
+    return np.asarray(path.alpha(jnp.asarray(times, jnp.float32)))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flowjax.flow import paths, solvers
+from flowjax.flow import paths, solvers, variance
 from flowjax.flow.solvers import noise
 
 MEAN, STD = 0.7, 0.3
@@ -116,6 +116,51 @@ def test_every_step_and_every_leaf_has_its_own_noise():
   drawn = np.stack([first["a"], first["b"], second["a"], second["b"]])
   correlations = np.corrcoef(drawn) - np.eye(4)
   assert np.max(np.abs(correlations)) < 0.4
+
+
+@pytest.mark.parametrize("path", ["ddpm", "straight"])
+@pytest.mark.parametrize("v,variance", [(-1.0, "small"), (1.0, "large")])
+def test_a_learned_variance_has_the_two_others_as_its_ends(path, v, variance):
+  path = paths.build(path)
+  x, times = jnp.linspace(-1.0, 1.0, 5), np.float32([1.0, 0.6, 0.1, 0.0])
+  field = data_field(path)
+
+  def end(field, variance):
+    solver = solvers.build("ddpm", path, variance=variance)
+    return solvers.solve(solver, field, x, times, rng=jax.random.key(3))
+
+  learned = end(lambda x, t: (field(x, t), jnp.full_like(x, v)), "learned")
+  np.testing.assert_allclose(learned, end(field, variance), rtol=2e-5)
+  half = end(lambda x, t: (field(x, t), jnp.zeros_like(x)), "learned")
+  assert np.abs(half - learned).max() > 1e-3
+  assert np.all(np.isfinite(half))
+
+
+def test_one_step_of_a_table_has_the_variance_that_was_trained():
+  # The step from entry i to i - 1 is that of `variance.posterior`.
+  path = paths.build("cosine", steps=20)
+  posterior = variance.posterior(path)
+  solver = solvers.build("ddpm", path, variance="learned")
+  v = jnp.linspace(-1.0, 1.5, 6)
+  for i in (1, 7, 19):
+    times = np.float32([(i + 1) / 20, i / 20])
+
+    def moved(noise, times=times):
+      given = dataclasses.replace(solver, draw=lambda *_: jnp.full(6, noise))
+      return solvers.solve(
+        given, lambda x, t: (x, v), jnp.ones(6), times, rng=jax.random.key(0)
+      )
+
+    deviation = moved(1.0) - moved(0.0)
+    expected = np.exp(0.5 * posterior.log_variance(v, jnp.int32(i)))
+    np.testing.assert_allclose(deviation, expected, rtol=1e-3)
+
+
+def test_the_choice_of_variance_names_what_there_is():
+  with pytest.raises(ValueError, match="'small'.*'large'.*'learned'"):
+    solvers.build("ddpm", paths.straight(), variance="middle")
+  with pytest.raises(ValueError, match="has no option 'variance'"):
+    solvers.build("ddim", paths.straight(), variance="learned")
 
 
 def test_ddpm_is_ddim_with_eta_1_to_the_bit():

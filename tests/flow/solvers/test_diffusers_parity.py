@@ -101,7 +101,7 @@ def theirs(scheduler, times, x, fresh=None):
   return np.stack(states)
 
 
-def ours(solver, times, x, fresh=None):
+def ours(solver, times, x, fresh=None, variance=None):
   """Returns our states after every step, with the noise that is given."""
   rng = None
   if fresh is not None:
@@ -112,7 +112,8 @@ def ours(solver, times, x, fresh=None):
     rng = jax.random.key(0)
 
   def field(x, t):
-    return network(jnp, x, t)
+    data = network(jnp, x, t)
+    return data if variance is None else (data, variance(jnp, x, t))
 
   run = jax.jit(
     lambda x: solvers.solve(solver, field, x, times, rng=rng, trajectory=True)
@@ -211,6 +212,52 @@ def test_ddpm(in_double, monkeypatch, variance, clip):
     "ddpm", paths.build("ddpm"), variance=variance, clip=clip
   )
   close(ours(solver, times, start(), fresh), expected, 1e-10)
+
+
+@pytest.mark.parametrize("steps", [8, 1000])
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_ddpm_with_a_learned_variance(in_double, monkeypatch, clip, steps):
+  scheduler = table_scheduler(
+    schedulers.DDPMScheduler,
+    "ddpm",
+    steps,
+    clip_sample=clip is not None,
+    clip_sample_range=clip,
+    variance_type="learned_range",
+    timestep_spacing="linspace",
+  )
+  # Of all the steps of the table, the first and the last three.
+  entries = [*scheduler.timesteps.tolist(), -1]
+  if steps == 1000:
+    entries = [999, 998, 997, 996, 2, 1, 0, -1]
+  times = (np.asarray(entries, np.float64) + 1.0) / 1000.0
+  fresh = drawn(len(entries) - 1)
+  left = iter(fresh)
+  monkeypatch.setattr(
+    "diffusers.schedulers.scheduling_ddpm.randn_tensor",
+    lambda *args, **options: torch.tensor(next(left)),
+  )
+  monkeypatch.setattr(
+    type(scheduler),
+    "previous_timestep",
+    lambda self, t: entries[entries.index(int(t)) + 1],
+  )
+
+  def variance(library, x, t):
+    return library.cos(3.0 * x + t)
+
+  x, expected = torch.tensor(start()), []
+  for t, entry in zip(times[:-1], entries[:-1], strict=True):
+    data = network(torch, x, float(t))
+    # Channels are the second dim in diffusers.
+    both = torch.cat([data, variance(torch, x, float(t))], dim=1)
+    x = scheduler.step(both, entry, x).prev_sample
+    expected.append(x.numpy())
+  solver = solvers.build(
+    "ddpm", paths.build("ddpm"), variance="learned", clip=clip
+  )
+  found = ours(solver, times, start(), fresh, variance)
+  close(found, np.stack(expected), 1e-10)
 
 
 DPM = {

@@ -122,7 +122,7 @@ def evaluated(solver, grid):
 
 
 def test_the_last_step_and_one_from_pure_noise_evaluate_once():
-  solver = solvers.build("edm_heun", STRAIGHT)
+  solver = solvers.build("edm_heun", paths.build("straight", high=0.9))
   seen = evaluated(solver, np.float32([0.9, 0.5, 0.25, 0.0]))
   np.testing.assert_allclose(seen, [0.9, 0.5, 0.5, 0.25, 0.25], rtol=1e-6)
   assert len(seen) == solver.evaluations(3)
@@ -130,8 +130,14 @@ def test_the_last_step_and_one_from_pure_noise_evaluate_once():
   seen = evaluated(solver, np.float32([0.9, 0.5, 0.25]))
   np.testing.assert_allclose(seen, [0.9, 0.5, 0.5], rtol=1e-6)
   # At t = 1 nothing is left of the data, and sigma / alpha is infinite.
-  seen = evaluated(solver, np.float32([1.0, 0.5, 0.25, 0.0]))
-  np.testing.assert_allclose(seen, [1.0, 0.5, 0.25, 0.25], rtol=1e-6)
+  solver = solvers.build("edm_heun", STRAIGHT)
+  for times, wanted in (
+    ([1.0, 0.5, 0.25, 0.0], [1.0, 0.5, 0.25, 0.25]),
+    ([1.0, 0.0], [1.0]),
+  ):
+    seen = evaluated(solver, np.float32(times))
+    np.testing.assert_allclose(seen, wanted, rtol=1e-6)
+    assert len(seen) == solver.evaluations(len(times) - 1)
 
 
 def test_it_is_of_second_order():

@@ -281,7 +281,7 @@ def test_quadrature_matches_its_moments():
     ("dpmpp_2m", {"form": "euler"}, "no form 'euler'"),
     ("ddim", {"eta": 1.5}, "eta must lie between 0 and 1, not 1.5"),
     ("ddim", {"clip": 0.0}, "must be above 0, not 0.0"),
-    ("ddpm", {"variance": "learned"}, "no variance 'learned'"),
+    ("ddpm", {"variance": "middle"}, "no variance 'middle'"),
   ],
 )
 def test_options_out_of_range_are_refused(name, options, message):
