@@ -5,6 +5,8 @@ import dataclasses
 import json
 from typing import Any
 
+import text_networks
+
 # Table 1 of the DiT paper (arXiv:2212.09748), and one small enough for tests.
 SIZES = {
   "tiny": dict(depth=2, width=64, heads=4),
@@ -53,6 +55,8 @@ class Workload:
 
   def model(self) -> dict[str, Any]:
     """Returns what shapes the network, by names that both sides know."""
+    if self.size in text_networks.SIZES:
+      return dict(text_networks.SIZES[self.size])
     values = dict(SIZES[self.size])
     if self.depth is not None:
       values["depth"] = self.depth
@@ -69,12 +73,20 @@ class Workload:
       qk_norm=False,
       num_classes=1000,
       timestep_scale=1000.0,
+      norm="layernorm",
+      mlp_norm_epsilon=1e-6,
+      frequency_shift=0.0,
     )
 
   @property
+  def kind(self) -> str:
+    """The name of the network: "dit", "flux" or "mmdit"."""
+    return self.model().get("name", "dit")
+
+  @property
   def tokens(self) -> int:
-    height, width = self.model()["image_size"]
-    return (height // self.patch_size) * (width // self.patch_size)
+    """The number of tokens of an image, without those of its text."""
+    return text_networks.image_tokens(self.model())
 
   def forward_flops(self) -> int:
     """Counts the blocks' matrix products for one image; a multiply-add is two.
@@ -82,8 +94,11 @@ class Workload:
       L (24 T d^2 + 4 T^2 d + 12 d^2)
 
     Linear layers with an MLP of 4 d, full attention, adaLN. The patches, the
-    embeddings and the last layer are left out: 0.01% of DiT-XL/2.
+    embeddings and the last layer are left out: 0.01% of DiT-XL/2. Networks
+    that read texts are counted in `text_networks`.
     """
+    if self.kind != "dit":
+      return text_networks.block_flops(self.model())
     model, tokens = self.model(), self.tokens
     depth, width = model["depth"], model["width"]
     linear = 24 * tokens * width**2 + 12 * width**2

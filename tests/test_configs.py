@@ -16,6 +16,11 @@ FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 VARIANTS = {
   "digits_dit.py": [""],
   "digits_nf.py": ["", ":additive"],
+  "digits_mmdit.py": ["", ":sd3.5"],
+  "digits_flux.py": [""],
+  "sd3.py": [":medium", ":3.5_medium", ":3.5_large"],
+  "flux_dev.py": [""],
+  "flux_schnell.py": [""],
   **{
     f"digits_paths/{name}.py": [""]
     for name in (
@@ -34,12 +39,15 @@ VARIANTS = {
   ],
 }
 # The published sizes, in millions (arXiv:2212.09748, table 4).
-MILLIONS = {
+MILLIONS: dict = {
   "s": {2: 33, 4: 33, 8: 33},
   "b": {2: 130, 4: 130, 8: 131},
   "l": {2: 458, 4: 458, 8: 459},
   "xl": {2: 675, 4: 675, 8: 676},
 }
+
+
+TEXT = dict(text_width=8, pooled_width=8, text_tokens=3, image_size=(8, 8))
 
 
 def test_no_config_is_forgotten():
@@ -66,13 +74,30 @@ def test_it_builds_and_its_header_says_how_to_run_it(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["digits_dit.py", "imagenet_dit.py:s_8"])
-def test_it_takes_one_step_at_a_reduced_size(name):
+@pytest.mark.parametrize(
+  ("name", "sizes"),
+  [
+    ("digits_dit.py", dict(width=16, depth=1, heads=2)),
+    ("imagenet_dit.py:s_8", dict(width=16, depth=1, heads=2)),
+    ("sd3.py:3.5_medium", dict(heads=1, depth=3, dual_layers=1, **TEXT)),
+    (
+      "flux_dev.py",
+      dict(width=128, heads=1, double_depth=1, single_depth=1, **TEXT),
+    ),
+  ],
+)
+def test_it_takes_one_step_at_a_reduced_size(name, sizes):
   config = configs.load(str(FOLDER / name), [])
   small = dataclasses.replace(
     config,
-    model=dataclasses.replace(config.model, width=16, depth=1, heads=2),
-    data=dataclasses.replace(config.data, batch_size=4),
+    model=dataclasses.replace(
+      config.model, dtype="float32", remat="none", **sizes
+    ),
+    data=dataclasses.replace(
+      config.data,
+      batch_size=4,
+      image_size=sizes.get("image_size", config.data.image_size),
+    ),
   )
   run = parts.build(small, jax.devices()[:1])
   state = run.initial_state()

@@ -79,7 +79,7 @@ def open(config: config_lib.DataConfig, split: str) -> Folder:
   files, labels = [], []
   for label, name in enumerate(classes):
     for file in _list_images(root, name, endings):
-      if _is_held_out(file, config.held_out) == (split == "held_out"):
+      if is_held_out(file, config.held_out) == (split == "held_out"):
         files.append(file)
         labels.append(label)
   if not files:
@@ -142,7 +142,7 @@ def _is_image(entry: os.DirEntry, endings: tuple[str, ...]) -> bool:
   return entry.name.lower().endswith(endings) and entry.is_file()
 
 
-def _is_held_out(file: str, fraction: float) -> bool:
+def is_held_out(file: str, fraction: float) -> bool:
   """Decides by the file's own path, so that new files move no old one."""
   digest = hashlib.blake2b(file.encode(), digest_size=8).digest()
   return int.from_bytes(digest, "big") < fraction * 2**64

@@ -75,9 +75,7 @@ def epoch_batches(
   batch, and for a corrupt record under on_corrupt="skip".
   """
   local = _share(batch_size, process_count)
-  blank = {"image": np.zeros(source.shape, np.float32), "label": np.int32(0)}
-  if isinstance(source, pairs.Paired):
-    blank["source"] = blank["image"]
+  blank = _blank(source)
   tried = sound = 0
   for step_start in range(0, len(source), batch_size):
     start = step_start + process_index * local
@@ -90,6 +88,16 @@ def epoch_batches(
     yield batch | {"mask": mask_B}
   if tried and not sound:
     raise errors.DataError(f"All {tried} records of {source.name} are corrupt.")
+
+
+def _blank(source: Any) -> dict[str, Any]:
+  """Returns a record of zeros, with which a batch is filled up."""
+  if hasattr(source, "blank"):
+    return source.blank
+  blank = {"image": np.zeros(source.shape, np.float32), "label": np.int32(0)}
+  if isinstance(source, pairs.Paired):
+    blank["source"] = blank["image"]
+  return blank
 
 
 def to_device(

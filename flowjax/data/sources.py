@@ -14,14 +14,21 @@ from flowjax.data import config as config_lib
 from flowjax.data import pairs
 
 SPLITS = ("train", "held_out")
-KINDS = {"digits": "digits", "tfds": "tfds:<name>", "folder": "folder:<dir>"}
+KINDS = {
+  "digits": "digits",
+  "tfds": "tfds:<name>",
+  "folder": "folder:<dir>",
+  "embedded": "embedded:<dir>",
+}
 
 
 class Source(Protocol):
   """A split of a data set, read by position and in any order.
 
   `source[i]` is {"image": float32 [H, W, C] in [-1, 1], "label": int32}, the
-  same at every call; it raises `Corrupt` for a record that cannot be decoded.
+  same at every call, or has a text in place of a label, as data/embedded.py
+  says, and then also a `blank` one. It raises `Corrupt` for a record that
+  cannot be decoded.
   A source that holds its images in memory, where none can be corrupt, also
   offers `gather(records_B)`, which returns the stacked examples at once.
   """
@@ -85,6 +92,13 @@ def check(
   image_size: tuple[int, int],
 ) -> None:
   """Refuses a source that a model of these sizes cannot be trained on."""
+  if (source.num_classes == 0) != (num_classes == 0):
+    kind = ("labels", "texts")[source.num_classes == 0]
+    raise errors.UserError(
+      f"{source.name} has {kind}, and config.model.num_classes={num_classes} "
+      "makes a model of the other kind: 0 reads texts, and anything above "
+      "labels, for which an MM-DiT or a FLUX learns a text."
+    )
   if source.num_classes < num_classes:
     logging.warning(
       "%s has %d classes, and the model has room for %d: those above are never "

@@ -14,6 +14,7 @@ import ml_collections
 
 from flowjax import errors, models, schema
 from flowjax.data import config as data_config
+from flowjax.models import lora as adapters
 from flowjax.parallel import mesh as meshes
 from flowjax.train import checkpoint as checkpoints
 from flowjax.train import ema as averages
@@ -59,6 +60,7 @@ class Experiment:
   model: Any = None
   data: data_config.DataConfig = _group(data_config.DataConfig)
   flow: flows.FlowConfig = _group(flows.FlowConfig)
+  lora: adapters.LoraConfig = _group(adapters.LoraConfig)
   optim: optimizers.OptimConfig = _group(optimizers.OptimConfig)
   ema: averages.EmaConfig = _group(averages.EmaConfig)
   mesh: meshes.MeshConfig = _group(meshes.MeshConfig)
@@ -101,7 +103,9 @@ class Experiment:
 
   def _check_sampling(self):
     """Refuses a way to sample that this flow or this model does not allow."""
-    method, coupling = self.sample.method(self.flow), self.flow.coupling.name
+    tokens, coupling = flows.tokens_of(self.model), self.flow.coupling.name
+    self.flow.law.build(self.flow.path.build(), tokens)
+    method = self.sample.method(self.flow, tokens)
     if getattr(method.solver, "stochastic", False) and coupling in (
       flows.DEPENDENT
     ):
@@ -110,12 +114,13 @@ class Experiment:
         "that only noise drawn apart from the data has; after the coupling "
         f"{coupling!r} follow the ODE, as 'heun' does."
       )
-    skipped, depth = self.sample.guidance.skip_layers, self.model.depth
-    if any(not 0 <= layer < depth for layer in skipped):
+    told = self.sample.guidance.name == "distilled"
+    if told and not getattr(self.model, "guidance_embed", False):
       raise ValueError(
-        f"sample.guidance.skip_layers = {skipped}: the model has the blocks 0 "
-        f"to {depth - 1}."
+        "sample.guidance.name = 'distilled' is for a network that is told the "
+        "scale, as FLUX with model.guidance_embed; this one is guided by 'cfg'."
       )
+    self.sample.guidance.pushes(models.build(self.model))
 
   def _check_objective(self):
     """Refuses a normalizing flow that is to be trained as a field."""

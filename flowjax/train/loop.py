@@ -131,11 +131,11 @@ def put_batch(mesh: jax.sharding.Mesh):
   """Returns what places this process's part of a batch on the devices."""
   sharding = meshes.batch_sharding(mesh)
 
-  def put(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    return {
-      key: jax.make_array_from_process_local_data(sharding, value)
-      for key, value in batch.items()
-    }
+  def put(batch: dict[str, Any]) -> dict[str, Any]:
+    return jax.tree.map(
+      lambda leaf: jax.make_array_from_process_local_data(sharding, leaf),
+      batch,
+    )
 
   return put
 
@@ -150,6 +150,7 @@ def jit_step(run: parts.Parts):
     ema_config=config.ema,
     accumulate=config.optim.accumulate,
     schedule=optim.schedule(config.optim, config.steps),
+    frozen=run.frozen,
   )
   return jax.jit(
     step,
@@ -165,16 +166,16 @@ def lower_step(run: parts.Parts):
   """Lowers the step for a batch of the config's shapes; nothing is run."""
   config, sharding = run.experiment, meshes.batch_sharding(run.mesh)
   count, size = config.data.batch_size, config.model.image_size
-  shapes = {
-    "image": ((count, *size, config.model.channels), np.float32),
-    "label": ((count,), np.int32),
-  }
+  image = jax.ShapeDtypeStruct(
+    (count, *size, config.model.channels), np.float32
+  )
+  cond = jax.eval_shape(lambda: run.network.example(count))
+  batch = {"image": image, **cond}
   if config.data.pair_source is not None:
-    shapes["source"] = shapes["image"]
-  batch = {
-    key: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-    for key, (shape, dtype) in shapes.items()
-  }
+    batch["source"] = image
+  batch = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch
+  )
   with meshes.use(run.mesh):
     return jit_step(run).lower(run.abstract, batch)
 
@@ -211,8 +212,9 @@ def _restore_or_begin(run, saved, source):
   # Not config.json: it names the new data from the moment the change was
   # allowed, and a run killed before its next save has seen only the old.
   rows = workdir.difference(restored.extra["config"], run.experiment)
-  if not any(row.startswith("config.data") for row in rows):
-    loader.check_state(restored.extra["data"], run.experiment.data, source)
+  seen = restored.extra["data"]  # Nothing by weights that were imported.
+  if seen and not any(row.startswith("config.data") for row in rows):
+    loader.check_state(seen, run.experiment.data, source)
   logging.info("Going on from step %d.", restored.step)
   state = restored.state
   if int(state.skipped_in_row) >= run.experiment.optim.max_skipped:

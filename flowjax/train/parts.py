@@ -11,9 +11,10 @@ import optax
 from jax.sharding import Mesh
 
 from flowjax import errors, models
+from flowjax.models import lora
 from flowjax.parallel import mesh as meshes
 from flowjax.parallel import rules
-from flowjax.train import experiment, optim
+from flowjax.train import experiment, freezing, optim
 from flowjax.train import state as states
 
 
@@ -23,6 +24,7 @@ class Parts:
 
   `abstract` is the state as shapes, dtypes and shardings: what a checkpoint is
   restored into, and what a step is compiled for. Nothing is allocated.
+  `frozen` are the names of the parameters that are not trained.
   """
 
   experiment: experiment.Experiment
@@ -31,6 +33,7 @@ class Parts:
   optimizer: optax.GradientTransformation
   rules: rules.Rules
   abstract: states.TrainState
+  frozen: freezing.Names
 
   @property
   def parameters(self) -> int:
@@ -40,7 +43,11 @@ class Parts:
   def lower_initial(self) -> jax.stages.Lowered:
     """Lowers what makes the first state, each device its own part of it."""
     make = functools.partial(
-      states.initial, self.network.init, self.optimizer, self.experiment.seed
+      states.initial,
+      self.network.init,
+      self.optimizer,
+      self.experiment.seed,
+      self.frozen,
     )
     return jax.jit(make, out_shardings=shardings_of(self.abstract)).lower()
 
@@ -66,18 +73,28 @@ def build(
     mesh = meshes.build(config.mesh, devices)
     meshes.check_batch(part, mesh, name)
   network = models.build(config.model)
+  if config.lora.rank:
+    with errors.naming("config.lora"):
+      network = models.with_lora(network, config.lora)
   if config.flow.uncertainty:
     network = models.with_uncertainty(network)
-  with errors.naming("config.model"):
+  with errors.naming("config.lora" if config.lora.rank else "config.model"):
     abstract_params = jax.eval_shape(network.init, jax.random.key(0))
+  with errors.naming("config.model"):
     with meshes.use(mesh):
       _trace(network, abstract_params, part)
+  with errors.naming("config.optim.freeze"):
+    frozen = freezing.names(_patterns(config), abstract_params)
+  trained, _ = freezing.split(abstract_params, frozen)
   with errors.naming("config.optim.weight_decay_rules"):
-    optimizer = optim.build(config.optim, config.steps, abstract_params)
+    optimizer = optim.build(config.optim, config.steps, trained)
   shapes = jax.eval_shape(
-    lambda: states.initial(network.init, optimizer, config.seed)
+    lambda: states.initial(network.init, optimizer, config.seed, frozen)
   )
   table = rules.for_model(config.model)
+  if config.lora.rank:
+    factors = lora.factors(config.lora, abstract_params)
+    table = (*rules.of_factors(table, factors), *table)
   abstract = jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=sharding
@@ -85,14 +102,21 @@ def build(
     shapes,
     states.shardings(shapes, table, mesh),
   )
-  return Parts(config, mesh, network, optimizer, table, abstract)
+  return Parts(config, mesh, network, optimizer, table, abstract, frozen)
+
+
+def _patterns(config: experiment.Experiment) -> tuple[str, ...]:
+  """Returns what is frozen: with adapters, all but these."""
+  if not config.lora.rank:
+    return config.optim.freeze
+  return (*config.optim.freeze, rf"(?!{lora.GROUP}/).*")
 
 
 def _trace(network: models.Network, params: Any, batch: int) -> None:
   """Finds what the network cannot do on this mesh; nothing is computed."""
   config = network.config
   size = (batch, *config.image_size, config.channels)
-  cond = {"label": jax.ShapeDtypeStruct((batch,), jnp.int32)}
+  cond = jax.eval_shape(lambda: network.example(batch))
   x = jax.ShapeDtypeStruct(size, jnp.float32)
   if network.forward is not None:
     jax.eval_shape(network.forward, params, x, cond)

@@ -1,0 +1,42 @@
+"""FLUX on real handwritten digits, 8x8: a text is learned for each label.
+
+  flowjax train --config=configs/digits_flux.py --workdir=runs/digits_flux
+
+2 CPU cores, a few minutes. A small one of its kind, to see the architecture
+train on a laptop.
+"""
+
+from flowjax.train import experiment
+
+
+def get_config():
+  """Returns the config."""
+  config = experiment.defaults("flux")
+  config.steps = 1000
+  config.model.update(
+    image_size=(8, 8),
+    channels=1,
+    patch_size=2,
+    width=96,
+    heads=4,
+    double_depth=2,
+    single_depth=4,
+    text_width=64,
+    pooled_width=64,
+    rope_axes=(4, 10, 10),
+    guidance_embed=False,
+    num_classes=10,
+    label_tokens=4,
+  )
+  config.data.update(source="digits", batch_size=128)
+  config.optim.update(
+    learning_rate=2e-3, schedule="cosine", warmup_steps=100, clip_norm=1.0
+  )
+  config.ema.decay = 0.995
+  config.sample.steps = 25
+  config.sample.guidance.scale = 1.5
+  config.log.update(
+    metrics_every=10, validation_every=100, samples_every=500, sample_count=50
+  )
+  config.checkpoint.every = 500
+  return config

@@ -1,0 +1,100 @@
+"""Latents and embedded texts of a folder, for networks that read text."""
+
+import numpy as np
+import pytest
+
+from flowjax import errors
+from flowjax.data import config as config_lib
+from flowjax.data import loader, sources
+
+
+def config_of(root, **changes) -> config_lib.DataConfig:
+  values = {"image_size": (4, 6), "channels": 16, "held_out": 0.0}
+  values |= {"batch_size": 4, **changes}
+  return config_lib.DataConfig(source=f"embedded:{root}", **values)
+
+
+def save(root, name, *, tokens=3, **changes):
+  rng = np.random.default_rng(abs(hash(name)) % 1000)
+  arrays = {
+    "image": rng.standard_normal((4, 6, 16)),
+    "text": rng.standard_normal((tokens, 5)).astype(np.float16),
+    "pooled": rng.standard_normal(7),
+    **changes,
+  }
+  (root / name).parent.mkdir(parents=True, exist_ok=True)
+  np.savez(root / name, **{k: v for k, v in arrays.items() if v is not None})
+  return arrays
+
+
+def test_what_a_file_holds_comes_through(tmp_path):
+  mask = np.array([1, 1, 0])
+  arrays = save(tmp_path, "deep/a.npz", text_mask=mask, other=np.zeros(9))
+  source = sources.open(config_of(tmp_path), "train")
+  assert len(source) == 1 and source.num_classes == 0
+  found = source[0]
+  assert sorted(found) == ["image", "pooled", "text", "text_mask"]
+  assert found["text_mask"].dtype == bool
+  for key in ("image", "text", "pooled"):
+    assert found[key].dtype == np.float32
+    np.testing.assert_allclose(found[key], arrays[key], rtol=1e-6)
+
+
+def test_batches_hold_texts_and_the_last_is_filled_up(tmp_path):
+  for i in range(6):
+    save(tmp_path, f"{i}.npz")
+  config = config_of(tmp_path)
+  source = sources.open(config, "train")
+  batch = next(loader.batches(source, config))
+  assert batch["text"].shape == (4, 3, 5) and batch["pooled"].shape == (4, 7)
+  first, last = loader.epoch_batches(source, 4)
+  assert list(last["mask"]) == [1, 1, 0, 0]
+  assert not last["text"][2:].any() and first["text"].all()
+
+
+@pytest.mark.parametrize(
+  ("damage", "text"),
+  [
+    (dict(text=np.zeros((2, 5))), r"'text' must be of the shape \(3, 5\)"),
+    (dict(image=np.zeros((4, 4, 16))), r"\(4, 6, 16\) is asked for"),
+    (dict(pooled=None), "has no 'pooled'"),
+    (dict(text=np.array([{}], object)), "is corrupt"),
+  ],
+)
+def test_what_does_not_fit_is_corrupt(tmp_path, damage, text):
+  save(tmp_path, "0.npz")
+  save(tmp_path, "1.npz", **damage)
+  source = sources.open(config_of(tmp_path), "train")
+  with pytest.raises(sources.Corrupt, match=text):
+    source[1]
+
+
+def test_a_file_cut_short_is_corrupt_and_if_it_is_the_first_the_data_is(
+  tmp_path,
+):
+  save(tmp_path, "0.npz")
+  content = (tmp_path / "0.npz").read_bytes()
+  (tmp_path / "1.npz").write_bytes(content[:100])
+  source = sources.open(config_of(tmp_path), "train")
+  with pytest.raises(sources.Corrupt, match="1.npz is corrupt"):
+    source[1]
+  (tmp_path / "0.npz").write_bytes(content[:100])
+  source = sources.open(config_of(tmp_path), "train")
+  with pytest.raises(errors.DataError, match="It is the first file"):
+    source[1]
+
+
+def test_an_empty_folder_is_said_so(tmp_path):
+  with pytest.raises(errors.DataError, match="of its 0 .npz files"):
+    sources.open(config_of(tmp_path), "train")
+  with pytest.raises(errors.DataError, match="no folder"):
+    sources.open(config_of(tmp_path / "no"), "train")
+
+
+def test_texts_and_labels_are_not_taken_for_each_other(tmp_path):
+  save(tmp_path, "0.npz")
+  source = sources.open(config_of(tmp_path), "train")
+  sizes = dict(batch_size=1, channels=16, image_size=(4, 6))
+  sources.check(source, num_classes=0, **sizes)
+  with pytest.raises(errors.UserError, match="has texts"):
+    sources.check(source, num_classes=10, **sizes)
