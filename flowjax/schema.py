@@ -8,6 +8,7 @@ import collections.abc
 import dataclasses
 import difflib
 import json
+import math
 import re
 import types
 import typing
@@ -159,6 +160,10 @@ def _convert_plain(value: Any, hint: Any, where: str) -> Any:
     return value
   if hint is float and type(value) is int:
     return float(value)
+  if hint is float and isinstance(value, float) and not math.isfinite(value):
+    raise errors.UserError(
+      f"{where} = {value} must be a finite number; leave it out for its default."
+    )
   if type(value) is not hint:
     raise errors.UserError(
       f"{where} must be of type {hint.__name__}, not "

@@ -108,9 +108,32 @@ def _overridden(
     raise errors.UserError(
       f"config.{key} cannot be {value!r}: {_kind(before, key)}."
     ) from error
+  _forget_options(before, config, {_key(word) for word in overrides})
   for word in nones:
     _set_none(config, _key(word))
   return experiment.build(config)
+
+
+def _forget_options(
+  before: ml_collections.ConfigDict,
+  config: ml_collections.ConfigDict,
+  given: set[str],
+) -> None:
+  """Takes from a group whose name was changed the options of the old name.
+
+  Those are the keys that are None by default; what was given stays.
+  """
+  plain = experiment.defaults(config.model.name)
+  for key in given:
+    group, _, leaf = key.rpartition(".")
+    old, new, default = before, config, plain
+    for part in filter(None, group.split(".")):
+      old, new, default = old[part], new[part], default[part]
+    if leaf != "name" or group == "model" or old.name == new.name:
+      continue
+    for option in new:
+      if default[option] is None and f"{group}.{option}" not in given:
+        new[option] = None
 
 
 def _parse(

@@ -21,13 +21,16 @@ def build(
   method: methods.SampleConfig,
   batch_size: int,
   worse: parts.Parts | None = None,
+  *,
+  inverse: bool = False,
 ) -> Draw:
   """Returns `draw(params, cond, *, seed, ...)` for a run's network.
 
   It gives one image [H, W, C] per row of `cond`, at most `batch_size` at a
   time, and is compiled once. A flow between images starts from those that are
   held out. With `worse`, a run to be guided away from, params are the pair of
-  both. The other options are those of `sampling.draw`.
+  both. The `inverse` gives the noise from which its `starts`, images, are drawn
+  without guidance. The other options are those of `sampling.draw`.
   """
   flow, model = run.experiment.flow, run.network.config
   if run.network.inverse is not None and method.guidance.scale != 1.0:
@@ -40,13 +43,15 @@ def build(
     origin = sources.open(run.experiment.data, "held_out")
   with errors.naming("config.sample"):
     made = method.method(flow, flows.tokens_of(model))
+    made = made.inverse() if inverse else made
+    pushes = [] if inverse else method.guidance.pushes(run.network)
     sampler = sampling.build(
       run.network,
       flow.predictor(run.network, with_variance=made.learns_variance),
       made,
       pushes=[
         dataclasses.replace(push, degraded=flow.prepared(push.degraded))
-        for push in method.guidance.pushes(run.network)
+        for push in pushes
       ],
       worse=worse.experiment.flow.predictor(worse.network) if worse else None,
     )
@@ -77,31 +82,6 @@ def build(
       )
 
   return draw
-
-
-def invert(
-  run: parts.Parts,
-  method: methods.SampleConfig,
-  params: Any,
-  cond: dict[str, Any],
-  images: np.ndarray,
-  batch_size: int,
-) -> np.ndarray:
-  """Returns the starts from which images are drawn, without guidance."""
-  flow, model = run.experiment.flow, run.network.config
-  with errors.naming("config.sample"):
-    encode = sampling.encoder(
-      run.network,
-      flow.predictor(run.network),
-      method.method(flow, flows.tokens_of(model)),
-    )
-    with meshes.use(run.mesh), loop.out_of_memory_advice():
-      return sampling.by_batches(
-        lambda batch: encode(params, batch["cond"], batch["image"]),
-        {"cond": cond, "image": images},
-        meshes.padded(batch_size, run.mesh),
-        loop.put_batch(run.mesh),
-      )
 
 
 def conditions(

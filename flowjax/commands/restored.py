@@ -14,6 +14,7 @@ from flowjax.parallel import mesh as meshes
 from flowjax.train import (
   checkpoint,
   experiment,
+  flows,
   freezing,
   loop,
   methods,
@@ -43,12 +44,13 @@ class Restored:
     seed: int,
     method: methods.SampleConfig | None = None,
     worse: "Restored | None" = None,
+    inverse: bool = False,
     **options: Any,
   ) -> np.ndarray:
     """Draws an image per row of `cond`, by `method` or as the config says.
 
-    `worse` is a run to be guided away from (autoguidance); the other options
-    are those of `evaluate.sampling.draw`.
+    `worse` is a run to be guided away from (autoguidance); the `inverse` draws
+    the noise of images. Other options are those of `evaluate.sampling.draw`.
     """
     count = len(jax.tree.leaves(cond)[0])
     draw = drawing.build(
@@ -56,6 +58,7 @@ class Restored:
       self.config.sample if method is None else method,
       min(count, self.config.data.batch_size),
       worse.run if worse else None,
+      inverse=inverse,
     )
     params = (self.params, worse.params) if worse else self.params
 
@@ -118,30 +121,52 @@ def open(directory: pathlib.Path, *, ema: bool = True) -> Restored:
   return Restored(directory, run, restored.step, params, restored.extra)
 
 
-def worse(directory: pathlib.Path | None, better: Restored) -> Restored | None:
+def worse(
+  directory: pathlib.Path | None, better: Restored, *, ema: bool = True
+) -> Restored | None:
   """Restores a run for autoguidance (arXiv:2406.02507): it must be of a kind.
 
-  Raises UserError for one whose flow or images are not those of `better`.
+  Raises UserError for one whose flow, images or conditions are not those of
+  `better`.
   """
   if directory is None:
     return None
-  found = open(directory)
-  ours, theirs = better.config, found.config
-  same = (
-    better.run.network.inverse is None
-    and found.run.network.inverse is None
-    and ours.flow.path == theirs.flow.path
-    and ours.flow.sigma_data == theirs.flow.sigma_data
-    and ours.flow.prediction == theirs.flow.prediction
-    and ours.model.image_size == theirs.model.image_size
-    and ours.model.channels == theirs.model.channels
-  )
-  if not same:
+  found = open(directory, ema=ema)
+  runs = better, found
+  if any(run.run.network.inverse is not None for run in runs):
     raise errors.UserError(
-      f"--worse={directory}: path, prediction, sigma_data, image_size and "
-      f"channels must be those of {better.directory}, which must have a field."
+      f"--worse={directory}: a normalizing flow has no field to be guided; "
+      "both runs must have one."
+    )
+  ours, theirs = map(_kind, runs)
+  rows = [
+    f"{key}: {value} and {theirs[key]}"
+    for key, value in ours.items()
+    if theirs[key] != value
+  ]
+  if rows:
+    raise errors.UserError(
+      f"--worse={directory} answers another question than {better.directory}: "
+      f"{'; '.join(rows)}. Name a run that has these alike."
     )
   return found
+
+
+def _kind(found: Restored) -> dict[str, Any]:
+  """Returns what runs must share for one to be guided away from the other."""
+  flow, model = found.config.flow, found.config.model
+  texts = drawing.reads_text(found.run.network)
+  return {
+    "path": {"name": flow.path.name, **flows.options(flow.path)},
+    "prediction": flow.prediction,
+    "sigma_data": flow.sigma_data,
+    "condition": "texts" if texts else "labels",
+    "text_width": model.text_width if texts else None,
+    "pooled_width": model.pooled_width if texts else None,
+    "num_classes": model.num_classes,
+    "image_size": model.image_size,
+    "channels": model.channels,
+  }
 
 
 def add_run(parser) -> None:
@@ -214,6 +239,30 @@ def _refuse_for_inverse(words: list[str]) -> None:
         f"{word} would be without effect: a normalizing flow is inverted, in "
         "one evaluation, and follows neither a solver nor a grid. Leave it out."
       )
+
+
+def refuse_unheeded(
+  found: Restored, chosen: methods.SampleConfig, args
+) -> None:
+  """Refuses flags of a grid where the solver chooses its own steps."""
+  if found.run.network.inverse is not None:
+    return
+  flow, tokens = found.config.flow, flows.tokens_of(found.config.model)
+  words = [
+    f"--{name}={getattr(args, name)}"
+    for name in ("steps", "grid", "shift")
+    if getattr(args, name) is not None
+  ]
+  if not words:
+    return
+  with errors.naming("config.sample"):
+    solver = chosen.method(flow, tokens).solver
+  if hasattr(solver, "run"):
+    raise errors.UserError(
+      f"{words[0]} would be without effect: the solver {solver.name!r} chooses "
+      "its own steps. Leave it out, set --config.sample.solver.rtol, or take a "
+      "solver that follows a grid, as --solver=heun."
+    )
 
 
 def parse_labels(text: str | None, count: int, classes: int) -> np.ndarray:

@@ -46,8 +46,8 @@ def build(
   the pair of both. `start` is standard normal noise, or the image at t = 1 of a
   flow between images; `rng_B` holds a key per example, for methods that draw
   noise; `scale_B` a scale of guidance, in place of the method's. Images are
-  float32, near [-1, 1] and not clipped. A network that is invertible needs no
-  method.
+  float32, near [-1, 1] and not clipped. Of a network that is invertible the
+  method says only which way.
   """
 
   def field(params, cond, scale_B):
@@ -65,6 +65,8 @@ def build(
     )
 
   def sample(params, cond, start_BHWC, rng_B, scale_B=None):
+    if network.forward is not None and method.rises:
+      return network.forward(params, start_BHWC, cond)[0], None
     if network.inverse is not None:
       return network.inverse(params, start_BHWC, cond), None
     return method.reported(field(params, cond, scale_B), start_BHWC, rng_B)
@@ -143,22 +145,6 @@ def draw(
     return images_BHWC
 
   return by_batches(images, rows, batch_size, put, done)
-
-
-def encoder(
-  network: models.Network, predict: losses.Predictor, method: sampling.Method
-) -> collections.abc.Callable[..., jax.Array]:
-  """Returns the jitted `encode(params, cond, images_BHWC)`.
-
-  It gives the starts from which these images are drawn without guidance.
-  """
-
-  def encode(params, cond, images_BHWC):
-    if network.forward is not None:
-      return network.forward(params, images_BHWC, cond)[0]
-    return method.encode(_of(predict, params), cond, images_BHWC)
-
-  return jax.jit(encode)
 
 
 def by_batches(

@@ -16,6 +16,7 @@ belong to the noise's end, and move along with it.
 
 import dataclasses
 import importlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -316,7 +317,7 @@ def _assign(cost_BB, mask_B) -> np.ndarray:
 
 
 def _constant(sigma: float) -> Spread | None:
-  if sigma < 0.0:
+  if not 0.0 <= sigma < math.inf:
     raise ValueError(
       f"sigma spreads x_t about its path and may not be {sigma}; 0 is none."
     )
@@ -326,7 +327,7 @@ def _constant(sigma: float) -> Spread | None:
 
 
 def _above_zero(coupling: str, name: str, value: float) -> None:
-  if value <= 0:
+  if not 0 < value < math.inf:
     raise ValueError(f"{name} of {coupling} must be above 0, not {value}.")
 
 

@@ -7,6 +7,7 @@ is all that follows, whatever dtype the network ran in.
 # Shape suffixes: B batch. Values have any shape that starts with B and ends
 # with the channels.
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +36,7 @@ def pseudo_huber(c: float = 1e-3, *, of: str = "elements") -> Distance:
   arXiv:2310.14189, eq. 8, divided by sqrt(D), for c = 0.00054 sqrt(D) there and
   c = 0.00054 here, D being the numbers of an example.
   """
-  if c <= 0.0:
+  if not 0.0 < c < math.inf:
     raise ValueError(
       f"The constant c of pseudo_huber must be above 0, not {c}: at 0 the "
       "slope jumps where the residual vanishes. 1e-3 is usual."
@@ -63,7 +64,7 @@ def l2_cosine(scale: float = 1.0, *, floor: float = 1e-3) -> Distance:
   Below the norm `floor` the cosine is taken as linear, so that a network that
   starts at exactly 0 has a gradient, of size 1 / floor at most.
   """
-  if scale < 0.0 or floor <= 0.0:
+  if not (0.0 <= scale < math.inf and 0.0 < floor < math.inf):
     raise ValueError(
       f"l2_cosine needs scale >= 0 and floor > 0, not {scale} and {floor}; "
       "1.0 and 1e-3 are the defaults."

@@ -143,6 +143,11 @@ def leading(
   steps + 1 and leave out the first (`multistep`).
   """
   count = _table(path, steps, table)
+  if offset < 0:
+    raise ValueError(
+      f"offset = {offset} would begin below the first entry of the table: it "
+      "is 0, or 1 for Stable Diffusion."
+    )
   extra = 1 if multistep else 0
   indices = np.arange(steps + extra)[::-1][:steps] * (count // (steps + extra))
   return _of_indices(path, indices + offset, count)
@@ -197,6 +202,8 @@ def flow_match(
   once.
   """
   _check_flow_match(path, steps, shift, mu, mu_form, source, terminal, spacing)
+  if source == "table":
+    _table(path, steps, table)
   if source == "even":
     sigma = np.linspace(1.0, 1.0 / steps, steps)
     sigma = sigma.astype(np.float32) if compat else sigma
@@ -306,7 +313,11 @@ def _of_indices(
 def _table(path: paths.Path, steps: int, table: int | None) -> int:
   """Returns the length of the path's table, or the one that is given."""
   _check_steps(steps)
-  count = table or path.steps
+  count = path.steps if table is None else table
+  if count is not None and count < 1:
+    raise ValueError(
+      f"table = {table} entries: a table has at least 1, often 1000."
+    )
   if count is None:
     raise ValueError(
       f"The path {path.name!r} is not made of a table, and this grid picks "
@@ -343,6 +354,10 @@ def _check_flow_match(
   if mu_form not in ("exponential", "linear"):
     raise ValueError(
       f"mu_form must be 'exponential' or 'linear', not {mu_form!r}."
+    )
+  if mu is not None and not math.isfinite(mu):
+    raise ValueError(
+      f"mu = {mu} must be a finite number; FLUX's is 0.5 to 1.15."
     )
   if mu is not None and mu_form == "linear":
     _check_above_zero("mu", mu, "a linear mu is the shift itself")

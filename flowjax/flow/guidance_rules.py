@@ -126,7 +126,7 @@ def projected(
   `eta` remains. All of this for predicted data. The paper's momentum is
   negative, about -0.5; here 0 unless asked for, as it needs a memory.
   """
-  if norm_threshold < 0.0:
+  if not norm_threshold >= 0.0:
     raise ValueError(
       f"norm_threshold={norm_threshold} is a length and cannot be below 0; 0 "
       "sets no limit, 2.5 to 15 are the paper's."

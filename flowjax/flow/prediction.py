@@ -159,15 +159,18 @@ def rescheduled(
   (arXiv:2310.19075; arXiv:2412.06264). The same without
   derivatives, which are infinite at the ends: data and noise predicted at
   (x / s, t) are those of (x, r), and there become `on`'s prediction. Where `on`
-  has more or less noise than `path` ever has, the field is that of the nearest
-  t of `path`.
+  has more or less noise than `path` ever has, these are those of the nearest t
+  of `path`; where it has more, only the data, whose error would grow with it,
+  and the noise is the rest of x.
   """
   named = _named(prediction, sigma_data)
 
   def on_schedule(x, r):
     r = jnp.asarray(r, paths.wide(x).dtype)
-    t = path.log_snr_inverse(on.log_snr(r))
+    log_snr = on.log_snr(r)
+    t = path.log_snr_inverse(log_snr)
     t = jnp.clip(t, path.low, path.high)
+    beyond = log_snr < path.log_snr(jnp.asarray(path.high, r.dtype))
     old, new = path.at(t, x), on.at(r, x)
     # By the larger coefficient: the other one may be 0.
     inverse_scale = jnp.where(
@@ -176,7 +179,10 @@ def rescheduled(
       old.sigma / jnp.maximum(new.sigma, FLOOR),
     )
     x_t = inverse_scale * x
-    return named.form(new, *named.solve(old, field(x_t, t), x_t))
+    data, eps = named.solve(old, field(x_t, t), x_t)
+    rest = (x - new.alpha * data) / jnp.maximum(new.sigma, FLOOR)
+    eps = jnp.where(paths.over(beyond, x), rest, eps)
+    return named.form(new, data, eps)
 
   return on_schedule
 

@@ -7,6 +7,7 @@ is guided, and converted to what the solver integrates.
 # Shape suffixes: B batch. Images have any shape that starts with B.
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,10 @@ from flowjax.flow.solvers import adaptive, wrapped
 # predict(x_t, t_B, cond) -> what the network predicts; (that, v) where the
 # solver wants its learned variance.
 Predict = guidance.Predict
+
+
+# Of the size that x starts with, what must be left where a rest ends.
+RESTED = 0.74
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,7 +67,13 @@ class Method:
         f"still_steps = {self.still_steps} of the {steps} of this grid cannot "
         "stand still: 0 is none, and at least one step must move."
       )
-    self._stepper()
+    self._check_rest()
+    if self.rule.told and self.interval != guidance.ALWAYS:
+      raise ValueError(
+        f"interval = {self.interval} has no effect on guidance that is told to "
+        "the network: leave it out."
+      )
+    self._stepper(self.rule)
 
   @property
   def learns_variance(self) -> bool:
@@ -75,7 +86,7 @@ class Method:
 
     Raises ValueError where the solver decides that while running.
     """
-    return self._stepper().evaluations(len(self.grid) - 1)
+    return self._stepper(self.rule).evaluations(len(self.grid) - 1)
 
   def sample(
     self,
@@ -91,8 +102,8 @@ class Method:
     `rng` is one key, or one for each example. Options are those of `field`.
     """
     field = self.field(predict, cond, uncond, **options)
-    x, times = self._begin(start)
-    return solvers.solve(self._stepper(), field, x, times, rng=rng)
+    solver, x, times = self._begin(field, start)
+    return self._end(solvers.solve(solver, field, x, times, rng=rng))
 
   def reported(
     self, field: guidance.Guided, start: jax.Array, rng: jax.Array | None = None
@@ -102,19 +113,28 @@ class Method:
     There is a report where the solver chooses its own steps. If it says that
     the end was not reached, the samples are nan, and `reason` says why.
     """
-    solver: Any = self._stepper()
-    x, times = self._begin(start)
+    solver, x, times = self._begin(field, start)
     if hasattr(solver, "integrate"):
-      return solver.integrate(field, x, times)
-    return solvers.solve(solver, field, x, times, rng=rng), None
+      end, report = solver.integrate(field, x, times)
+      return self._end(end), report
+    return self._end(solvers.solve(solver, field, x, times, rng=rng)), None
 
   def reason(self, field: guidance.Guided, report: adaptive.Report) -> str:
     """Says at which time a solve stopped, and why; outside of jit."""
     solver: Any = self.solver
     return solver.reason(field, self.grid, report)
 
-  def _begin(self, start: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return self.path.prior_scale * start, jnp.asarray(self.grid)
+  @property
+  def rises(self) -> bool:
+    """Whether this is the way from data to noise."""
+    return bool(self.grid[-1] > self.grid[0])
+
+  def _begin(self, field: guidance.Guided, start: jax.Array) -> tuple:
+    x = start if self.rises else self.path.prior_scale * start
+    return self._stepper(field.rule), x, jnp.asarray(self.grid)
+
+  def _end(self, x: jax.Array) -> jax.Array:
+    return x / self.path.prior_scale if self.rises else x
 
   def field(
     self,
@@ -135,6 +155,11 @@ class Method:
     rule = self.rule
     if scale is not None:
       rule = dataclasses.replace(rule, scale=scale)
+    if rule.told and worse is not None:
+      raise ValueError(
+        "Guidance that is told to the network has no difference from a worse "
+        "one to add: leave out the worse network, or take the rule 'cfg'."
+      )
     if rule.told:
       cond = guidance.distilled(cond, rule.scale)
     options: Any = {
@@ -154,26 +179,34 @@ class Method:
     worse = self._on_path(worse)
     return guidance.autoguided(predict, worse, cond, rule, **options)
 
-  def encode(self, predict: Predict, cond: Any, x: jax.Array) -> jax.Array:
-    """Returns the start from which `sample` without guidance ends in x.
+  def inverse(self) -> "Method":
+    """Returns the way back: from data to the noise that they are drawn from.
 
-    The same ODE, followed up from data to noise. Raises ValueError for a
+    The same ODE without guidance, followed up the grid. Raises ValueError for a
     solver that draws noise.
     """
-    times = np.asarray(self.grid)[::-1].copy()
-    solvers.check(self.solver, self.path, times, prediction=self.prediction)
-    field = guidance.guided(
-      self._on_path(predict),
-      cond,
-      cond,
-      guidance_rules.classifier_free(1.0),
-      path=self.path,
-      prediction=self.prediction,
-      target=self.solver.prediction,
-      sigma_data=self.sigma_data,
+    return dataclasses.replace(
+      self,
+      grid=self.grid[::-1].copy(),
+      rule=guidance_rules.classifier_free(1.0),
+      interval=guidance.ALWAYS,
+      still_steps=0,
     )
-    end = solvers.solve(self.solver, field, x, jnp.asarray(times))
-    return end / self.path.prior_scale
+
+  def _check_rest(self) -> None:
+    """Refuses a rest after which x would be far too large for its time."""
+    sizes = []
+    for t in self.grid[[0, self.still_steps]].tolist():
+      with jax.ensure_compile_time_eval():
+        alpha, sigma = self.path.alpha(t), self.path.sigma(t)
+        sizes.append(math.hypot(float(alpha), float(sigma)))
+    if sizes[1] < RESTED * sizes[0]:
+      raise ValueError(
+        f"still_steps = {self.still_steps}: where this grid goes on, x is to "
+        f"be {sizes[1] / sizes[0]:.2g} of its size at the start, and one that "
+        f"stood still is not. On the path {self.path.name!r} leave it at 0, or "
+        "take more steps; zero-init is for the straight path."
+      )
 
   def _on_path(self, predict: Predict) -> Predict:
     """Returns the network as one that was trained on the path followed."""
@@ -193,10 +226,10 @@ class Method:
 
     return followed
 
-  def _stepper(self) -> Any:
+  def _stepper(self, rule: guidance_rules.Rule) -> Any:
     """Returns the solver, with what momentum and steps that rest need."""
     solver: Any = self.solver
-    if self.rule.remembers:
+    if rule.remembers:
       solver = wrapped.Remembering(solver)
     if self.still_steps:
       solver = wrapped.Resting(solver, self.still_steps)

@@ -88,6 +88,7 @@ def logit_normal(
   takes a mean that was meant for these.
   """
   _check_std(std, "logit-normal")
+  _check_mean(mean, "logit-normal")
   mean = -mean if compat else mean
 
   def quantile(u):
@@ -157,6 +158,7 @@ def log_normal_sigma(
   is left is normalised: on the straight path nothing is cut.
   """
   _check_std(std, "log-normal")
+  _check_mean(mean, "log-normal")
   if path is None:
     raise ValueError(
       "The law log_normal_sigma is a law of sigma, and which t has that sigma "
@@ -342,6 +344,11 @@ def flux_mu(
   It is `base_mu` at `base_tokens` and `max_mu` at `max_tokens`, and goes on in
   the same line beyond.
   """
+  if tokens < 1 or base_tokens < 1:
+    raise ValueError(
+      f"A sequence has at least 1 token: not {tokens} with {base_tokens} as "
+      "the base; FLUX's base is 256."
+    )
   if base_tokens == max_tokens:
     raise ValueError(
       f"base_tokens and max_tokens are both {max_tokens}: they are two lengths "
@@ -387,6 +394,14 @@ def check_shift(shift: float) -> None:
     raise ValueError(
       f"A shift multiplies the odds of t and must be above 0, not {shift}; "
       "1.0 leaves the times as they are, 3.0 is SD3's at 1024 pixels."
+    )
+
+
+def _check_mean(mean: float, law: str) -> None:
+  if not math.isfinite(mean):
+    raise ValueError(
+      f"The mean of a {law} law must be a finite number, not {mean}; 0 is "
+      "SD3's for a logit-normal, -1.2 is EDM's for a log-normal."
     )
 
 

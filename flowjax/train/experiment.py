@@ -105,14 +105,17 @@ class Experiment:
     """Refuses a way to sample that this flow or this model does not allow."""
     tokens, coupling = flows.tokens_of(self.model), self.flow.coupling.name
     self.flow.law.build(self.flow.path.build(), tokens)
-    method = self.sample.method(self.flow, tokens)
-    if getattr(method.solver, "stochastic", False) and coupling in (
-      flows.DEPENDENT
+    with errors.naming("config.sample"):
+      method = self.sample.method(self.flow, tokens)
+    spread = self.flow.coupling.build().spread is not None
+    if getattr(method.solver, "stochastic", False) and (
+      spread or coupling in flows.DEPENDENT
     ):
       raise ValueError(
         f"sample.solver.name = {method.solver.name!r} draws noise by a score "
-        "that only noise drawn apart from the data has; after the coupling "
-        f"{coupling!r} follow the ODE, as 'heun' does."
+        "that only x_t of noise drawn apart from the data has; after the "
+        f"coupling {coupling!r}{' with its sigma' if spread else ''} follow "
+        "the ODE, as 'heun' does."
       )
     told = self.sample.guidance.name == "distilled"
     if told and not getattr(self.model, "guidance_embed", False):

@@ -30,8 +30,15 @@ from flowjax.flow import (
 )
 
 OBJECTIVES = ("matching", "maximum_likelihood")
-# Couplings whose noise, given the data, is not normal.
-DEPENDENT = ("optimal_transport", "sinkhorn", "schrodinger_bridge", "pairs")
+# Couplings after which x_t is not alpha x + sigma eps of an eps that is normal
+# and drawn apart.
+DEPENDENT = (
+  "target",
+  "optimal_transport",
+  "sinkhorn",
+  "schrodinger_bridge",
+  "pairs",
+)
 
 
 def _group(kind: Any) -> Any:

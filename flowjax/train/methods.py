@@ -49,6 +49,10 @@ class SolverConfig:
   max_steps: int | None = None
 
 
+# Grids that a shift moves towards noise.
+SHIFTED = ("uniform", "flow_match")
+
+
 @dataclasses.dataclass(frozen=True)
 class GridConfig:
   """The times that a solver visits, as named in flow/grids.py.
@@ -83,6 +87,12 @@ class GridConfig:
     chosen = flows.options(self, "shift_by", "base_tokens")
     factor = flows.shift_by(self, tokens)
     if self.shift_by is not None:
+      if self.name not in SHIFTED or self.mu is not None:
+        raise ValueError(
+          f"grid.shift_by = {self.shift_by!r} shifts the grids "
+          f"{', '.join(SHIFTED)}, and in place of mu; not {self.name!r}"
+          f"{'' if self.mu is None else f' with mu = {self.mu}'}."
+        )
       chosen["shift"] = chosen.get("shift", 1.0) * factor
     return grids.build(self.name, path, steps, **chosen)
 
@@ -132,6 +142,12 @@ class GuidanceConfig:
         raise ValueError(
           f"{name} = {(low, high)} must be two times, 0 <= low <= high <= 1."
         )
+    for name in ("skip", "perturbed"):
+      interval = getattr(self, f"{name}_interval")
+      if interval != (0.0, 1.0) and not getattr(self, f"{name}_layers"):
+        raise ValueError(
+          f"{name}_interval = {interval} has no effect without {name}_layers."
+        )
     if bool(self.skip_layers) != bool(self.skip_scale):
       raise ValueError(
         f"skip_layers = {self.skip_layers} and skip_scale = {self.skip_scale} "
@@ -170,6 +186,7 @@ class GuidanceConfig:
 
 
 AS_TRAINED = "as_trained"
+MOST_STEPS = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,8 +226,10 @@ class SampleConfig:
   guidance: GuidanceConfig = _group(GuidanceConfig)
 
   def __post_init__(self):
-    if self.steps < 1:
-      raise ValueError(f"steps = {self.steps} must be at least 1.")
+    if not 1 <= self.steps <= MOST_STEPS:
+      raise ValueError(
+        f"steps = {self.steps} must be at least 1, and at most {MOST_STEPS}."
+      )
     if self.guidance.zero_init_steps >= self.steps:
       raise ValueError(
         f"guidance.zero_init_steps = {self.guidance.zero_init_steps} of "

@@ -176,3 +176,68 @@ def test_an_impossible_out_is_refused_before_anything_is_drawn(
   code, text = _run(capsys, "sample", f"--workdir={tmp_path}", f"--out={out}")
   assert code == 2
   assert "--out=" in text.err
+
+
+@pytest.mark.parametrize(
+  ("file", "word"),
+  [
+    ("digits_dit.py:sit", "sample.solver.name=heun"),
+    ("digits_dit.py:iddpm", "sample.solver.name=ddim"),
+    ("digits_paths/edm.py", "sample.grid.name=uniform"),
+    ("digits_dit.py:flux", "sample.grid.name=karras"),
+    ("digits_paths/edm.py", "flow.law.name=uniform"),
+  ],
+)
+def test_another_name_has_none_of_the_options_of_the_old_one(file, word):
+  configs.load(f"{CONFIGS}/{file}", [f"--config.{word}"])
+  # What is given with it is heeded.
+  group = word.rpartition(".")[0]
+  with pytest.raises(errors.UserError, match="no option"):
+    configs.load(
+      f"{CONFIGS}/{file}",
+      [f"--config.{word}", f"--config.{group}.{OTHERS[group]}"],
+    )
+
+
+OTHERS = {
+  "sample.solver": "order=2",
+  "sample.grid": "terminal=0.5",
+  "flow.law": "a=1.0",
+}
+
+
+@pytest.mark.parametrize(
+  "word",
+  [
+    "flow.law.mean=nan",
+    "flow.sigma_data=inf",
+    "sample.guidance.scale=nan",
+    "optim.learning_rate=inf",
+  ],
+)
+def test_numbers_that_are_not_finite_are_refused(word):
+  with pytest.raises(errors.UserError, match="must be a finite number"):
+    configs.load(f"{CONFIGS}/digits_dit.py", [f"--config.{word}"])
+
+
+@pytest.mark.parametrize(
+  ("words", "message"),
+  [
+    (["sample.steps=1000000000"], "at most 100000"),
+    (["sample.guidance.skip_interval=(0.1, 0.2)"], "without skip_layers"),
+    (["flow.coupling.sigma=0.3", "sample.solver.name=ddpm"], "with its sigma"),
+    (["flow.coupling.name=target", "sample.solver.name=ddpm"], "'target'"),
+    (
+      ["sample.grid.name=karras", "sample.grid.shift_by=flux"],
+      "shifts the grids uniform, flow_match",
+    ),
+    (["sample.grid.name=flow_match", "sample.grid.table=0"], "at least 1"),
+    (["sample.grid.name=flow_match", "sample.grid.table=10"], "at most 10"),
+    (["sample.solver.name=huen"], "config.sample: There is no solver"),
+  ],
+)
+def test_what_cannot_be_sampled_is_refused(words, message):
+  with pytest.raises(errors.UserError, match=message):
+    configs.load(
+      f"{CONFIGS}/digits_dit.py", [f"--config.{word}" for word in words]
+    )

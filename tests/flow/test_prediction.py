@@ -333,3 +333,18 @@ def test_an_unknown_name_says_what_there_is():
     prediction.convert(
       paths.straight(), "data", "edm", x, x, 0.5, sigma_data=0.0
     )
+
+
+def test_beyond_the_noisiest_end_the_data_are_kept():
+  # An error of the noise is one of the data, 151 times as large at the end of
+  # this path, and would be 1,000 times as large where the other goes on.
+  path, on = paths.vp(), paths.build("straight", high=0.999)
+  x, r = jnp.full((1,), 0.3), 0.999
+  wrong = prediction.rescheduled(path, lambda x, t: x + 1e-3, on, "noise")
+  right = prediction.rescheduled(path, lambda x, t: x, on, "noise")
+  t = jnp.asarray(r)
+  away = [
+    prediction.convert(on, "noise", "data", field(x, t), x, t)
+    for field in (wrong, right)
+  ]
+  np.testing.assert_allclose(abs(away[0] - away[1]), 0.151, rtol=0.05)

@@ -1,5 +1,7 @@
 """A whole sampler: guidance means the same whatever the solver follows."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -245,7 +247,9 @@ def test_what_is_encoded_is_drawn_again(name, solver):
     return prediction.convert(path, "noise", "v", noise, x, t_B)
 
   images = 1.0 + 0.5 * np.random.default_rng(2).standard_normal((B, 400))
-  start = way.encode(predict, COND, jnp.asarray(images, jnp.float32))
+  start = way.inverse().sample(
+    predict, COND, COND, jnp.asarray(images, jnp.float32)
+  )
   # Standard normal, as samples start.
   np.testing.assert_allclose(np.std(start), 1.0, atol=0.06)
   again = way.sample(predict, COND, UNCOND, start)
@@ -253,6 +257,44 @@ def test_what_is_encoded_is_drawn_again(name, solver):
   np.testing.assert_allclose(again, images, atol=0.2 if first_order else 0.05)
 
 
-def test_noise_that_is_drawn_cannot_be_encoded():
-  with pytest.raises(ValueError, match="'ddpm' draws noise"):
-    method("ddpm").encode(network, COND, X)
+@pytest.mark.parametrize(
+  "solver", ["ddpm", "dpmpp_sde_2m", "euler_maruyama", "heun_sde"]
+)
+def test_noise_that_is_drawn_cannot_be_encoded(solver):
+  with pytest.raises(ValueError, match=f"'{solver}' draws noise"):
+    method(solver).inverse()
+
+
+def test_a_rest_from_which_x_comes_too_large_is_refused():
+  path = paths.build("edm")
+  options = dict(
+    path=path,
+    prediction="edm",
+    solver=solvers.build("heun", path),
+    grid=grids.build("karras", path, 18),
+    rule=guidance.build("cfg_zero_star", scale=2.0),
+  )
+  sampling.Method(**options)
+  with pytest.raises(ValueError, match="of its size at the start"):
+    sampling.Method(**options, still_steps=1)
+
+
+def test_what_is_told_has_no_worse_network_and_no_interval():
+  with pytest.raises(ValueError, match="told"):
+    method("euler", rule="distilled", interval=(0.2, 0.8))
+  with pytest.raises(ValueError, match="told"):
+    method("euler", rule="distilled").sample(
+      network, COND, UNCOND, X, worse=network
+    )
+
+
+def test_momentum_is_carried_where_a_scale_is_given_later():
+  made = method("euler", rule="apg", momentum=-0.5)
+  idle = dataclasses.replace(
+    made, rule=dataclasses.replace(made.rule, scale=1.0)
+  )
+  scales = jnp.full((B,), 3.0)
+  np.testing.assert_allclose(
+    idle.sample(network, COND, UNCOND, X, scale=scales),
+    made.sample(network, COND, UNCOND, X, scale=scales),
+  )

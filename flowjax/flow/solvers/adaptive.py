@@ -17,6 +17,7 @@ Gradients are those of reverse mode, through the steps that were taken.
 
 import dataclasses
 import importlib.util
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -170,7 +171,7 @@ def _build(name: str) -> Callable[..., Adaptive]:
         f"The solver {name!r} needs diffrax: pip install -e '.[adaptive]'. "
         "Without it there are solvers with a fixed grid, such as 'rk4'."
       )
-    if rtol < 0.0 or atol < 0.0 or rtol + atol == 0.0:
+    if not (rtol >= 0.0 and atol >= 0.0 and 0.0 < rtol + atol < math.inf):
       raise ValueError(
         f"The error cannot be kept below atol + rtol |x| for rtol = {rtol}, "
         f"atol = {atol}; 1e-5 for both is usual."

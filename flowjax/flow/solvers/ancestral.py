@@ -151,7 +151,7 @@ def ddpm(
 
 
 def _checked(clip: float | None) -> float | None:
-  if clip is not None and clip <= 0.0:
+  if clip is not None and not clip > 0.0:
     raise ValueError(
       f"clip bounds the predicted data to [-clip, clip] and must be above 0, "
       f"not {clip}; None leaves the data as predicted, 1.0 suits images."

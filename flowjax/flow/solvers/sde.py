@@ -12,6 +12,7 @@ data). D = 0 is the flow itself. Along t rising the score changes its sign.
 # States are trees of arrays, c is a scale, L the size of the last step.
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -178,7 +179,7 @@ def _build(name: str, corrected: bool) -> Callable[..., Stochastic]:
   ) -> Stochastic:
     names.check("diffusion", DIFFUSIONS, diffusion)
     names.check("rule for the last step", LAST_STEPS, last_step)
-    if scale < 0.0:
+    if not 0.0 <= scale < math.inf:
       raise ValueError(
         f"The scale of the diffusion must be at least 0, not {scale}: it is a "
         "rate of noise. 0 leaves no noise, 1.0 is SiT's."

@@ -31,7 +31,8 @@ def check(
     velocity there is its error divided by sigma.
   """
   if hasattr(solver, "grid"):
-    grid = solver.grid(jnp.asarray(grid))
+    with jax.ensure_compile_time_eval():
+      grid = solver.grid(jnp.asarray(grid))
   times = np.asarray(grid, np.float64)
   _check_order(solver, times)
   evaluated = times if _looks_ahead(solver) else times[:-1]
