@@ -7,6 +7,7 @@ devices its collectives can wait for each other for ever.
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 
 # Many tests, and the commands that they start, compile the same programs: the
@@ -14,9 +15,13 @@ import tempfile
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   _cache = tempfile.mkdtemp(prefix="flowjax-tests-")
   os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
-  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
   os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
   atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+
+# Nothing here needs torchvision, and one that was built for another torch would
+# break the imports of those that look for it: diffusers, transformers.
+sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type]
 
 os.environ["NPROC"] = "16"
 os.environ["JAX_PLATFORMS"] = "cpu"
