@@ -55,6 +55,8 @@ EXTRAS = {
   "oracles": [
     *TORCH,
     "diffusers>=0.36,<0.43",
+    # With it diffusers has adapters; it brings transformers.
+    "peft>=0.18,<0.22",
     "torchcfm>=1.0.7,<2",
     "torchdiffeq>=0.2.5,<0.3",
   ],

@@ -13,7 +13,8 @@ COMMANDS = {
   "sample": "draw a grid of samples from a workdir",
   "evaluate": "score the samples of a workdir against held-out data",
   "compare": "draw several workdirs side by side, with their scores",
-  "export": "write the weights of a workdir for PyTorch",
+  "export": "write the weights of a workdir for PyTorch, diffusers and others",
+  "import": "make a workdir of weights from diffusers and others",
   "describe": "show parameters, FLOPs, sharding and memory of a config",
   "bench": "time the training step of a config on this machine",
 }

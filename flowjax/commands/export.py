@@ -1,7 +1,12 @@
-"""Writes the weights of a workdir for PyTorch.
+"""Writes the weights of a workdir for others.
 
-The folder holds `model.safetensors`, `config.json`, `README.md` and `model.py`,
-one file that needs torch and safetensors and nothing of FlowJAX.
+  torch      a folder with model.py, which needs torch and safetensors alone
+  diffusers  a folder for `from_pretrained` of the transformer's class
+  original   the keys of the code that came with the paper
+  lora       the adapters alone, for `load_lora_weights`
+
+`flowjax import` reads each of them again. Of a run with adapters (config.lora)
+the first three hold the weights with the adapters merged.
 
 example:
   flowjax export --workdir=runs/digits --format=torch --out=exported --verify
@@ -9,69 +14,192 @@ example:
 
 from typing import Any
 
+import jax
+
 from flowjax import errors, models, schema
 from flowjax.commands import flags, restored
-from flowjax.interop import torch_export
+from flowjax.interop import (
+  diffusers_check,
+  diffusers_configs,
+  folder_export,
+  formats,
+  lora,
+  pipelines,
+  safetensors,
+  torch_export,
+)
+from flowjax.models import lora as adapters
 from flowjax.train import workdir
 
-# What float32 allows between the two libraries.
-TOLERANCE = 1e-5
+# What float32 allows between two libraries.
+TOLERANCE = {"torch": 1e-5, "diffusers": 2e-5}
 
 
 def add_flags(parser) -> None:
   """Adds the flags of `export`."""
   restored.add_run(parser)
   parser.add_argument(
-    "--format", choices=["torch"], default="torch", help="for whom"
+    "--format",
+    choices=(*formats.FORMATS, lora.FORMAT),
+    default="torch",
+    help="for whom",
   )
   parser.add_argument(
     "--out", type=flags.path, required=True, help="the folder to write"
   )
   parser.add_argument(
+    "--dtype",
+    choices=list(safetensors.DTYPES),
+    default="float32",
+    help="how the weights are stored",
+  )
+  parser.add_argument(
+    "--max-shard-size",
+    type=flags.size,
+    help="divide larger weights into files of at most so much, such as 5GB",
+  )
+  parser.add_argument(
+    "--pipeline",
+    type=flags.path,
+    help="a pipeline of diffusers, in a folder: the export is that pipeline, "
+    "its other parts copied, with this transformer",
+  )
+  parser.add_argument(
     "--verify",
     action="store_true",
-    help="load the export in torch and compare the outputs",
+    help="load the export in torch or diffusers and compare the outputs",
   )
 
 
 def run(args) -> None:
   """Exports, verifies if asked, and says where everything is."""
+  _check(args)
+  found = restored.open(args.workdir, ema=args.ema)
+  if args.format == lora.FORMAT:
+    _export_lora(args, found)
+    return
+  formats.layout(found.config.model, args.format)
+  if args.verify and args.format == "diffusers":
+    content = diffusers_configs.write(found.config.model)
+    diffusers_check.require(content["_class_name"])
+  report = read_report(found, ema=args.ema)
+  params = {k: v for k, v in found.params.items() if k != "uncertainty"}
+  params = adapters.merged(found.config.lora, params)
+  if args.format == "torch":
+    _export_torch(args, found, params, report)
+  else:
+    _export_folder(args, found, params)
+  print(f"Weights of step {found.step} for {args.format}: {args.out}")
+  if args.verify:
+    difference = _verify(args, found, params)
+    entries = {f"{args.format}_max_abs_diff": difference}
+    report |= {**identity(found, ema=args.ema), **entries}
+    workdir.write_json(args.workdir / "report.json", report)
+
+
+def _check(args) -> None:
+  """Refuses what cannot be done before anything is read."""
+  if args.format == "torch" and args.max_shard_size:
+    raise errors.UserError(
+      "--max-shard-size: model.py of --format=torch reads one file. Leave it "
+      "out, or choose another format."
+    )
+  if args.verify and args.format == "original":
+    raise errors.UserError(
+      "--verify compares with a library that runs the weights, and there is "
+      "none for --format=original. Leave it out."
+    )
+  if args.pipeline and args.format != "diffusers":
+    raise errors.UserError(
+      f"--pipeline={args.pipeline} is one of diffusers: it needs "
+      "--format=diffusers."
+    )
+  if args.format == lora.FORMAT and (args.verify or args.max_shard_size):
+    raise errors.UserError(
+      "--verify and --max-shard-size are for whole weights. With "
+      "--format=diffusers --verify the adapters are compared, merged."
+    )
   if args.verify:
     torch_export.require_torch()
-  found = restored.open(args.workdir, ema=args.ema)
-  report = read_report(found, ema=args.ema)
+
+
+def _export_torch(args, found: restored.Restored, params: dict, report: dict):
   card = {
     "config": schema.to_dict(found.config),
     "step": found.step,
     "weights": weights_name(args.ema),
     "scores": report,
   }
-  params = {k: v for k, v in found.params.items() if k != "uncertainty"}
   torch_export.export(
     params,
     found.config.model,
     args.out,
     card=card,
+    dtype=args.dtype,
     path=found.config.flow.path.name,
     prediction=found.config.flow.prediction,
   )
-  print(f"Weights of step {found.step} for PyTorch: {args.out}")
-  if args.verify:
-    difference = torch_export.verify(
-      args.out, models.build(found.config.model), params
+
+
+def _export_folder(args, found: restored.Restored, params: dict):
+  config = schema.to_dict(found.config)
+  scheduler = None
+  if args.format == "diffusers":
+    scheduler = pipelines.scheduler(config["flow"], config["sample"])
+  folder_export.export(
+    params,
+    found.config.model,
+    args.out,
+    format=args.format,
+    dtype=args.dtype,
+    max_bytes=args.max_shard_size,
+    about={
+      "step": found.step,
+      "weights": weights_name(args.ema),
+      "flow": config["flow"],
+      "sample": config["sample"],
+    },
+    scheduler=scheduler,
+    pipeline=args.pipeline,
+  )
+
+
+def _export_lora(args, found: restored.Restored):
+  if not found.config.lora.rank:
+    raise errors.UserError(
+      f"{args.workdir} has no adapters to export: it was trained with "
+      "config.lora.rank=0. Choose another --format."
     )
-    print(f"Largest difference between JAX and PyTorch: {difference:.2e}")
-    # Written so that nan is refused too.
-    if not difference <= TOLERANCE:
-      raise errors.UserError(
-        f"The export in {args.out} differs from JAX by {difference:.2e}, more "
-        f"than {TOLERANCE}: it is not to be used."
-      )
-    report |= {
-      **identity(found, ema=args.ema),
-      "torch_max_abs_diff": difference,
-    }
-    workdir.write_json(args.workdir / "report.json", report)
+  lora.export(
+    found.params,
+    found.config.model,
+    found.config.lora,
+    args.out,
+    dtype=args.dtype,
+    about={"step": found.step, "weights": weights_name(args.ema)},
+  )
+  print(f"Adapters of step {found.step} for load_lora_weights: {args.out}")
+
+
+def _verify(args, found: restored.Restored, params: dict) -> float:
+  """Returns the difference of the outputs, unless it is too large."""
+  check = torch_export if args.format == "torch" else diffusers_check
+  if args.dtype != "float32":
+    # What is compared is the code; that weights were rounded is known.
+    params = jax.tree.map(
+      lambda leaf: leaf.astype(args.dtype).astype("float32"), params
+    )
+  network = models.build(found.config.model)
+  folder = args.out / pipelines.TRANSFORMER if args.pipeline else args.out
+  difference = check.verify(folder, network, params)
+  print(f"Largest difference between JAX and {args.format}: {difference:.2e}")
+  # Written so that nan is refused too.
+  if not difference <= TOLERANCE[args.format]:
+    raise errors.UserError(
+      f"The export in {args.out} differs from JAX by {difference:.2e}, more "
+      f"than {TOLERANCE[args.format]}: it is not to be used."
+    )
+  return difference
 
 
 def weights_name(ema: bool) -> str:

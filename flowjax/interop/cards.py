@@ -24,12 +24,35 @@ class Card:
   licence: str | None = None
 
 
-def render(card: Card, table: tables.Table, config: Any, dtype: str) -> str:
-  """Returns the text of a README.md in Markdown."""
+# By the name of the network: what it is, and what its condition is.
+_NETWORKS = {
+  "dit": ("DiT", "A diffusion transformer (DiT, arXiv:2212.09748)"),
+  "mmdit": (
+    "MM-DiT",
+    "A diffusion transformer of two streams (MM-DiT, arXiv:2403.03206)",
+  ),
+  "flux": ("FLUX", "A diffusion transformer with the architecture of FLUX.1"),
+}
+_VELOCITY = {"path": "straight", "prediction": "velocity"}
+
+
+def render(
+  card: Card,
+  table: tables.Table,
+  config: Any,
+  dtype: str,
+  flow: dict[str, str],
+) -> str:
+  """Returns the text of a README.md in Markdown.
+
+  `flow` is the path and the prediction that the network was trained for.
+  """
   parameters = sum(map(math.prod, table.keys.values()))
   height, width = config.image_size
+  channels_out = getattr(config, "channels_out", config.channels)
   data = card.data or card.config.get("data", {}).get("source")
-  name = card.name or f"DiT trained on {data or 'data not recorded'}"
+  kind, what = _NETWORKS[config.name]
+  name = card.name or f"{kind} trained on {data or 'data not recorded'}"
   licence = card.licence or (
     "Not chosen yet. Whoever publishes these weights states it here; what the\n"
     "data allows counts too."
@@ -42,12 +65,12 @@ tags: [diffusion, flow-matching, {config.name}]
 
 # {name}
 
-A diffusion transformer (DiT, arXiv:2212.09748) that predicts the velocity
-eps - x on the straight path from data (t = 0) to noise (t = 1), conditioned on
-one of {config.num_classes} labels. Exported by FlowJAX {flowjax.__version__}.
+{what} that predicts
+{_predicts(flow)}, conditioned on
+{_told(config)}. Exported by FlowJAX {flowjax.__version__}.
 
 - Images: {height} x {width}; channels in: {config.channels}, out: \
-{config.channels_out}
+{channels_out}
 - Parameters: {parameters:,}, stored as {dtype}
 - Weights: {card.weights or _UNKNOWN}
 - Training step: {_UNKNOWN if card.step is None else f"{card.step:,}"}
@@ -61,13 +84,11 @@ one of {config.num_classes} labels. Exported by FlowJAX {flowjax.__version__}.
 import torch
 import model  # this folder must be on sys.path
 
-dit = model.load(".")
-images_BCHW = model.sample(
-  dit, torch.tensor([0]){_settings(card.config)}
-)
+{config.name} = model.load(".")
+{_call(config, flow, card.config)}
 ```
 
-{_drawing(config)}
+{_drawing(config, flow)}
 ## Scores
 
 {_rows("score", card.scores) or "None were recorded with these weights."}
@@ -88,6 +109,56 @@ says so.
 {_training(card.config)}"""
 
 
+def _predicts(flow: dict[str, str]) -> str:
+  if flow == _VELOCITY:
+    return (
+      "the velocity eps - x on the straight path from data (t = 0) to noise "
+      "(t = 1)"
+    )
+  return f"`{flow['prediction']}` on the path `{flow['path']}`"
+
+
+def _told(config: Any) -> str:
+  if config.num_classes:
+    return f"one of {config.num_classes} labels"
+  told = f"texts encoded to [L, {config.text_width}] and"
+  told += f" [{config.pooled_width}]"
+  if getattr(config, "guidance_embed", False):
+    told += ", and a guidance"
+  return told
+
+
+def _call(config: Any, flow: dict[str, str], trained: dict) -> str:
+  """Returns the lines that draw, or evaluate where `sample` cannot follow."""
+  shape = f"1, {config.channels}, {', '.join(map(str, config.image_size))}"
+  lines = []
+  if config.name == "dit":
+    cond = "torch.tensor([0])"
+  elif config.num_classes:
+    cond = '{"label": torch.tensor([0])}'
+  else:
+    cond = "cond"
+    lines += [
+      "cond = {  # what text encoders make of a text",
+      f'  "text": torch.zeros(1, {config.text_tokens}, {config.text_width}),',
+      f'  "pooled": torch.zeros(1, {config.pooled_width}),',
+      "}",
+    ]
+  if flow == _VELOCITY:
+    settings = _settings(trained)
+    lines += [
+      "images_BCHW = model.sample(",
+      f"  {config.name}, {cond}{settings}",
+      ")",
+    ]
+  else:
+    lines += [
+      f"x_BCHW, t_B = torch.randn({shape}), torch.tensor([0.5])",
+      f"out_BCHW = {config.name}(x_BCHW, t_B, {cond})",
+    ]
+  return "\n".join(lines)
+
+
 def _settings(config: dict) -> str:
   """Returns the arguments of `sample` with which the run drew its samples."""
   chosen = config.get("sample")
@@ -105,9 +176,13 @@ def _settings(config: dict) -> str:
   return "".join(f",\n  {name}={arguments[name]!r}" for name in arguments)
 
 
-def _drawing(config: Any) -> str:
+def _drawing(config: Any, flow: dict[str, str]) -> str:
+  if flow != _VELOCITY:
+    return "`model.sample` is for velocities on the straight path alone.\n"
   if config.channels not in (1, 3):
     return "The images are latents, to be decoded by their autoencoder.\n"
+  if not config.num_classes:
+    return ""
   return "Or `python model.py --labels=0,1,2 --out=grid.png`.\n"
 
 

@@ -1,13 +1,31 @@
 """Where the weights of a DiT live in other people's files."""
 
+from typing import Any
+
+from flowjax import errors
 from flowjax.interop import tables
-from flowjax.models import dit
+from flowjax.models import dit, layers, positions
 
 # L layers; D width and E the same where both sides have it; N heads, H head
-# size; F hidden width of the MLP; I, O values of a patch, in and out;
-# X features of the time; K labels and the one for none; T tokens.
-# Parts of a fused linear: P query, key, value; S shift, scale, gate of both
-# branches; R shift, scale; G gate and value of SwiGLU.
+# size; F hidden width of the MLP; I, O values of a patch, in and out; Y, Z, C
+# its rows, columns and channels; X features of the time; K labels and the one
+# for none; T tokens. Parts of a fused linear: P query, key, value; S shift,
+# scale, gate of both branches; R shift, scale; G gate and value of SwiGLU.
+
+# What the published network is; the other formats hold nothing else.
+_PUBLISHED = {
+  "position": "sincos2d",
+  "mlp": "gelu",
+  "norm": "layernorm",
+  "qk_norm": False,
+  "timestep_scale": 1000.0,
+}
+HELD: dict[str, dict[str, Any]] = {
+  "diffusers": _PUBLISHED | {"mlp_ratio": 4.0, "frequency_shift": 1.0},
+  "original": (_PUBLISHED | {"frequency_shift": 0.0, "mlp_norm_epsilon": 1e-6}),
+}
+# Of these the tensors say nothing: whoever reads some may say otherwise.
+UNTOLD = ("frequency_shift", "mlp_norm_epsilon", "timestep_scale")
 
 
 def torch_layout(config: dit.DiTConfig) -> tables.Table:
@@ -31,18 +49,129 @@ def torch_layout(config: dit.DiTConfig) -> tables.Table:
     ("mlp/out", "mlp.out_proj", "F -> D"),
   ):
     rules += tables.linear(f"blocks/{ours}", "blocks.{L}." + theirs, axes)
+  scales = []
   if config.qk_norm:
-    rules += [
-      tables.Rule(
-        f"blocks/attention/{name}_norm/scale",
-        "blocks.{L}.attention." + f"{name}_norm.weight",
-        "L H -> L H",
-      )
-      for name in ("query", "key")
-    ]
+    scales += [(f"attention/{name}_norm", "H") for name in ("query", "key")]
+  if config.norm == "rmsnorm":
+    scales += [("attention_norm", "D"), ("mlp_norm", "D")]
+    rules += [tables.Rule("final/norm/scale", "final.norm.weight", "D -> D")]
+  for name, axis in scales:
+    theirs = "blocks.{L}." + name.replace("/", ".") + ".weight"
+    pattern = f"L {axis} -> L {axis}"
+    rules += [tables.Rule(f"blocks/{name}/scale", theirs, pattern)]
   rules += tables.linear("final/modulation", "final.modulation", "E -> R D")
   rules += tables.linear("final/out", "final.out_proj", "D -> O")
   return tables.Table(tuple(rules), _sizes(config))
+
+
+def diffusers_layout(config: dit.DiTConfig) -> tables.Table:
+  """Returns the table to the state dict of `DiTTransformer2DModel`.
+
+  It holds the embedders of time and label once in every block, and its
+  position in no tensor.
+  """
+  _require(config, "diffusers")
+  block = "transformer_blocks.{L}."
+  embed = block + "norm1.emb."
+  rules = [
+    *_patch_embed("pos_embed.proj"),
+    *_copies("time_embed/in", f"{embed}timestep_embedder.linear_1", "X"),
+    *_copies("time_embed/out", f"{embed}timestep_embedder.linear_2", "E"),
+    tables.Rule(
+      "label_embed/embedding",
+      f"{embed}class_embedder.embedding_table.weight",
+      "K D -> L K D",
+    ),
+    *tables.linear("blocks/modulation", f"{block}norm1.linear", "E -> S D"),
+    *tables.linear(
+      "blocks/attention/qkv",
+      block + "attn1.{P}",
+      "D -> P N H",
+      names={"P": ("to_q", "to_k", "to_v")},
+    ),
+    *tables.linear(
+      "blocks/attention/out", f"{block}attn1.to_out.0", "N H -> D"
+    ),
+    *tables.linear("blocks/mlp/in", f"{block}ff.net.0.proj", "D -> F"),
+    *tables.linear("blocks/mlp/out", f"{block}ff.net.2", "F -> D"),
+    *tables.linear("final/modulation", "proj_out_1", "E -> R D"),
+    *tables.linear("final/out", "proj_out_2", "D -> O"),
+  ]
+  return tables.Table(tuple(rules), _sizes(config))
+
+
+def original_layout(config: dit.DiTConfig) -> tables.Table:
+  """Returns the table to the state dict of the code of the DiT and SiT papers.
+
+  arXiv:2212.09748, arXiv:2401.08740. The fixed table of positions is in it.
+  """
+  _require(config, "original")
+  block, label = "blocks.{L}.", "y_embedder.embedding_table.weight"
+  rules = [
+    *_patch_embed("x_embedder.proj"),
+    *tables.linear("time_embed/in", "t_embedder.mlp.0", "X -> D"),
+    *tables.linear("time_embed/out", "t_embedder.mlp.2", "E -> D"),
+    tables.Rule("label_embed/embedding", label, "K D -> K D"),
+    *tables.linear(
+      "blocks/modulation", f"{block}adaLN_modulation.1", "E -> S D"
+    ),
+    *tables.linear("blocks/attention/qkv", f"{block}attn.qkv", "D -> P N H"),
+    *tables.linear("blocks/attention/out", f"{block}attn.proj", "N H -> D"),
+    *tables.linear("blocks/mlp/in", f"{block}mlp.fc1", "D -> F"),
+    *tables.linear("blocks/mlp/out", f"{block}mlp.fc2", "F -> D"),
+    *tables.linear(
+      "final/modulation", "final_layer.adaLN_modulation.1", "E -> R D"
+    ),
+    *tables.linear("final/out", "final_layer.linear", "D -> O"),
+  ]
+  table_TD = positions.sincos2d(*config.grid, config.width)
+  return tables.Table(
+    tuple(rules), _sizes(config), {"pos_embed": table_TD[None]}
+  )
+
+
+def _patch_embed(theirs: str) -> tuple[tables.Rule, ...]:
+  """Returns the rules of a map of patches that they hold as a convolution."""
+  return (
+    tables.Rule(
+      "patch_embed/kernel", f"{theirs}.weight", "(Y Z C) D -> D C Y Z"
+    ),
+    tables.Rule("patch_embed/bias", f"{theirs}.bias", "D -> D"),
+  )
+
+
+def _copies(ours: str, theirs: str, inputs: str) -> tuple[tables.Rule, ...]:
+  """Returns the rules of a linear that they hold in every layer."""
+  return (
+    tables.Rule(
+      f"{ours}/kernel", f"{theirs}.weight", f"{inputs} D -> L D {inputs}"
+    ),
+    tables.Rule(f"{ours}/bias", f"{theirs}.bias", "D -> L D"),
+  )
+
+
+def _require(config: dit.DiTConfig, format: str):
+  """Refuses a config that a format would compute something else of."""
+  faults = _faults(config, format)
+  if faults:
+    can = [name for name in HELD if not _faults(config, name)] + ["torch"]
+    raise errors.UserError(
+      f"The {format} DiT is another network, whose numbers would differ:\n  "
+      + "\n  ".join(faults)
+      + f"\nWhat holds this one: --format={' or --format='.join(can)}."
+    )
+
+
+def _faults(config: dit.DiTConfig, format: str) -> list[str]:
+  faults = [
+    f"{name} = {getattr(config, name)!r}, there {value!r}"
+    for name, value in HELD[format].items()
+    if getattr(config, name) != value
+  ]
+  height, width = config.image_size
+  if height != width:
+    faults.append(f"images of {height}x{width}, there square")
+  return faults
 
 
 def _sizes(config: dit.DiTConfig) -> dict[str, int]:
@@ -53,11 +182,14 @@ def _sizes(config: dit.DiTConfig) -> dict[str, int]:
     "D": config.width,
     "E": config.width,
     "N": config.heads,
-    "H": config.width // config.heads,
+    "H": config.head_size,
     "F": config.mlp_width,
     "I": patch * config.channels,
-    "O": patch * (config.out_channels or config.channels),
-    "X": 256,
+    "O": patch * config.channels_out,
+    "Y": config.patch_size,
+    "Z": config.patch_size,
+    "C": config.channels,
+    "X": layers.TIME_FREQUENCIES,
     "K": config.num_classes + 1,
     "T": height * width // patch,
     "P": 3,

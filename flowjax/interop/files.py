@@ -11,6 +11,8 @@ from flowjax import errors
 
 # Its presence marks a folder in which an export of ours was cut short.
 _STAGING = ".flowjax-export"
+# The entry of a marker with the names of the files that belong to it.
+LISTED = "files"
 
 
 @contextlib.contextmanager
@@ -30,7 +32,7 @@ def export_folder(
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     yield staging
-    for path in staging.iterdir():
+    for path in filter(pathlib.Path.is_file, staging.rglob("*")):
       with open(path, "rb+") as file:
         os.fsync(file.fileno())
   except BaseException as error:
@@ -46,11 +48,23 @@ def export_folder(
 
 def _publish(staging: pathlib.Path, directory: pathlib.Path, marker: str):
   """Moves the files, without a moment in which the marker tells a lie."""
+  earlier = _listed(directory / marker)
   (directory / marker).unlink(missing_ok=True)
+  for name in earlier:
+    _remove(directory / name)
   names = sorted(path.name for path in staging.iterdir())
   for name in sorted(names, key=lambda name: name == marker):
+    if (directory / name).is_dir():
+      _remove(directory / name)
     os.replace(staging / name, directory / name)
   staging.rmdir()
+
+
+def _remove(path: pathlib.Path) -> None:
+  if path.is_dir() and not path.is_symlink():
+    shutil.rmtree(path)
+  else:
+    path.unlink(missing_ok=True)
 
 
 def _refuse_stranger(directory: pathlib.Path, *, format: str, marker: str):
@@ -68,6 +82,14 @@ def _refuse_stranger(directory: pathlib.Path, *, format: str, marker: str):
       f"{directory} holds files that are no earlier export "
       f"({', '.join(sorted(names)[:3])}). Choose another folder or empty it."
     )
+
+
+def _listed(marker: pathlib.Path) -> list[str]:
+  """Returns what an earlier export wrote: fewer shards may follow more."""
+  if format_of(marker) is None:
+    return []
+  names = json.loads(marker.read_text()).get(LISTED, [])
+  return [name for name in names if pathlib.PurePath(name).name == name]
 
 
 def format_of(path: pathlib.Path) -> str | None:

@@ -10,6 +10,7 @@ import json
 import math
 import pathlib
 import struct
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -22,6 +23,7 @@ DTYPES = {
   "float16": ("F16", np.dtype(np.float16)),
 }
 _BY_CODE = dict(DTYPES.values())
+_METADATA = "__metadata__"
 
 
 def write(
@@ -30,11 +32,15 @@ def write(
   tensors: collections.abc.Iterable[tuple[str, np.ndarray]],
   *,
   dtype: str,
+  metadata: collections.abc.Mapping[str, str] | None = None,
 ):
-  """Writes the tensors, each as it comes, in the order of `shapes`."""
+  """Writes the tensors, each as it comes, in the order of `shapes`.
+
+  `metadata` are entries of the header that describe them.
+  """
   code, numpy_dtype = DTYPES[dtype]
   # PyTorch's own reader asks for this entry.
-  header: dict = {"__metadata__": {"format": "pt"}}
+  header: dict = {_METADATA: {"format": "pt", **(metadata or {})}}
   end = 0
   for key, shape in shapes.items():
     start, end = end, end + math.prod(shape) * numpy_dtype.itemsize
@@ -64,36 +70,90 @@ def _cast(key: str, tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
     ) from None
 
 
-def read(path: pathlib.Path) -> dict[str, np.ndarray]:
+def metadata(path: pathlib.Path) -> dict[str, str]:
+  """Returns what the header of a file says beside its tensors."""
+  return _read_all(path)[0].get(_METADATA) or {}
+
+
+def keys(path: pathlib.Path) -> list[str]:
+  """Returns the keys of a file, in the order of its header."""
+  return list(_read_header(path)[0])
+
+
+def read(
+  path: pathlib.Path,
+  wanted: collections.abc.Callable[[str], bool] = lambda key: True,
+) -> dict[str, np.ndarray]:
   """Returns the tensors, mapped to memory and read from disk when touched.
 
   Raises CheckpointError, which names the key, if the header does not describe
-  the bytes of the file.
+  the bytes of the file, of which each is to belong to one tensor, or if a
+  tensor that is `wanted` has a type that weights do not have.
   """
   header, start = _read_header(path)
   data = np.memmap(path, np.uint8, "r")[start:]
-  tensors = {}
   for key, entry in header.items():
-    dtype = _BY_CODE.get(entry["dtype"])
+    _check_entry(path, key, entry, len(data))
+  _check_places(path, header, len(data))
+  tensors = {}
+  for key in filter(wanted, header):
+    first, last = header[key]["data_offsets"]
+    dtype = _BY_CODE.get(header[key]["dtype"])
     if dtype is None:
       raise errors.CheckpointError(
-        f"{path}: {key} is of type {entry['dtype']}; weights are "
+        f"{path}: {key} is of type {header[key]['dtype']}; weights are "
         f"{', '.join(_BY_CODE)}."
       )
-    first, last = entry["data_offsets"]
-    size = math.prod(entry["shape"]) * dtype.itemsize
-    if not 0 <= first <= last <= len(data) or last - first != size:
-      raise errors.CheckpointError(
-        f"{path}: {key} should hold {size} bytes ({entry['dtype']} "
-        f"{entry['shape']}) and is said to lie at {first}..{last} of "
-        f"{len(data)}. The file is cut short or damaged; copy it again."
-      )
-    tensors[key] = data[first:last].view(dtype).reshape(entry["shape"])
+    tensors[key] = data[first:last].view(dtype).reshape(header[key]["shape"])
   return tensors
+
+
+def _check_entry(path: pathlib.Path, key: str, entry: Any, available: int):
+  """Refuses an entry of the header that makes no sense by itself."""
+  try:
+    code, shape = entry["dtype"], entry["shape"]
+    first, last = entry["data_offsets"]
+    whole = all(type(n) is int and n >= 0 for n in (*shape, first, last))
+    if not whole or type(code) is not str:
+      raise ValueError
+  except (TypeError, KeyError, ValueError):
+    raise errors.CheckpointError(
+      f"{path}: {key} is described by {entry!r}, which is no dtype, shape and "
+      "data_offsets. The file is damaged; copy it again."
+    ) from None
+  size = last - first
+  if code in _BY_CODE:
+    size = math.prod(shape) * _BY_CODE[code].itemsize
+  if not first <= last <= available or last - first != size:
+    raise errors.CheckpointError(
+      f"{path}: {key} should hold {size} bytes ({code} {shape}) and is said to "
+      f"lie at {first}..{last} of {available}. The file is cut short or "
+      "damaged; copy it again."
+    )
+
+
+def _check_places(path: pathlib.Path, header: dict, available: int):
+  """Refuses tensors that overlap, and bytes that belong to none."""
+  places = sorted((entry["data_offsets"], key) for key, entry in header.items())
+  before, end = "the header", 0
+  for (first, last), key in [*places, ([available, available], "the end")]:
+    if first != end:
+      what = "overlap" if first < end else "leave bytes that belong to none"
+      raise errors.CheckpointError(
+        f"{path}: {before} and {key} {what}: one ends at {end}, the next "
+        f"begins at {first}. The file is damaged; copy it again."
+      )
+    before, end = key, last
 
 
 def _read_header(path: pathlib.Path) -> tuple[dict, int]:
   """Returns the entries by key and where the bytes of the tensors begin."""
+  header, start = _read_all(path)
+  header.pop(_METADATA, None)
+  return header, start
+
+
+def _read_all(path: pathlib.Path) -> tuple[dict, int]:
   with open(path, "rb") as file:
     prefix = file.read(8)
     try:
@@ -101,9 +161,10 @@ def _read_header(path: pathlib.Path) -> tuple[dict, int]:
       if length > path.stat().st_size:
         raise ValueError("its header is longer than the file")
       header = json.loads(file.read(length))
-    except (struct.error, ValueError) as error:
+      if not isinstance(header, dict):
+        raise ValueError("its header is not one of names")
+    except (struct.error, ValueError, RecursionError) as error:
       raise errors.CheckpointError(
         f"{path} is not a safetensors file: {error}."
       ) from None
-  header.pop("__metadata__", None)
   return header, 8 + length

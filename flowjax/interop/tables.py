@@ -7,6 +7,7 @@ is complete: what it does not name on either side is an error that lists it.
 """
 
 import collections.abc
+import concurrent.futures
 import dataclasses
 import functools
 import itertools
@@ -21,7 +22,55 @@ import numpy as np
 from flowjax import errors
 
 Shape = tuple[int, ...]
-Leaves = collections.abc.Iterator[tuple[str, np.ndarray]]
+Tensors = collections.abc.Mapping[str, np.ndarray]
+
+_THREADS = 8
+_ROWS = 16  # of float32 in a line of a cache
+_PART = 2**20  # numbers that are one thread's to copy at a time
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Lazy:
+  """An array that is made when it is asked for."""
+
+  shape: Shape
+  make: collections.abc.Callable[[], np.ndarray]
+
+  def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    return np.asarray(self.make(), dtype)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Leaf:
+  """A leaf of ours in tensors of theirs, which are read when it is asked for.
+
+  `tensors` have the axes `order` of ours, but for the leading axes that their
+  index in the mapping stands for.
+  """
+
+  shape: Shape
+  axes: Shape  # the shape, with the axes of theirs apart
+  order: tuple[int, ...]
+  flip: tuple[int, ...]
+  tensors: collections.abc.Mapping[Shape, np.ndarray]
+
+  @property
+  def dtype(self) -> np.dtype:
+    return next(iter(self.tensors.values())).dtype
+
+  def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    out = _empty(self.shape, np.dtype(dtype or self.dtype))
+    turned = np.flip(out.reshape(self.axes), self.flip).transpose(self.order)
+    parts = itertools.chain.from_iterable(
+      _divided(*_merged(turned[index], tensor))
+      for index, tensor in self.tensors.items()
+    )
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+      list(pool.map(_copy, *zip(*parts, strict=True)))
+    return out
+
+
+Leaves = collections.abc.Iterator[tuple[str, Leaf]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,12 +155,15 @@ class Table:
   """Rules and the sizes of the axes that their patterns speak of.
 
   `constants` are tensors of theirs that the config determines, such as a table
-  of positions: they are written, and what is read must be equal to them.
+  of positions: they are written, and what is read must be equal to them. Large
+  ones are `Lazy`.
   """
 
   rules: tuple[Rule, ...]
   sizes: dict[str, int]
-  constants: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  constants: collections.abc.Mapping[str, np.ndarray | Lazy] = (
+    dataclasses.field(default_factory=dict)
+  )
 
   @functools.cached_property
   def paths(self) -> dict[str, Shape]:
@@ -130,7 +182,9 @@ class Table:
       shapes |= {key: tuple(shape) for key in self._keys_of(rules[0])}
     return shapes
 
-  def to_theirs(self, params: dict) -> Leaves:
+  def to_theirs(
+    self, params: dict
+  ) -> collections.abc.Iterator[tuple[str, np.ndarray]]:
     """Yields (key, tensor) in the order of `keys`.
 
     The leaves of one key at a time are fetched to the host, so that the memory
@@ -138,7 +192,8 @@ class Table:
     """
     leaves = flatten(params)
     _require(leaves, self.paths, "parameters")
-    yield from self.constants.items()
+    for key, constant in self.constants.items():
+      yield key, np.asarray(constant)
     for rules in self._groups:
       parts = [
         self._turned(rule, np.asarray(leaves[rule.ours])) for rule in rules
@@ -146,21 +201,20 @@ class Table:
       for key, index in self._keys_of(rules[0]).items():
         yield key, _joined([part[index] for part in parts], rules[0].along)
 
-  def to_ours(self, tensors: collections.abc.Mapping[str, np.ndarray]) -> dict:
+  def to_ours(self, tensors: Tensors) -> dict:
     """Returns our nested tree of the tensors that bear their keys."""
-    return unflatten(dict(self.leaves_of_ours(tensors)))
+    leaves = self.leaves_of_ours(tensors)
+    return unflatten({path: np.asarray(leaf) for path, leaf in leaves})
 
-  def leaves_of_ours(
-    self, tensors: collections.abc.Mapping[str, np.ndarray]
-  ) -> Leaves:
-    """Yields (path, leaf) of our tree, reading the tensors of one at a time.
+  def leaves_of_ours(self, tensors: Tensors) -> Leaves:
+    """Yields (path, leaf) of our tree; a leaf is read when it is asked for.
 
     Raises CheckpointError before the first, unless keys and shapes are those of
     the table, and the constants are equal.
     """
     _require(tensors, self.keys, "tensors")
-    for key, value in self.constants.items():
-      _require_equal(key, tensors[key], value)
+    for key, constant in self.constants.items():
+      _require_equal(key, tensors[key], np.asarray(constant))
     return itertools.chain.from_iterable(
       self._split(rules, tensors) for rules in self._groups
     )
@@ -195,20 +249,24 @@ class Table:
     sizes = {axis: self.sizes[axis] for axis in named}
     return einops.repeat(tensor, rule.pattern, **sizes)
 
-  def _turned_back(
-    self, rule: Rule, tensors: dict[str, np.ndarray]
-  ) -> np.ndarray:
+  def _turned_back(self, rule: Rule, tensors: dict[str, np.ndarray]) -> Leaf:
     if rule.copies:
       tensors = _one_of(tensors)
-    stacked = np.stack(list(tensors.values()))
-    right = " ".join(a for a in rule.right.split() if a not in rule.copies)
-    named = re.findall(r"\w+", rule.left)
-    leaf = einops.rearrange(
-      stacked.reshape(self._shape(right)),
-      f"{right} -> {rule.left}",
-      **{axis: self.sizes[axis] for axis in named},
+    ours, theirs = (re.findall(r"\w+", x) for x in (rule.left, rule.right))
+    theirs = [axis for axis in theirs if axis not in rule.copies]
+    stacks = [axis for axis in rule.stacks if axis not in rule.copies]
+    inner = [self.sizes[axis] for axis in theirs[len(stacks) :]]
+    indices = np.ndindex(*(self.sizes[axis] for axis in stacks))
+    return Leaf(
+      self._shape(rule.left),
+      tuple(self.sizes[axis] for axis in ours),
+      tuple(ours.index(axis) for axis in theirs),
+      tuple(ours.index(axis) for axis in rule.flip.split()),
+      {
+        index: tensor.reshape(inner)
+        for index, tensor in zip(indices, tensors.values(), strict=True)
+      },
     )
-    return _flipped(leaf, rule.left, rule.flip)
 
   def _keys_of(self, rule: Rule) -> dict[str, Shape]:
     """Maps each key of a rule to its index into the stacked axes."""
@@ -264,6 +322,59 @@ def _flipped(leaf: np.ndarray, axes: str, flip: str) -> np.ndarray:
   return np.flip(leaf, tuple(dims.index(axis) for axis in flip.split()))
 
 
+def _empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
+  """Returns an array that JAX need not copy on a CPU: at 64 bytes' multiple."""
+  size = math.prod(shape) * dtype.itemsize
+  memory = np.empty(size + 64, np.uint8)
+  start = -memory.ctypes.data % 64
+  return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _copy(out: np.ndarray, tensor: np.ndarray) -> None:
+  """Copies a tensor whose axes may lie in memory in another order.
+
+  As many of its rows at a time as there are numbers in a line of a cache, so
+  that each line is read, and written, once.
+  """
+  if tensor.strides[-1] == tensor.itemsize:  # Their rows are rows of ours.
+    out[...] = tensor
+    return
+  for i in range(0, out.shape[-1], _ROWS):
+    rows = tensor[..., i : i + _ROWS]
+    out[..., i : i + _ROWS] = rows.astype(out.dtype, copy=False)
+
+
+def _divided(
+  out: np.ndarray, tensor: np.ndarray
+) -> collections.abc.Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Yields parts of both, cut across the rows of theirs, of a size to copy."""
+  axis = 0 if tensor.strides[-1] == tensor.itemsize else -1
+  out, tensor = np.moveaxis(out, axis, 0), np.moveaxis(tensor, axis, 0)
+  rows = math.ceil(_PART * len(out) / out.size / _ROWS) * _ROWS
+  for i in range(0, len(out), rows):
+    yield (
+      np.moveaxis(out[i : i + rows], 0, axis),
+      np.moveaxis(tensor[i : i + rows], 0, axis),
+    )
+
+
+def _merged(
+  out: np.ndarray, tensor: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the same with few axes, in the order in which those of out lie."""
+  order = sorted(range(out.ndim), key=lambda i: -abs(out.strides[i]))
+  pair = [np.squeeze(array.transpose(order)) for array in (out, tensor)]
+  shape: list[int] = []
+  for i, size in enumerate(pair[0].shape):
+    if i and all(a.strides[i - 1] == size * a.strides[i] for a in pair):
+      shape[-1] *= size
+    else:
+      shape.append(size)
+  merged = [array.reshape(shape or 1) for array in pair]
+  assert np.may_share_memory(merged[0], out)
+  return merged[0], merged[1]
+
+
 def _joined(parts: list[np.ndarray], along: int) -> np.ndarray:
   return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=along)
 
@@ -280,11 +391,21 @@ def _one_of(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   return {first: tensors[first]}
 
 
+def tolerance(dtype: Any) -> float:
+  """Returns by how much a constant may differ that was stored in a dtype."""
+  return 1e-5 + float(ml_dtypes.finfo(dtype).eps)
+
+
 def _require_equal(key: str, found: np.ndarray, constant: np.ndarray):
-  rounding = float(ml_dtypes.finfo(found.dtype).eps)
-  error = np.abs(found.astype(np.float32) - constant).max()
+  # Row by row, as a table of positions may be as large as a network.
+  rows, wanted = (x.reshape(-1, x.shape[-1]) for x in (found, constant))
+  differences = [
+    np.abs(rows[i].astype(np.float32) - wanted[i]).max()
+    for i in range(len(rows))
+  ]
+  error = np.max(differences)
   # Written so that nan is refused too.
-  if not error <= 1e-5 + rounding:
+  if not error <= tolerance(found.dtype):
     raise errors.CheckpointError(
       f"{key} differs by {error:.3g} from what the config makes it, and is not "
       "learned: is the config (its positions, its sizes) that of the weights?"

@@ -13,17 +13,29 @@ import types
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import flowjax
 from flowjax import errors, models, schema
-from flowjax.interop import cards, dit, files, safetensors, tables
+from flowjax.interop import (
+  cards,
+  dit,
+  files,
+  flux,
+  mmdit,
+  safetensors,
+  tables,
+)
 
 FORMAT = "flowjax-torch"
+TIMES = 5  # at which outputs are compared
 
 # By the name of the network: the table, and beside it torch/<name>.py.
-_LAYOUTS = {"dit": dit.torch_layout}
+_LAYOUTS: dict[str, Any] = {
+  "dit": dit.torch_layout,
+  "mmdit": mmdit.torch_layout,
+  "flux": flux.torch_layout,
+}
 
 
 def export(
@@ -49,17 +61,17 @@ def export(
       f"Cannot export weights as {dtype!r}. "
       f"{schema.closest(dtype, safetensors.DTYPES)}"
     )
-  table = _table(config)
+  table, flow = _table(config), {"path": path, "prediction": prediction}
   if isinstance(card, str):
     text = card
   else:
     known = schema.build(cards.Card, card or {}, "card")
-    text = cards.render(known, table, config, dtype)
+    text = cards.render(known, table, config, dtype, flow)
   description = {
     "format": FORMAT,
     "flowjax": flowjax.__version__,
     "dtype": dtype,
-    "flow": {"path": path, "prediction": prediction},
+    "flow": flow,
     "model": schema.to_dict(config),
   }
   out_dir = pathlib.Path(out_dir)
@@ -107,9 +119,9 @@ def verify(
 ) -> float:
   """Returns the largest difference between the outputs of torch and of ours.
 
-  Noise goes through both networks, in float32, at nine times from data to
-  noise, with labels and without. An export that was rounded to a smaller
-  dtype differs from `params` by that rounding, and not from `load`'s.
+  Noise goes through both networks, in float32, at times from data to noise,
+  with conditions and without. An export that was rounded to a smaller dtype
+  differs from `params` by that rounding, and not from `load`'s.
   """
   torch = require_torch()
   theirs = load_module(directory).load(directory)
@@ -119,28 +131,50 @@ def verify(
   network = models.build(config)
 
   rng = np.random.default_rng(seed)
-  t_B = np.linspace(0.0, 1.0, 9, dtype=np.float32)
+  t_B = np.linspace(0.0, 1.0, TIMES, dtype=np.float32)
   shape = (len(t_B), *config.image_size, config.channels)
   x_BHWC = rng.standard_normal(shape, np.float32)
-  label_B = rng.integers(0, config.num_classes, len(t_B), np.int32)
 
   apply = jax.jit(network.apply)
   params = jax.tree.map(np.asarray, params)
   x_BCHW = torch.from_numpy(x_BHWC).permute(0, 3, 1, 2)
   difference = 0.0
-  for cond in (
-    {"label": jnp.asarray(label_B)},
-    network.unconditional({"label": jnp.asarray(label_B)}),
-  ):
+  for cond in conditions(network, rng, len(t_B)):
     # Accelerators round the inputs of float32 products unless told not to.
     with jax.default_matmul_precision("highest"):
       ours_BHWC = np.asarray(apply(params, x_BHWC, t_B, cond))
+    told = {key: torch.from_numpy(np.array(cond[key])) for key in cond}
+    told = told["label"] if config.name == "dit" else told
     with torch.no_grad():
-      label = torch.from_numpy(np.array(cond["label"]))
-      out_BCHW = theirs(x_BCHW, torch.from_numpy(t_B), label)
+      out_BCHW = theirs(x_BCHW, torch.from_numpy(t_B), told)
     out_BHWC = out_BCHW.permute(0, 2, 3, 1).numpy()
     difference = max(difference, float(np.abs(out_BHWC - ours_BHWC).max()))
   return difference
+
+
+def conditions(
+  network: models.Network, rng: np.random.Generator, batch: int
+) -> list[dict[str, Any]]:
+  """Returns what a network may be told, drawn, and what stands for nothing.
+
+  Of texts also one that is padded, with a guidance where there is one.
+  """
+  config = network.config
+  drawn: dict[str, Any] = {}
+  for key, value in network.example(batch).items():
+    if key == "label":
+      drawn[key] = rng.integers(0, config.num_classes, batch, np.int32)
+    else:
+      drawn[key] = rng.standard_normal(value.shape, np.float32)
+  found = [drawn]
+  if "text" in drawn:
+    mask_BL = rng.random(drawn["text"].shape[:2]) < 0.7
+    padded = {**drawn, "text_mask": mask_BL}
+    if getattr(config, "guidance_embed", False):
+      padded["guidance"] = rng.uniform(1.0, 4.0, batch).astype(np.float32)
+    found.append(padded)
+  without = [network.unconditional(cond) for cond in found]
+  return jax.tree.map(np.asarray, [*found, *without])
 
 
 def require_torch() -> types.ModuleType:

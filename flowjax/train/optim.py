@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import optax
 
+from flowjax import schema
 from flowjax.parallel import rules
 
 SCHEDULES = ("constant", "cosine", "linear")
@@ -18,7 +19,8 @@ class OptimConfig:
   `weight_decay_rules` are (regex, multiplier) over parameter names; the first
   that matches decides. `accumulate` splits each batch into so many parts
   whose gradients are summed in float32. A step whose loss or gradient is not
-  finite is skipped; after `max_skipped` in a row training stops.
+  finite is skipped; after `max_skipped` in a row training stops. Parameters
+  whose names a regex in `freeze` matches stay as they are.
   """
 
   learning_rate: float = 1e-4
@@ -36,8 +38,10 @@ class OptimConfig:
   clip_norm: float | None = None
   accumulate: int = 1
   max_skipped: int = 10
+  freeze: tuple[str, ...] = ()
 
   def __post_init__(self):
+    schema.require_patterns("freeze", self.freeze)
     if self.schedule not in SCHEDULES:
       raise ValueError(
         f"schedule = {self.schedule!r} is none of {', '.join(SCHEDULES)}."
@@ -80,7 +84,7 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 def build(
   config: OptimConfig, steps: int, abstract_params: Any
 ) -> optax.GradientTransformation:
-  """Builds the optimizer for parameters of these names and shapes."""
+  """Builds the optimizer for trained parameters of these names and shapes."""
   decay = rules.match(config.weight_decay_rules, abstract_params)
   clip = (
     optax.identity()

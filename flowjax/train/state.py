@@ -10,13 +10,15 @@ from jax.sharding import Mesh
 
 from flowjax.parallel import mesh as meshes
 from flowjax.parallel import rules
+from flowjax.train import freezing
 
 
 class TrainState(NamedTuple):
   """Everything that the next step depends on, besides its batch.
 
   `step` counts batches seen, `skipped` those whose update was not finite, and
-  `skipped_in_row` how many of these came last.
+  `skipped_in_row` how many of these came last. What is frozen is among `params`
+  alone.
   """
 
   # Arrays; or, of the same form, their shapes or their shardings.
@@ -32,17 +34,32 @@ def initial(
   init: collections.abc.Callable[[jax.Array], Any],
   optimizer: optax.GradientTransformation,
   seed: int,
+  frozen: freezing.Names = freezing.NONE,
 ) -> TrainState:
   """Returns the state before the first step."""
-  params = init(jax.random.key(seed))
+  return begin(init(jax.random.key(seed)), optimizer, frozen)
+
+
+def begin(
+  params: Any,
+  optimizer: optax.GradientTransformation,
+  frozen: freezing.Names = freezing.NONE,
+) -> TrainState:
+  """Returns the state before the first step from these parameters."""
+  trained, _ = freezing.split(params, frozen)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
-    ema=jax.tree.map(jnp.copy, params),
-    opt_state=optimizer.init(params),
+    ema=jax.tree.map(jnp.copy, trained),
+    opt_state=optimizer.init(trained),
     skipped=jnp.zeros((), jnp.int32),
     skipped_in_row=jnp.zeros((), jnp.int32),
   )
+
+
+def averaged(state: TrainState) -> Any:
+  """Returns the averaged parameters, with those that are frozen."""
+  return freezing.overlaid(state.params, state.ema)
 
 
 def shardings(
@@ -54,7 +71,7 @@ def shardings(
   return TrainState(
     whole,
     params,
-    params,
+    rules.shardings(parameter_rules, abstract.ema, mesh),
     rules.like(abstract.opt_state, abstract.params, params, whole),
     whole,
     whole,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flowjax.train import ema
+from flowjax.train import ema, freezing
 from flowjax.train import state as states
 
 Loss = collections.abc.Callable[
@@ -30,26 +30,33 @@ def build(
   ema_config: ema.EmaConfig,
   accumulate: int = 1,
   schedule: optax.Schedule | None = None,
+  frozen: freezing.Names = freezing.NONE,
 ) -> Step:
   """Returns the pure step of training with `loss` and `optimizer`.
 
   Randomness is fold_in(seed, step), so that a resumed run draws what the
   straight run would have drawn. A loss or gradient that is not finite leaves
   parameters, average and optimizer as they were, and is counted. With the
-  optimizer's `schedule`, the learning rate is among the metrics.
+  optimizer's `schedule`, the learning rate is among the metrics. The parameters
+  in `frozen` go into the loss, and come out as they were.
   """
-  gradient = accumulated(loss, accumulate)
 
   def step(state, batch):
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
-    value, grads = gradient(state.params, batch, rng)
+    trained, rest = freezing.split(state.params, frozen)
+
+    def loss_of_trained(trained, *inputs):
+      return loss(freezing.overlaid(rest, trained), *inputs)
+
+    gradient = accumulated(loss_of_trained, accumulate)
+    value, grads = gradient(trained, batch, rng)
     norm = optax.global_norm(grads)
 
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, trained)
     # An update can be beyond float32 though its gradient is not.
     size = optax.global_norm(updates)
     finite = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(size)
-    params = optax.apply_updates(state.params, updates)
+    params = optax.apply_updates(trained, updates)
     average = ema.update(
       state.ema, params, ema.decay_at(ema_config, state.step)
     )
@@ -60,7 +67,7 @@ def build(
     bad = jnp.logical_not(finite).astype(jnp.int32)
     new_state = states.TrainState(
       state.step + 1,
-      keep(params, state.params),
+      freezing.overlaid(rest, keep(params, trained)),
       keep(average, state.ema),
       keep(opt_state, state.opt_state),
       state.skipped + bad,

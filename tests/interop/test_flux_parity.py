@@ -19,10 +19,9 @@ from flowjax.interop import tables
 from flowjax.models import flux
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("diffusers")
-
-from diffusers import FluxTransformer2DModel
-from diffusers.loaders import single_file_utils
+diffusers = pytest.importorskip("diffusers")
+single_file_utils = pytest.importorskip("diffusers.loaders.single_file_utils")
+FluxTransformer2DModel = diffusers.FluxTransformer2DModel
 
 CONFIG = flux.FluxConfig(
   image_size=(8, 8),

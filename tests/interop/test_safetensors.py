@@ -114,3 +114,26 @@ def test_the_tensors_are_aligned(path):
   (length,) = struct.unpack("<Q", content[:8])
   assert length % 8 == 0
   assert json.loads(content[8 : 8 + length])["b.weight"]["shape"] == [5, 3]
+
+
+@pytest.mark.parametrize(
+  "offsets, text",
+  [([8, 20], "overlap"), ([16, 28], "leave bytes that belong to none")],
+)
+def test_every_byte_belongs_to_one_tensor(path, offsets, text):
+  tensors = {"a": np.ones(3, np.float32), "b": np.ones(4, np.float32)}
+  safetensors.numpy.save_file(tensors, path)
+  content = path.read_bytes()
+  (length,) = struct.unpack("<Q", content[:8])
+  header = json.loads(content[8 : 8 + length])
+  header["b"] = {"dtype": "F32", "shape": [3], "data_offsets": offsets}
+  new = json.dumps(header).encode()
+  path.write_bytes(struct.pack("<Q", len(new)) + new + content[8 + length :])
+  with pytest.raises(errors.CheckpointError, match=text):
+    ours.read(path)
+
+
+def test_what_is_not_wanted_may_be_of_any_type(path):
+  safetensors.numpy.save_file({"w": np.ones(2), "steps": np.arange(3)}, path)
+  assert sorted(ours.keys(path)) == ["steps", "w"]
+  assert ours.read(path, lambda key: False) == {}

@@ -185,6 +185,44 @@ def test_rules_of_one_key_are_joined():
   np.testing.assert_array_equal(tensors["layers.1.out.weight"], expected)
 
 
+def test_a_leaf_is_read_when_it_is_asked_for_in_any_dtype():
+  table = qkv_table()
+  wanted = qkv_params()
+  tensors = {key: np.array(x) for key, x in table.to_theirs(wanted)}
+  leaves = dict(table.leaves_of_ours(tensors))
+  for tensor in tensors.values():
+    tensor += 1
+  for path, value in tables.flatten(wanted).items():
+    leaf = leaves[path]
+    assert (leaf.shape, leaf.dtype) == (value.shape, value.dtype)
+    read = np.asarray(leaf, np.float16)
+    np.testing.assert_array_equal(read, (value + 1).astype(np.float16))
+    # Then JAX on a CPU need not copy it.
+    assert read.flags.c_contiguous and read.ctypes.data % 64 == 0
+
+
+@pytest.mark.parametrize("part", [1, 600, 2**20])
+def test_odd_shapes_are_copied_whole_in_parts(monkeypatch, part):
+  monkeypatch.setattr(tables, "_PART", part)
+  rng = np.random.default_rng(0)
+  sizes = {"L": 3, "N": 5, "H": 7, "D": 50, "P": 3, "F": 33, "A": 1, "B": 1}
+  rules = (
+    *tables.linear("a", "a.{L}.{P}", "D -> P N H"),
+    *tables.linear("b", "b.{L}", "N H -> D"),
+    *tables.linear("c", "c.{L}", "D -> F", flip="F"),
+    tables.Rule("d", "d", "A B -> B A"),
+    tables.Rule("e", "e", "D F -> D F"),
+  )
+  table = tables.Table(rules, sizes)
+  params = tables.unflatten(
+    {
+      path: rng.standard_normal(s, np.float32)
+      for path, s in table.paths.items()
+    }
+  )
+  round_trip(table, params)
+
+
 def test_constants_are_written_and_must_be_as_the_config_has_them():
   places = np.linspace(0, 1, 8, dtype=np.float32)
   table = tables.Table(qkv_table().rules, SIZES, {"places": places})

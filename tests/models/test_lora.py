@@ -61,12 +61,9 @@ def names(tree):
   }
 
 
-SLOW = [
-  pytest.param(name, marks=pytest.mark.slow) for name in ("mmdit", "flux")
-]
-
-
-@pytest.mark.parametrize("name", ["dit", *SLOW])
+@pytest.mark.parametrize(
+  "name", ["dit", pytest.param("mmdit", marks=pytest.mark.slow)]
+)
 def test_they_add_their_product_and_b_learns_before_a(name):
   bare, net, params = network(name)
   inputs = draw(net)
@@ -138,7 +135,7 @@ def test_guidance_by_blocks_has_the_adapters_of_those_that_stay():
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=5e-6)
 
 
-@pytest.mark.parametrize("changes", [dict(scan=False), dict(remat="dots")])
+@pytest.mark.parametrize("changes", [dict(scan=False, remat="dots")])
 def test_it_is_the_same_unrolled_and_remade(changes):
   _, net, params = network("dit")
   other = models.build(dataclasses.replace(NETWORKS["dit"], **changes))

@@ -41,11 +41,14 @@ class Config:
   heads: int
   mlp_ratio: float
   mlp: str
+  norm: str
+  mlp_norm_epsilon: float
   position: str
   rope_theta: float
   qk_norm: bool
   num_classes: int
   timestep_scale: float
+  frequency_shift: float
 
 
 # What `sample` can follow; config.json says what the network was trained for.
@@ -80,7 +83,7 @@ class DiT(nn.Module):
     patch, width = config.patch_size**2, config.width
     self.config, self.flow = config, FLOW
     self.patch_embed = nn.Linear(patch * config.channels, width)
-    self.time_embed = TimeEmbed(width, config.timestep_scale)
+    self.time_embed = TimeEmbed(config)
     # The last row stands for no label at all.
     self.label_embed = nn.Embedding(config.num_classes + 1, width)
     if config.position == "learned":
@@ -88,7 +91,7 @@ class DiT(nn.Module):
       self.pos_embed = nn.Embedding(height * breadth // patch, width)
     self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
     out_channels = config.out_channels or config.channels
-    self.final = Final(width, patch * out_channels)
+    self.final = Final(config, patch * out_channels)
 
   def forward(
     self,
@@ -122,14 +125,14 @@ class DiT(nn.Module):
 class TimeEmbed(nn.Module):
   """Embeds t by 128 waves, of periods from 2 pi to 20000 pi, and an MLP."""
 
-  def __init__(self, width: int, scale: float):
+  def __init__(self, config: Config):
     super().__init__()
-    self.scale = scale
-    self.in_proj = nn.Linear(256, width)
-    self.out_proj = nn.Linear(width, width)
+    self.scale, self.shift = config.timestep_scale, config.frequency_shift
+    self.in_proj = nn.Linear(256, config.width)
+    self.out_proj = nn.Linear(config.width, config.width)
 
   def forward(self, t_B: torch.Tensor) -> torch.Tensor:
-    angle = time_angles(t_B.float() * self.scale, 128)
+    angle = time_angles(t_B.float() * self.scale, 128, self.shift)
     waves = torch.cat([angle.cos(), angle.sin()], dim=-1)
     waves = waves.to(self.in_proj.weight.dtype)
     return self.out_proj(F.silu(self.in_proj(waves)))
@@ -141,16 +144,18 @@ class Block(nn.Module):
   def __init__(self, config: Config):
     super().__init__()
     self.modulation = nn.Linear(config.width, 6 * config.width)
+    self.attention_norm = Norm(config)
+    self.mlp_norm = Norm(config, config.mlp_norm_epsilon)
     self.attention = Attention(config.width, config.heads, config.qk_norm)
     self.mlp = Mlp(config)
 
   def forward(self, x_BTD, c_BD, angle_TR):
     parts = self.modulation(F.silu(c_BD))[:, None].chunk(6, dim=-1)
     shift, scale, gate = parts[:3]
-    h_BTD = modulated_norm(x_BTD, shift, scale)
+    h_BTD = self.attention_norm(x_BTD, shift, scale)
     x_BTD = x_BTD + gate * self.attention(h_BTD, angle_TR)
     shift, scale, gate = parts[3:]
-    h_BTD = modulated_norm(x_BTD, shift, scale)
+    h_BTD = self.mlp_norm(x_BTD, shift, scale)
     return x_BTD + gate * self.mlp(h_BTD)
 
 
@@ -201,14 +206,37 @@ class Mlp(nn.Module):
 class Final(nn.Module):
   """Reads the values of each patch off its token."""
 
-  def __init__(self, width: int, values: int):
+  def __init__(self, config: Config, values: int):
     super().__init__()
-    self.modulation = nn.Linear(width, 2 * width)
-    self.out_proj = nn.Linear(width, values)
+    self.modulation = nn.Linear(config.width, 2 * config.width)
+    self.norm = Norm(config)
+    self.out_proj = nn.Linear(config.width, values)
 
   def forward(self, x_BTD, c_BD):
     shift, scale = self.modulation(F.silu(c_BD))[:, None].chunk(2, dim=-1)
-    return self.out_proj(modulated_norm(x_BTD, shift, scale))
+    return self.out_proj(self.norm(x_BTD, shift, scale))
+
+
+class Norm(nn.Module):
+  """Normalises each token, in float32, then scales and shifts it."""
+
+  def __init__(self, config: Config, epsilon: float = 1e-6):
+    super().__init__()
+    self.epsilon = epsilon
+    self.weight = None
+    if config.norm == "rmsnorm":
+      self.weight = nn.Parameter(torch.ones(config.width))
+
+  def forward(self, x_BTD, shift_B1D, scale_B1D):
+    y_BTD = x_BTD.float()
+    if self.weight is None:
+      y_BTD = F.layer_norm(y_BTD, y_BTD.shape[-1:], eps=self.epsilon)
+    else:
+      mean_square = y_BTD.square().mean(dim=-1, keepdim=True)
+      y_BTD = y_BTD * torch.rsqrt(mean_square + self.epsilon)
+      y_BTD = y_BTD * self.weight.float()
+    y_BTD = y_BTD * (1 + scale_B1D.float()) + shift_B1D.float()
+    return y_BTD.to(x_BTD.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -222,12 +250,6 @@ class RMSNorm(nn.Module):
     y = x.float()
     y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + 1e-6)
     return (y * self.weight.float()).to(x.dtype)
-
-
-def modulated_norm(x_BTD, shift_B1D, scale_B1D):
-  """Normalises each token, in float32, then scales and shifts it."""
-  y_BTD = F.layer_norm(x_BTD.float(), x_BTD.shape[-1:], eps=1e-6)
-  return (y_BTD * (1 + scale_B1D.float()) + shift_B1D.float()).to(x_BTD.dtype)
 
 
 def patchify(x_BCHW, patch: int):
@@ -256,10 +278,10 @@ def angles(x, count: int, period: float):
   return x[..., None] * (period**-exponent).float().to(x.device)
 
 
-def time_angles(t_B, count: int):
-  """Returns t times 10000^(-i / count), rounded as the original DiT rounds."""
+def time_angles(t_B, count: int, shift: float = 0.0):
+  """Returns t times 10000^(-i / (count - shift)), rounded as DiT rounds."""
   exponent = -math.log(10000.0) * torch.arange(count, dtype=torch.float32)
-  frequency = (exponent / count).double().exp().float()
+  frequency = (exponent / (count - shift)).double().exp().float()
   return t_B[:, None] * frequency.to(t_B.device)
 
 

@@ -1,0 +1,253 @@
+"""Weights that come in: what lies somewhere, and in which format.
+
+safetensors only, each tensor read from disk when it is used. Before the first
+is used, the keys and shapes of all are known to fit the network.
+"""
+
+import collections
+import collections.abc
+import dataclasses
+import itertools
+import json
+import mmap
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from flowjax import errors
+from flowjax.interop import (
+  diffusers_configs,
+  files,
+  folder_export,
+  formats,
+  safetensors,
+  shards,
+  tables,
+  torch_export,
+)
+
+# Where other parts lie beside the transformer in one file, it has this before
+# its keys.
+PREFIX = "model.diffusion_model."
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+Tensors = collections.abc.Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+  """Tensors of one network, by the keys of a format.
+
+  `description` is what a folder says of them, and `format` is None where
+  nothing does: then the keys will tell. `labels` are a network's own texts for
+  labels. `left` counts what the file holds beside the network, by its part.
+  """
+
+  path: pathlib.Path
+  tensors: Tensors
+  labels: Tensors
+  format: str | None = None
+  description: dict[str, Any] = dataclasses.field(default_factory=dict)
+  left: dict[str, int] = dataclasses.field(default_factory=dict)
+
+  @property
+  def network(self) -> str | None:
+    """The name of the network that these are said to be of."""
+    if "model" in self.description:
+      return self.description["model"].get("name")
+    return diffusers_configs.kind(self.description)
+
+  @property
+  def bytes(self) -> int:
+    return sum(tensor.nbytes for tensor in self.tensors.values())
+
+  def config(self, like: Any = None) -> Any:
+    """Returns the config of the network, where the folder says it.
+
+    What it does not say is as in `like`. None if it says nothing.
+    """
+    if "model" in self.description:
+      return formats.config_of(self.description["model"], like, self.path)
+    if self.format == "diffusers":
+      with errors.naming(str(self.path)):
+        config = diffusers_configs.read(self.description, like)
+      return formats.as_stored(config, self.tensors)
+    return None
+
+  def leaves(self, config: Any) -> tuple[list[str], tables.Leaves]:
+    """Returns the paths of our leaves, and the leaves as they are read.
+
+    Raises CheckpointError, before the first is read, for what does not fit.
+    """
+    table, labels = self._table(config), formats.labels_layout(config)
+    paths, leaves = list(table.paths), table.leaves_of_ours(self.tensors)
+    leaves = _read_ahead(leaves)
+    if labels is None or not self.labels:
+      return paths, leaves
+    both = labels.leaves_of_ours(self.labels)
+    return [*paths, *labels.paths], itertools.chain(leaves, both)
+
+  def _table(self, config: Any) -> tables.Table:
+    """Returns the table of the format, or of that whose keys these are."""
+    if self.format is not None:
+      return formats.layout_to_read(config, self.format)
+    found: list[tuple[int, int, tables.Table]] = []
+    reasons = []
+    for name in formats.held(config):
+      try:
+        table = formats.layout_to_read(config, name)
+      except errors.UserError as error:
+        reasons.append(str(error))
+        continue
+      common = len(self.tensors.keys() & table.keys.keys())
+      found.append((common, -len(found), table))
+    common, _, table = max(found)
+    if not common and reasons:
+      raise errors.UserError(
+        f"{self.path} is in no format that holds this config:\n"
+        + "\n".join(reasons)
+      )
+    return table
+
+
+def open(path: pathlib.Path) -> Weights:
+  """Finds the weights in a folder of an export or of diffusers, or in a file.
+
+  Of a pipeline's folder the transformer is taken. Nothing but headers is read.
+  """
+  if not path.exists():
+    raise errors.UserError(f"--from={path}: there is no such file or folder.")
+  if path.is_file():
+    return _open_file(path)
+  return _open_folder(path)
+
+
+def _open_folder(path: pathlib.Path) -> Weights:
+  if not (path / "config.json").exists() and (path / "transformer").is_dir():
+    path = path / "transformer"
+  if files.format_of(path / "config.json") == torch_export.FORMAT:
+    description = _read_json(path / "config.json")
+    tensors = shards.read(_find(path, "model"))
+    return Weights(path, tensors, {}, "torch", description)
+  if (path / "config.json").exists():
+    return _open_diffusers(_find(path, folder_export.STEMS["diffusers"]))
+  tensors = shards.read(_find(path, folder_export.STEMS["original"]))
+  return Weights(path, tensors, _labels(path), "original", _marker(path))
+
+
+def _open_diffusers(file: pathlib.Path) -> Weights:
+  """Opens weights beside which lies a config.json of diffusers.
+
+  What our marker says counts while it is of the same network.
+  """
+  path = file.parent
+  content, ours = _read_json(path / "config.json"), _marker(path)
+  with errors.naming(str(path / "config.json")):
+    diffusers_configs.require_known(content)
+  tensors = shards.read(file)
+  if ours:
+    config = formats.config_of(ours["model"], None, path)
+    theirs = diffusers_configs.read(content, config)
+    if diffusers_configs.write(theirs) == diffusers_configs.write(config):
+      content = ours
+  return Weights(path, tensors, _labels(path), "diffusers", content)
+
+
+def _open_file(path: pathlib.Path) -> Weights:
+  """Opens one file, or the index of several, of which nothing else is known."""
+  _refuse_pickle(path)
+  if path.name.startswith(folder_export.STEMS["diffusers"]) and (
+    path.with_name("config.json").exists()
+  ):
+    return _open_diffusers(path)
+  if path.name.endswith(shards.INDEX):
+    return Weights(path, shards.read(path), {})
+  keys = safetensors.keys(path)
+  if not any(key.startswith(PREFIX) for key in keys):
+    return Weights(path, safetensors.read(path), {})
+  found = safetensors.read(path, lambda key: key.startswith(PREFIX))
+  left = collections.Counter(
+    key.split(".")[0] for key in keys if key not in found
+  )
+  tensors = {key.removeprefix(PREFIX): found[key] for key in found}
+  return Weights(path, tensors, {}, left=dict(left))
+
+
+def _find(folder: pathlib.Path, stem: str) -> pathlib.Path:
+  """Returns the weights file of a folder, or the index of its files."""
+  for suffix in (shards.INDEX, ".safetensors"):
+    if (folder / f"{stem}{suffix}").exists():
+      return folder / f"{stem}{suffix}"
+  # A variant has its name in between, such as `stem.fp16.safetensors`.
+  found = sorted(folder.glob(f"{stem}.*{shards.INDEX}"))
+  found = found or sorted(folder.glob(f"{stem}.*.safetensors"))
+  if len(found) == 1:
+    return found[0]
+  if found:
+    names = ", ".join(path.name for path in found)
+    raise errors.UserError(f"{folder} holds {names}: name one with --from.")
+  pickles = [p for p in sorted(folder.iterdir()) if p.suffix in PICKLES]
+  for path in pickles:
+    _refuse_pickle(path)
+  raise errors.UserError(
+    f"{folder} holds no weights: there is no {stem}.safetensors and no "
+    f"{stem}{shards.INDEX} in it."
+  )
+
+
+def _refuse_pickle(path: pathlib.Path) -> None:
+  with path.open("rb") as file:
+    start = file.read(4)
+  # A zip of PyTorch, or a pickle of protocol 2 or later.
+  if path.suffix in PICKLES or start == b"PK\x03\x04" or start[:1] == b"\x80":
+    raise errors.UserError(
+      f"{path} is a pickle, and is not read: loading one runs whatever code is "
+      "in it. Where you trust it, convert it once, with torch:\n"
+      f'  tensors = torch.load("{path.name}", weights_only=True)\n'
+      '  safetensors.torch.save_file(tensors, "model.safetensors")\n'
+      "(of a training checkpoint, the entry with the weights), and import that."
+    )
+
+
+def _marker(folder: pathlib.Path) -> dict[str, Any]:
+  path = folder / folder_export.MARKER
+  return _read_json(path) if path.exists() else {}
+
+
+def _labels(folder: pathlib.Path) -> Tensors:
+  path = folder / formats.LABELS_FILE
+  return safetensors.read(path) if path.exists() else {}
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    content = json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    content = error
+  if not isinstance(content, dict):
+    raise errors.CheckpointError(f"{path} is damaged: {content}.")
+  return content
+
+
+def _read_ahead(leaves: tables.Leaves) -> tables.Leaves:
+  """Yields leaves while the next is read; of the last, no page is kept."""
+  ending = itertools.chain(leaves, [("", None)])
+  for (path, leaf), (_, following) in itertools.pairwise(ending):
+    assert leaf is not None
+    if following is not None:
+      _advise(following, "MADV_WILLNEED")
+    yield path, leaf
+    _advise(leaf, "MADV_DONTNEED")
+
+
+def _advise(leaf: tables.Leaf, advice: str) -> None:
+  """Tells the system what becomes of the pages of the files of a leaf."""
+  if not hasattr(mmap, advice):
+    return
+  for tensor in leaf.tensors.values():
+    file = tensor._mmap  # type: ignore[attr-defined]
+    origin = np.frombuffer(file, np.uint8).ctypes.data
+    first, last = np.lib.array_utils.byte_bounds(tensor)
+    start = (first - origin) // mmap.PAGESIZE * mmap.PAGESIZE
+    file.madvise(getattr(mmap, advice), start, last - origin - start)
