@@ -1,6 +1,12 @@
-"""Trains DiT-XL/2 on one NVIDIA GPU: FlowJAX beside PyTorch, in one run.
+"""Trains a network on one NVIDIA GPU: FlowJAX beside PyTorch, in one run.
 
   python benchmarks/gpu_train.py --out=benchmarks/results/gpu_h200.json
+  python benchmarks/gpu_train.py --size=flux_4096 --out=gpu_flux_4096.json
+
+`--size` is a DiT, by default XL/2; "flux_1024" or "flux_4096", with so many
+image tokens and 512 of text, of which 12 of the 57 blocks are left, so that
+one card of 141 GB holds it with its optimizer; or "mmdit_1024" or "mmdit_4096",
+SD3-medium with all of its 24 blocks. text_networks.py says more.
 
 Each side first tries a few settings for some seconds each, every one in a
 process of its own; then the best of each side steps for --seconds. The result
@@ -16,6 +22,7 @@ from typing import Any
 
 import measure
 import parent
+import text_networks
 import workload
 
 # Dense bfloat16 of an H100 or H200 SXM, by the datasheet.
@@ -33,6 +40,16 @@ START = {
   ],
   "torch": ["batch=256,compile=blocks", "batch=128,compile=blocks"],
 }
+# The same for networks that read texts, whose activations are larger: what does
+# not fit fails, and the next is tried.
+TEXT_START = {
+  "flowjax": [
+    "batch={},attention=cudnn,scan=no",
+    "batch={},attention=cudnn,scan=no,remat=save_attention",
+  ],
+  "torch": ["batch={},compile=blocks"],
+}
+TEXT_BATCHES = {"1024": (32, 16), "4096": (8, 4), "tiny": (2,)}
 # What compiles slowest comes last: time may run out.
 THEN = {
   "flowjax": ["batch=128", "xla=no_triton"],
@@ -48,7 +65,7 @@ def parse() -> argparse.Namespace:
   add = parser.add_argument
   add("--out", type=pathlib.Path, required=True, help="where the JSON goes")
   add("--device", choices=("gpu", "cpu"), default="gpu")
-  add("--size", choices=workload.SIZES, default="xl")
+  add("--size", choices=(*workload.SIZES, *text_networks.SIZES), default="xl")
   add("--dtype", default="bfloat16")
   add("--seconds", type=float, default=60.0, help="of the sustained run")
   add("--probe-seconds", type=float, default=5.0, help="of each trial")
@@ -57,11 +74,27 @@ def parse() -> argparse.Namespace:
   add("--memory-fraction", default="0.92", help="of the card, for FlowJAX")
   add("--sides", nargs="+", choices=LIBRARIES, default=list(LIBRARIES))
   add("--kernels", action="store_true", help="also record a table of kernels")
-  add("--flowjax-start", nargs="+", default=START["flowjax"], help=START_HELP)
-  add("--flowjax-then", nargs="*", default=THEN["flowjax"], help=THEN_HELP)
-  add("--torch-start", nargs="+", default=START["torch"], help=START_HELP)
-  add("--torch-then", nargs="*", default=THEN["torch"], help=THEN_HELP)
-  return parser.parse_args()
+  add("--flowjax-start", nargs="+", help=START_HELP)
+  add("--flowjax-then", nargs="*", help=THEN_HELP)
+  add("--torch-start", nargs="+", help=START_HELP)
+  add("--torch-then", nargs="*", help=THEN_HELP)
+  flags = parser.parse_args()
+  text = flags.size in text_networks.SIZES
+  for library in LIBRARIES:
+    # A batch that would change with the kind of network is no change to try.
+    then = [x for x in THEN[library] if not (text and "batch" in x)]
+    for name, found in (("start", starts(flags.size, library)), ("then", then)):
+      if getattr(flags, f"{library}_{name}") is None:
+        setattr(flags, f"{library}_{name}", found)
+  return flags
+
+
+def starts(size: str, library: str) -> list[str]:
+  """Returns the settings that are tried first."""
+  if size not in text_networks.SIZES:
+    return START[library]
+  batches = TEXT_BATCHES[size.partition("_")[2]]
+  return [x.format(n) for n in batches for x in TEXT_START[library]]
 
 
 @dataclasses.dataclass
@@ -209,6 +242,13 @@ def conclude(result: dict[str, Any]) -> None:
     print(f"flowjax / torch = {result['flowjax_over_torch']:.3f}")
 
 
+def describe(work: workload.Workload) -> dict[str, Any]:
+  """Returns what is said of the network, also what was cut of it."""
+  note = text_networks.NOTES.get(work.kind)
+  said = {} if note is None else {"note": note}
+  return {"size": work.size, "tokens": work.tokens, **work.model(), **said}
+
+
 def main() -> None:
   """Tries, sustains, compares."""
   flags = parse()
@@ -216,7 +256,7 @@ def main() -> None:
   result: dict[str, Any] = {
     "benchmark": "gpu_train",
     "machine": measure.machine(),
-    "model": {"size": flags.size, "tokens": work.tokens, **work.model()},
+    "model": describe(work),
     "train_gflops_per_image": work.train_flops() / 1e9,
     "peak_tflops": flags.peak_tflops,
   }

@@ -18,7 +18,6 @@ from child import MATMUL_SIZE
 import flowjax
 from flowjax import models
 from flowjax.flow import losses, paths, times
-from flowjax.models import dit
 from flowjax.parallel import mesh as meshes
 from flowjax.parallel import rules
 from flowjax.train import ema, optim
@@ -27,6 +26,7 @@ from flowjax.train import step as steps
 
 # That of configs/imagenet_dit.py; the learning rate is constant.
 STEPS = 400_000
+MOST_AT_ONCE = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +49,12 @@ def make_step(work: workload.Workload, device: jax.Device) -> Step:
   """Builds the step of configs/imagenet_dit.py for one device.
 
   Rectified flow with logit-normal times, AdamW, a moving average; an update
-  that is not finite is skipped.
+  that is not finite is skipped. The same for networks that read texts.
   """
-  config = dit.DiTConfig(
+  dropout = "label_dropout" if work.kind == "dit" else "condition_dropout"
+  config = models.CONFIGS[work.kind](
     **work.model(),
-    label_dropout=workload.LABEL_DROPOUT,
+    **{dropout: workload.LABEL_DROPOUT},
     remat=work.remat,
     scan=work.scan,
     attention=work.attention,
@@ -78,7 +79,10 @@ def make_step(work: workload.Workload, device: jax.Device) -> Step:
     ema_config=ema.EmaConfig(decay=workload.EMA_DECAY),
     schedule=optim.schedule(tuning, STEPS),
   )
-  image = (work.batch, *config.image_size, config.channels)
+  image = jax.ShapeDtypeStruct(
+    (work.batch, *config.image_size, config.channels), jnp.float32
+  )
+  cond = jax.eval_shape(lambda: network.example(work.batch))
   place = meshes.batch_sharding(mesh)
   return Step(
     network=network,
@@ -92,26 +96,35 @@ def make_step(work: workload.Workload, device: jax.Device) -> Step:
       shapes,
       shardings,
     ),
-    batch={
-      "image": jax.ShapeDtypeStruct(image, jnp.float32, sharding=place),
-      "label": jax.ShapeDtypeStruct(image[:1], jnp.int32, sharding=place),
-    },
+    batch=jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+      {"image": image, **cond},
+    ),
   )
 
 
 def _random_like(abstract):
   """Draws N(0, 0.02^2): a branch that starts at zero would cost less power.
 
-  All at once, for each draw would be compiled by itself.
+  All at once, for each draw would be compiled by itself; of more than a billion
+  the first come again, so that indices fit into 32 bits.
   """
   leaves, tree = jax.tree.flatten(abstract)
-  ends = np.cumsum([leaf.size for leaf in leaves])
-  key = jax.random.key(1, impl="rbg")
-  flat = 0.02 * jax.random.normal(key, (ends[-1],))
-  parts = jnp.split(flat, ends[:-1])
-  return jax.tree.unflatten(
-    tree, [x.reshape(y.shape) for x, y in zip(parts, leaves, strict=True)]
-  )
+  room = min(sum(leaf.size for leaf in leaves), MOST_AT_ONCE)
+  flat = 0.02 * jax.random.normal(jax.random.key(1, impl="rbg"), (room,))
+  parts, start = [], 0
+  for leaf in leaves:
+    start = start if start + leaf.size <= room else 0
+    parts.append(flat[start : start + leaf.size].reshape(leaf.shape))
+    start += leaf.size
+  return jax.tree.unflatten(tree, parts)
+
+
+def _random_inputs(x: jax.ShapeDtypeStruct, rng: np.random.Generator):
+  """Returns labels, or normal numbers, where a step takes them."""
+  if jnp.issubdtype(x.dtype, jnp.integer):
+    return jax.device_put(rng.integers(0, 1000, x.shape, x.dtype), x.sharding)
+  return jax.device_put(rng.standard_normal(x.shape, x.dtype), x.sharding)
 
 
 def _compile(made: Step) -> tuple[Any, dict[str, float]]:
@@ -149,15 +162,7 @@ class Side:
     self.compiled, seconds = _compile(made)
     self.state = made.initial()
     rng = np.random.default_rng(0)
-    image, label = made.batch["image"], made.batch["label"]
-    self.batch = {
-      "image": jax.device_put(
-        rng.standard_normal(image.shape, np.float32), image.sharding
-      ),
-      "label": jax.device_put(
-        rng.integers(0, 1000, label.shape, np.int32), label.sharding
-      ),
-    }
+    self.batch = {key: _random_inputs(x, rng) for key, x in made.batch.items()}
     memory = self.compiled.memory_analysis()
     return {
       "parameters": sum(x.size for x in jax.tree.leaves(made.state.params)),

@@ -1,4 +1,4 @@
-"""PyTorch's side: the model that FlowJAX exports, trained at its best.
+"""PyTorch's side: the same networks (torch_networks.py), trained at their best.
 
 The same parameters, loss, optimizer and average. Fused attention
 (scaled_dot_product_attention), fused AdamW, multi-tensor averaging; bfloat16 by
@@ -10,12 +10,11 @@ import functools
 from typing import Any
 
 import torch
+import torch_networks
 import traces
 import workload
 from child import MATMUL_SIZE
 from torch.nn import attention
-
-from flowjax.interop.torch import dit
 
 _backends = attention.SDPBackend
 ATTENTION = {
@@ -30,7 +29,8 @@ class Trainer:
   def __init__(self, work: workload.Workload, device: torch.device):
     self.work, self.device = work, device
     with device:
-      self.model = dit.DiT(dit.Config(**work.model()))
+      self.network = torch_networks.build(work)
+    self.model = self.network.model
     self.params: list[torch.Tensor] = list(self.model.parameters())
     for param in self.params:
       torch.nn.init.normal_(param, std=0.02)
@@ -43,17 +43,17 @@ class Trainer:
     if work.compile == "whole":
       self.forward = torch.compile(self.loss)
     elif work.compile == "blocks":
-      for block in self.model.blocks:
+      for block in self.network.blocks:
         block.compile()
 
-  def loss(self, x_BCHW, eps_BCHW, t_B, label_B) -> torch.Tensor:
+  def loss(self, x_BCHW, eps_BCHW, t_B, *cond) -> torch.Tensor:
     """Returns the rectified-flow loss |v(x_t, t) - (eps - x)|^2."""
     t_B111 = t_B[:, None, None, None]
     xt_BCHW = (1.0 - t_B111) * x_BCHW + t_B111 * eps_BCHW
-    v_BCHW = self.model(xt_BCHW, t_B, label_B)
+    v_BCHW = self.network.velocity(xt_BCHW, t_B, *cond)
     return torch.nn.functional.mse_loss(v_BCHW, eps_BCHW - x_BCHW)
 
-  def update(self, x_BCHW, eps_BCHW, t_B, label_B) -> torch.Tensor:
+  def update(self, x_BCHW, eps_BCHW, t_B, *cond) -> torch.Tensor:
     """Moves the parameters and their average once."""
     with contextlib.ExitStack() as stack:
       if self.device.type == "cuda":
@@ -70,7 +70,7 @@ class Trainer:
           enabled=self.work.dtype == "bfloat16",
         )
       )
-      loss = self.forward(x_BCHW, eps_BCHW, t_B, label_B)
+      loss = self.forward(x_BCHW, eps_BCHW, t_B, *cond)
     loss.backward()
     self.optimizer.step()
     self.optimizer.zero_grad(set_to_none=True)
@@ -80,15 +80,15 @@ class Trainer:
     self.steps += 1
     return loss.detach()
 
-  def step(self, x_BCHW, label_B) -> torch.Tensor:
-    """Draws noise, times and dropped labels, and updates."""
+  def step(self, x_BCHW, *cond) -> torch.Tensor:
+    """Draws noise, times and dropped conditions, and updates."""
     batch = (len(x_BCHW),)
     draw = functools.partial(torch.rand, batch, device=self.device)
     eps_BCHW = torch.randn_like(x_BCHW)
     t_B = torch.randn(batch, device=self.device).sigmoid()
     dropped_B = draw() < workload.LABEL_DROPOUT
-    label_B = torch.where(dropped_B, self.model.config.num_classes, label_B)
-    return self.update(x_BCHW, eps_BCHW, t_B, label_B)
+    cond = self.network.dropped(dropped_B, *cond)
+    return self.update(x_BCHW, eps_BCHW, t_B, *cond)
 
 
 class Side:
@@ -107,11 +107,7 @@ class Side:
   def build(self) -> dict[str, Any]:
     """Makes everything and takes the first step, which is what compiles."""
     self.trainer = Trainer(self.work, self.device)
-    shape = (self.work.batch, 4, 32, 32)
-    self.batch = (
-      torch.randn(shape, device=self.device),
-      torch.randint(1000, shape[:1], device=self.device),
-    )
+    self.batch = self.trainer.network.draw(self.work.batch, self.device)
     self.wait(self.step())
     return {"parameters": sum(p.numel() for p in self.trainer.params)}
 

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 
+import gpu_train
 import jax
 import jax.numpy as jnp
 import measure
@@ -17,6 +18,7 @@ import numpy as np
 import parent
 import pytest
 import side_flowjax
+import text_networks
 import traces
 import workload
 
@@ -69,6 +71,90 @@ def test_formula_counts_the_blocks_of_the_network(size):
   time_embed, final_modulation = 2 * (256 * d + d * d), 2 * d * 2 * d
   outside = patches + time_embed + final_modulation
   assert models.build(config).flops == work.forward_flops() + outside
+
+
+@pytest.mark.parametrize("size", text_networks.SIZES)
+def test_formula_counts_the_blocks_of_networks_of_text(size):
+  work = workload.Workload(size=size)
+  network = models.build(models.CONFIGS[work.kind](**work.model()))
+  model, config = work.model(), network.config
+  d, times = config.width, 2 if work.kind == "flux" else 1
+  patches = 2 * work.tokens * model["channels"] * 4
+  outside = (
+    2 * d * (patches + model["text_tokens"] * model["text_width"])
+    + 2 * d * (256 * times + model["pooled_width"] + (times + 1) * d)
+    + 2 * d * 2 * d
+  )
+  assert network.flops == work.forward_flops() + outside
+
+
+def test_the_flux_that_is_measured_is_as_large_as_is_said():
+  work = workload.Workload(size="flux_4096")
+  network = models.build(models.CONFIGS["flux"](**work.model()))
+  shapes = jax.eval_shape(network.init, jax.random.key(0))
+  count = sum(x.size for x in jax.tree.leaves(shapes))
+  assert round(count / 1e9, 2) == 2.56
+  # Weights, gradients, two moments and the average.
+  assert round(5 * 4 * count / 1e9) == 51
+  assert work.tokens == 4096 and network.config.text_tokens == 512
+
+
+TEXTS = ["flux_tiny", "mmdit_tiny"]
+
+
+def _text_sides(size):
+  """Returns FlowJAX's step, its weights, and PyTorch's side with them."""
+  import side_torch
+  import torch
+
+  from flowjax.interop import formats
+
+  work = workload.Workload(size=size, batch=4, threads=1)
+  made = side_flowjax.make_step(work, jax.devices()[0])
+  params = jax.tree.map(np.asarray, made.initial().params)
+  trainer = side_torch.Trainer(work, torch.device("cpu"))
+  table = formats.layout(made.network.config, "diffusers")
+  state = {k: torch.from_numpy(x.copy()) for k, x in table.to_theirs(params)}
+  trainer.model.load_state_dict(state, strict=True)
+  return made, params, trainer
+
+
+@needs_torch
+@pytest.mark.slow
+@pytest.mark.parametrize("size", TEXTS)
+def test_both_sides_of_text_do_the_same_and_as_much(size):
+  pytest.importorskip("diffusers")
+  import torch
+  from torch.nn import attention
+  from torch.utils import flop_counter
+
+  made, params, trainer = _text_sides(size)
+  rng = np.random.default_rng(0)
+  image, text, pooled = (
+    rng.standard_normal(made.batch[key].shape, np.float32)
+    for key in ("image", "text", "pooled")
+  )
+  t_B = np.linspace(0.1, 0.9, 4, dtype=np.float32)
+  v_BHWC = jax.jit(made.network.apply)(
+    params, image, t_B, {"text": text, "pooled": pooled}
+  )
+  plain = attention.sdpa_kernel(attention.SDPBackend.MATH)
+  counter = flop_counter.FlopCounterMode(display=False)
+  with torch.no_grad(), plain, counter:
+    found = trainer.network.velocity(
+      *map(torch.from_numpy, (image.transpose(0, 3, 1, 2).copy(), t_B)),
+      *map(torch.from_numpy, (text, pooled)),
+    )
+  theirs_BHWC = found.numpy().transpose(0, 2, 3, 1)
+  assert np.std(theirs_BHWC) > 1e-4
+  np.testing.assert_allclose(v_BHWC, theirs_BHWC, atol=1e-5)
+  assert counter.get_total_flops() == 4 * made.network.flops
+  drop_B = torch.tensor([True, False, False, True])
+  dropped = trainer.network.dropped(
+    drop_B, torch.from_numpy(text), torch.from_numpy(pooled)
+  )
+  for x, before in zip(dropped, (text, pooled), strict=True):
+    assert not x[[0, 3]].any() and x[1].equal(torch.from_numpy(before)[1])
 
 
 @needs_torch
@@ -256,6 +342,42 @@ def test_gpu_script_runs_and_writes_what_it_promises(tmp_path):
     assert result["flowjax_over_torch"] > 0
     ours, theirs = (result[x]["sustained"]["parameters"] for x in sides)
     assert ours == theirs
+
+
+@needs_torch
+@pytest.mark.slow
+def test_both_sides_train_flux():
+  pytest.importorskip("diffusers")
+  import side_torch
+
+  work = workload.Workload(size="flux_tiny", batch=2)
+  counts = []
+  for side in (side_flowjax.Side(work), side_torch.Side(work)):
+    counts.append(side.build()["parameters"])
+    side.wait(side.step())
+    first = side.report()["loss"]
+    side.wait(side.step())
+    assert np.isfinite(first) and side.report()["loss"] != first
+  assert counts[0] == counts[1]
+
+
+def test_settings_to_begin_with_are_settings():
+  for size in ("xl", "flux_1024", "mmdit_4096"):
+    for library in gpu_train.LIBRARIES:
+      found = gpu_train.starts(size, library)
+      works = {TINY.changed(text) for text in found}
+      assert len(works) == len(found) > 1
+  assert gpu_train.starts("flux_4096", "torch") == [
+    "batch=8,compile=blocks",
+    "batch=4,compile=blocks",
+  ]
+
+
+def test_what_was_cut_is_said():
+  said = gpu_train.describe(workload.Workload(size="flux_1024"))
+  assert said["tokens"] == 1024
+  assert "4 + 8 of its 19 + 38 blocks" in said["note"]
+  assert "note" not in gpu_train.describe(TINY)
 
 
 @pytest.mark.slow

@@ -22,8 +22,6 @@ SMALL = (
   *("--rounds=2", "--small-rounds=2", "--loop-rounds=2", "--guided-rounds=2"),
   *("--guided-steps=8", "--guided-batch=3", *FEW),
 )
-# One noise level is infinite on this path, and edm_heun does not correct there.
-UNCORRECTED = {"edm_heun": 1}
 
 
 @pytest.fixture
@@ -42,7 +40,7 @@ def test_evaluations_are_those_that_the_solver_says(name):
   declared = solvers.build(name, paths.straight()).evaluations
   assert declared(steps) <= 6 < declared(steps + 1)
   seen = loops_flowjax.rows(loops_flowjax.method(name, _uniform(steps)), 3)
-  assert seen == [3] * (declared(steps) - UNCORRECTED.get(name, 0))
+  assert seen == [3] * declared(steps)
 
 
 def test_a_solver_that_needs_more_evaluations_is_refused():
