@@ -162,7 +162,8 @@ def _convert_plain(value: Any, hint: Any, where: str) -> Any:
     return float(value)
   if hint is float and isinstance(value, float) and not math.isfinite(value):
     raise errors.UserError(
-      f"{where} = {value} must be a finite number; leave it out for its default."
+      f"{where} = {value} must be a finite number; leave it out for its "
+      "default."
     )
   if type(value) is not hint:
     raise errors.UserError(

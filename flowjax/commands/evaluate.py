@@ -52,6 +52,8 @@ def run(args) -> None:
   """Evaluates, writes the report, and prints it."""
   found = restored.open(args.workdir, ema=args.ema)
   workdir.require_writable(args.workdir / "report.json", "report")
+  method = restored.method(found.config, args)
+  restored.refuse_unheeded(found, method, args)
   likelihood = _likelihood(found, args) if args.likelihood else None
   report = {
     **export.read_report(found, ema=args.ema),
@@ -62,7 +64,7 @@ def run(args) -> None:
   if likelihood is not None:
     report |= _bits(found, likelihood)
   if found.config.data.source == "digits":
-    report |= _digits(found, args)
+    report |= _digits(found, method, args)
   path = args.workdir / "report.json"
   workdir.write_json(path, report)
   print_report(report)
@@ -113,7 +115,9 @@ def _bits(found: restored.Restored, loss: losses.Loss) -> dict[str, float]:
   return {"bits_per_dimension": scores["validation_loss"]}
 
 
-def _digits(found: restored.Restored, args) -> dict:
+def _digits(
+  found: restored.Restored, method: methods.SampleConfig, args
+) -> dict:
   """Scores samples of digits, with the guidance of the config and without."""
   train_images, train_labels = all_of(sources.open(found.config.data, "train"))
   held_images, held_labels = all_of(sources.open(found.config.data, "held_out"))
@@ -124,7 +128,6 @@ def _digits(found: restored.Restored, args) -> dict:
   # As many unguided samples as training images, of the same classes: the two
   # distances to the held-out images are then estimated alike.
   total = len(labels) + len(train_labels)
-  method = restored.method(found.config, args)
   unguided = dataclasses.replace(method, guidance=methods.GuidanceConfig())
   with progress.counter("samples", total) as done:
     guided = found.draw(

@@ -1,27 +1,31 @@
 """Draws samples from a workdir: a PNG, or the arrays in a .npy file.
 
-Image i of a seed is the same however many are drawn, on whatever devices. Any
-key of config.sample can be changed: --config.sample.guidance.name=apg. With
+Image i of a seed is the same however many are drawn, on whatever devices (with
+dopri5 and tsit5 to their tolerance alone: a batch shares its steps). Any key of
+config.sample can be changed: --config.sample.guidance.name=apg. With
 --guidance=1,1.5,3 the images have these scales in turn. A network that reads
 texts gets those that are held out, or --embeddings, a .npz file of "text"
-[N, L, E] and "pooled" [N, P], and if you like "text_mask", "negative_text" and
-"negative_pooled". With --invert, held-out images are carried to noise and drawn
-again from it, each row below its originals; other --labels change the class.
+[N, L, E] and "pooled" [N, P], and if you like "text_mask" [N, L], and all of
+these with "negative_" before them. With --invert, held-out images are carried
+to noise, without guidance, and drawn again from it, each row below its
+originals: without guidance as well, unless you give --guidance, or change what
+is drawn by --labels or --embeddings.
 
 example:
   flowjax sample --workdir=runs/digits --out=grid.png --num=40 --guidance=2
 """
 
+import argparse
+import dataclasses
 import math
 import pathlib
-import zipfile
 from typing import Any
 
 import jax
 import numpy as np
 
 from flowjax import errors
-from flowjax.commands import drawing, flags, restored
+from flowjax.commands import drawing, flags, given, restored
 from flowjax.evaluate import pictures
 from flowjax.train import methods, progress, workdir
 
@@ -64,7 +68,9 @@ def add_flags(parser) -> None:
   parser.add_argument(
     "--invert",
     action="store_true",
-    help="start from what held-out images are when carried to noise",
+    help="start from what held-out images are when carried, unguided, to "
+    "noise; guidance is then 1 unless --guidance, --labels or --embeddings say "
+    "otherwise",
   )
 
 
@@ -76,13 +82,13 @@ def run(args) -> None:
     raise errors.UserError("--invert finds the start; leave out --start.")
   workdir.require_writable(args.out, "--out")
   found = restored.open(args.workdir, ema=args.ema)
-  texts = _texts(args, found)
-  start = _array(args.start, found) if args.start else None
+  texts = given.texts(args.embeddings, found) if args.embeddings else None
+  start = given.start(args.start, found) if args.start else None
   count = args.num or _count(args, texts, start)
   if args.guidance:
     args.guidance = args.guidance[:count]
-  method = restored.method(found.config, args)
-  worse = restored.worse(args.worse, found)
+  method = _method(args, found)
+  worse = restored.worse(args.worse, found, ema=args.ema)
   if worse and method.guidance.scale == 1.0:
     raise errors.UserError(
       "--worse has no effect at guidance scale 1; set --guidance above it."
@@ -104,8 +110,25 @@ def run(args) -> None:
       worse=worse,
       starts=None if start is None else _in_turn(start, count),
     )
+  if originals is not None:
+    _print_difference(
+      images - originals, args.guidance or (method.guidance.scale,)
+    )
   _write(images, originals, args.out)
   print(f"{count} samples of step {found.step}: {args.out}")
+
+
+def _method(
+  args: argparse.Namespace, found: restored.Restored
+) -> methods.SampleConfig:
+  """Returns how images are drawn: what is inverted, as it was, unguided."""
+  method = restored.method(found.config, args)
+  restored.refuse_unheeded(found, method, args)
+  guidance = "--config.sample.guidance."
+  said = args.guidance or any(w.startswith(guidance) for w in args.overrides)
+  if args.invert and not (said or args.labels or args.embeddings):
+    return dataclasses.replace(method, guidance=methods.GuidanceConfig())
+  return method
 
 
 def _count(args, texts: dict | None, start: np.ndarray | None) -> int:
@@ -144,84 +167,13 @@ def _cond(args, found, texts: dict | None, count: int) -> dict[str, Any]:
   return drawing.conditions(found.run, count, labels)
 
 
-def _texts(args, found) -> dict[str, Any] | None:
-  """Reads --embeddings, as the network takes them."""
-  if args.embeddings is None:
-    return None
-  if not drawing.reads_text(found.run.network):
-    raise errors.UserError(
-      f"--embeddings={args.embeddings} are texts, and this network is told "
-      "labels: --labels=3,1,4."
-    )
-  arrays = _load(args.embeddings, "--embeddings")
-  if isinstance(arrays, np.ndarray):
-    raise errors.UserError(
-      f"--embeddings={args.embeddings} holds one array; it must be a .npz file "
-      "with 'text' and 'pooled'."
-    )
-  model = found.config.model
-  widths = {"text": model.text_width, "pooled": model.pooled_width}
-  cond: dict[str, Any] = {}
-  for name, array in arrays.items():
-    key = name.removeprefix("negative_")
-    group = cond.setdefault("negative", {}) if key != name else cond
-    if key not in (*widths, "text_mask"):
-      raise errors.UserError(
-        f"--embeddings={args.embeddings} has {name!r}; it is to hold 'text', "
-        "'pooled', 'text_mask', and each of these with 'negative_' before it."
-      )
-    wanted = widths.get(key)
-    if wanted is not None and array.shape[-1] != wanted:
-      raise errors.UserError(
-        f"--embeddings={args.embeddings}: {name!r} has the shape {array.shape},"
-        f" and this network reads {wanted} numbers."
-      )
-    group[key] = array.astype(bool if key == "text_mask" else np.float32)
-  lengths = {len(leaf) for leaf in jax.tree.leaves(cond)}
-  if not widths.keys() <= cond.keys() or len(lengths) != 1:
-    raise errors.UserError(
-      f"--embeddings={args.embeddings} must hold 'text' and 'pooled', and as "
-      f"many rows of each; found {sorted(arrays)} of {sorted(lengths)} rows."
-    )
-  return cond
-
-
-def _array(path: pathlib.Path, found) -> np.ndarray:
-  """Reads --start."""
-  array, model = _load(path, "--start"), found.config.model
-  shape = (*model.image_size, model.channels)
-  if not isinstance(array, np.ndarray) or array.shape[1:] != shape:
-    found_shape = getattr(array, "shape", "several arrays")
-    raise errors.UserError(
-      f"--start={path} must be one array of [N, {', '.join(map(str, shape))}], "
-      f"not {found_shape}."
-    )
-  return array.astype(np.float32)
-
-
-def _load(path: pathlib.Path, flag: str) -> Any:
-  """Returns the array of a .npy file, or those of a .npz file by name."""
-  try:
-    loaded = np.load(path, allow_pickle=False)
-    return loaded if isinstance(loaded, np.ndarray) else dict(loaded)
-  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-    raise errors.UserError(f"{flag}={path} cannot be read: {error}.") from error
-
-
 def _inverted(
   found: restored.Restored,
   method: methods.SampleConfig,
   cond: dict[str, Any],
   images: np.ndarray,
 ) -> np.ndarray:
-  starts = drawing.invert(
-    found.run,
-    method,
-    found.params,
-    cond,
-    images,
-    min(len(images), found.config.data.batch_size),
-  )
+  starts = found.draw(cond, seed=0, method=method, inverse=True, starts=images)
   print(
     f"{len(images)} held-out images as noise: mean {starts.mean():.3f}, "
     f"standard deviation {starts.std():.3f}"
@@ -229,10 +181,15 @@ def _inverted(
   return starts
 
 
+def _print_difference(away: np.ndarray, scales: tuple[float, ...]) -> None:
+  shown = ", ".join(f"{scale:g}" for scale in scales)
+  print(
+    f"drawn again at guidance scale {shown}, they differ by "
+    f"{np.sqrt(np.mean(np.square(away))):.4f} (root mean square)"
+  )
+
+
 def _write(images, originals: np.ndarray | None, out: pathlib.Path) -> None:
-  if originals is not None:
-    away = np.sqrt(np.mean(np.square(images - originals)))
-    print(f"drawn again, they differ by {away:.4f} (root mean square)")
   if out.suffix.lower() == ".npy":
     np.save(out, images)
     return

@@ -8,6 +8,7 @@ example:
     --config.optim.learning_rate=1e-4
 """
 
+import logging
 import pathlib
 
 import jax
@@ -106,7 +107,12 @@ def _samples(built: parts.Parts, directory: pathlib.Path):
   cond = drawing.conditions(built, count)
 
   def look(state: states.TrainState):
-    images = draw(states.averaged(state), cond, seed=config.seed)
+    def stopped(reason: str) -> None:
+      logging.warning("Samples of step %d: %s", int(state.step), reason)
+
+    images = draw(
+      states.averaged(state), cond, seed=config.seed, stopped=stopped
+    )
     grid = pictures.grid(images, columns=10)
     if jax.process_index() == 0:
       folder = directory / "samples"

@@ -3,6 +3,7 @@
 Each file is one example: "image" [H, W, C], latents or pixels in [-1, 1];
 "text" [L, E], the embedded tokens; "pooled" [P], one vector of the whole text;
 and, where some of the tokens are padding, "text_mask" [L], true for the others.
+All files of a split have the same keys and shapes: those of its first one.
 """
 
 # Shape suffixes: H height, W width, C channels, L text tokens, E width of the
@@ -15,6 +16,7 @@ import io
 import os
 import pathlib
 import zipfile
+import zlib
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,8 @@ from flowjax import errors
 from flowjax.data import config as config_lib
 from flowjax.data import folder, sources
 
-KEYS = ("image", "text", "pooled", "text_mask")
+# Each key, and the dims that it has.
+DIMS = {"image": "HWC", "text": "LE", "pooled": "P", "text_mask": "L"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Embedded:
   def blank(self) -> dict[str, np.ndarray]:
     """An example of zeros, of the shapes that all must have."""
     try:
-      found = _read(self.root, self.files[0])
+      found = self._read(0)
     except sources.Corrupt as error:
       raise errors.DataError(
         f"{error} It is the first file, which says what all of them hold: "
@@ -59,19 +62,29 @@ class Embedded:
     return len(self.files)
 
   def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-    blank, found = self.blank, _read(self.root, self.files[i])
+    blank, found = self.blank, self._read(i)
+    if found.keys() != blank.keys():
+      raise sources.Corrupt(
+        f"{self.files[i]} holds {', '.join(found)}, and the first file, "
+        f"{self.files[0]}, {', '.join(blank)}: give all of them a 'text_mask', "
+        "true where nothing is padding, or none."
+      )
+    for key, value in blank.items():
+      if found[key].shape != value.shape:
+        raise sources.Corrupt(
+          f"{self.files[i]}: {key!r} must be of the shape {value.shape}, as it "
+          f"is in {self.files[0]}."
+        )
+    return found
+
+  def _read(self, i: int) -> dict[str, np.ndarray]:
+    found = _read(self.root, self.files[i])
     if found["image"].shape != self.shape:
       raise sources.Corrupt(
         f"{self.files[i]} holds an image of {found['image'].shape}, and "
         f"{self.shape} is asked for."
       )
-    for key, value in blank.items():
-      if key not in found or found[key].shape != value.shape:
-        raise sources.Corrupt(
-          f"{self.files[i]}: {key!r} must be of the shape {value.shape}, as it "
-          f"is in {self.files[0]}."
-        )
-    return {key: found[key] for key in blank}
+    return found
 
   def fingerprint(self) -> dict[str, Any]:
     """Returns what the order of the records hangs on, as JSON can hold it."""
@@ -114,12 +127,57 @@ def _read(root: str, file: str) -> dict[str, np.ndarray]:
   except OSError as error:
     raise errors.DataError(f"{path} cannot be read: {error}.") from error
   try:
-    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-      found = {key: arrays[key] for key in KEYS if key in arrays}
-  except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+    arrays = np.load(io.BytesIO(content), allow_pickle=False)
+    if not isinstance(arrays, np.lib.npyio.NpzFile):
+      raise ValueError("it holds one array without a name, as a .npy does")
+    with arrays:
+      found = {key: np.asarray(arrays[key]) for key in DIMS if key in arrays}
+  except (
+    ValueError,
+    EOFError,
+    OSError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+    zlib.error,
+  ) as error:
     raise sources.Corrupt(f"{path} is corrupt: {error}.") from error
   for key in ("image", "text", "pooled"):
     if key not in found:
       raise sources.Corrupt(f"{path} has no {key!r}, only {sorted(found)}.")
-  kinds = {"text_mask": np.bool_}
-  return {k: v.astype(kinds.get(k, np.float32)) for k, v in found.items()}
+  try:
+    found = {key: _sound(key, value) for key, value in found.items()}
+    if "text_mask" in found and len(found["text_mask"]) != len(found["text"]):
+      raise ValueError(
+        f"'text_mask' is of {len(found['text_mask'])} tokens, and 'text' has "
+        f"{len(found['text'])}."
+      )
+    return found
+  except ValueError as error:
+    raise sources.Corrupt(f"{path}: {error}") from error
+
+
+def _sound(key: str, array: np.ndarray) -> np.ndarray:
+  """Returns an array as batches have it; raises ValueError where it cannot."""
+  dims = DIMS[key]
+  if array.ndim != len(dims) or not array.size:
+    raise ValueError(
+      f"{key!r} has the shape {array.shape}; it must be [{', '.join(dims)}], "
+      "of one example."
+    )
+  if key == "text_mask":
+    if array.dtype.kind not in "biuf" or not np.isin(array, (0, 1)).all():
+      raise ValueError(
+        f"{key!r} must hold true or false, or 1 and 0, and holds {array.dtype}."
+      )
+    return array.astype(bool)
+  if array.dtype.kind != "f":
+    raise ValueError(
+      f"{key!r} holds {array.dtype}; it must be floating point: latents, or "
+      "pixels in [-1, 1], and embeddings, not tokens."
+    )
+  with np.errstate(over="ignore"):
+    array = array.astype(np.float32)
+  if not np.isfinite(array).all():
+    broken = array.size - np.isfinite(array).sum()
+    raise ValueError(f"{broken} numbers of {key!r} are not finite in float32.")
+  return array

@@ -1,6 +1,8 @@
 """What `flowjax sample` can be asked for, of networks that are not trained."""
 
+import logging
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,8 @@ import numpy as np
 import pytest
 
 from flowjax import __main__ as door
-from flowjax.commands import configs, restored, sample
+from flowjax import errors
+from flowjax.commands import configs, restored, sample, train
 from flowjax.models import dit
 from flowjax.train import parts
 
@@ -238,6 +241,102 @@ def test_what_was_inverted_is_drawn_again(array, tmp_path, capsys):
   assert array("--invert", f"--start={tmp_path}/start.npy") == 2
 
 
+@pytest.mark.parametrize(
+  ("words", "scale"),
+  [
+    ([], 1.0),
+    (["--guidance=3"], 3.0),
+    (["--config.sample.guidance.scale=3"], 3.0),
+    (["--labels=0"], 1.5),
+  ],
+)
+def test_what_is_inverted_is_drawn_unguided_unless_it_is_said(
+  drawn, monkeypatch, capsys, words, scale
+):
+  seen = []
+
+  def draw(self, cond, *, method, starts, inverse=False, **options):
+    del self, cond, options
+    seen.append((inverse, method.guidance.scale))
+    return starts
+
+  monkeypatch.setattr(restored.Restored, "draw", draw)
+  drawn("--invert", "--num=2", *words)
+  assert [inverse for inverse, _ in seen] == [True, False]
+  assert seen[1] == (False, scale)
+  said = capsys.readouterr().out
+  assert f"drawn again at guidance scale {scale:g}, they differ by" in said
+
+
+@pytest.mark.parametrize("word", ["--steps=8", "--grid=karras", "--shift=3"])
+def test_a_solver_that_chooses_its_steps_has_no_grid(
+  drawn, capsys, tmp_path, word
+):
+  pytest.importorskip("diffrax")
+  assert drawn("--solver=dopri5", word) == 2
+  said = capsys.readouterr().err
+  assert f"{word.split('=')[0]}=" in said and "'dopri5' chooses its own" in said
+  # `drawn` has put an untrained run in place of that of any workdir.
+  words = [f"--workdir={tmp_path}", "--solver=tsit5", word]
+  assert door.main(["evaluate", *words]) == 2
+  assert "'tsit5' chooses its own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ("words", "text"),
+  [
+    ([], None),
+    (["--config.model.depth=1"], None),
+    (["--config.model.num_classes=12"], "num_classes: 10 and 12"),
+    (["--config.flow.path.name=vp"], "'name': 'straight'} and {'name': 'vp'"),
+  ],
+)
+def test_a_worse_run_is_of_the_same_kind(monkeypatch, words, text):
+  seen = []
+
+  def open(directory, *, ema):
+    seen.append(ema)
+    return untrained("digits_dit.py", [*DIT, *words])
+
+  better = untrained("digits_dit.py", DIT)
+  monkeypatch.setattr(restored, "open", open)
+  if text is None:
+    assert restored.worse(pathlib.Path("w"), better, ema=False) is not None
+    assert seen == [False]
+    return
+  with pytest.raises(errors.UserError) as found:
+    restored.worse(pathlib.Path("w"), better)
+  assert text in str(found.value)
+
+
+def test_a_run_of_texts_is_no_worse_run_of_labels(monkeypatch):
+  sizes = ["--config.model.image_size=(8, 8)", "--config.model.channels=16"]
+  better = untrained("sd3.py:medium", [*TEXT, "--config.model.channels=16"])
+  sizes += ["--config.data.image_size=(8, 8)", "--config.data.channels=16"]
+  labels = untrained("digits_dit.py", [*DIT, *sizes])
+  monkeypatch.setattr(restored, "open", lambda directory, *, ema: labels)
+  with pytest.raises(errors.UserError, match="condition: texts and labels"):
+    restored.worse(pathlib.Path("w"), better)
+
+
+def test_why_samples_in_training_stopped_is_logged(monkeypatch, caplog):
+  def draw(params, cond, *, seed, stopped):
+    del params, seed
+    stopped("dopri5 stopped at t = 0.4")
+    return np.zeros((len(cond), 8, 8, 1))
+
+  monkeypatch.setattr(train.drawing, "build", lambda *args: draw)
+  monkeypatch.setattr(train.drawing, "conditions", lambda run, count: [0])
+  monkeypatch.setattr(train.jax, "process_index", lambda: 1)
+  monkeypatch.setattr(train.states, "averaged", lambda state: None)
+  config = configs.load(f"{CONFIGS}/digits_dit.py", DIT)
+  built = types.SimpleNamespace(experiment=config)
+  look = train._samples(built, pathlib.Path("run"))
+  with caplog.at_level(logging.WARNING):
+    look(types.SimpleNamespace(step=7))
+  assert "Samples of step 7: dopri5 stopped at t = 0.4" in caplog.text
+
+
 TEXT = [
   "--config.data.image_size=(8, 8)",
   "--config.data.batch_size=8",
@@ -277,9 +376,7 @@ def test_a_network_of_texts_is_given_embeddings(array, tmp_path, capsys):
   assert np.abs(drawn("--num=4", **texts, **other) - found).max() > 1e-3
   for wrong, message in (
     ({"text": texts["text"]}, "must hold 'text' and 'pooled'"),
-    ({**texts, "pooled": np.zeros((2, 4))}, "reads 5 numbers"),
-    ({**texts, "caption": np.zeros(2)}, "'caption'"),
-    ({**texts, "pooled": np.zeros((3, 5))}, "as many rows of each"),
+    ({**texts, "pooled": np.zeros((3, 5))}, "it must be [2, 5]"),
   ):
     assert drawn(**wrong) == 2
     assert message in capsys.readouterr().err

@@ -1,5 +1,7 @@
 """Latents and embedded texts of a folder, for networks that read text."""
 
+import zipfile
+
 import numpy as np
 import pytest
 
@@ -59,6 +61,17 @@ def test_batches_hold_texts_and_the_last_is_filled_up(tmp_path):
     (dict(image=np.zeros((4, 4, 16))), r"\(4, 6, 16\) is asked for"),
     (dict(pooled=None), "has no 'pooled'"),
     (dict(text=np.array([{}], object)), "is corrupt"),
+    (dict(text=np.zeros((1, 3, 5))), r"'text' has the shape \(1, 3, 5\)"),
+    (dict(pooled=np.zeros((1, 7))), r"must be \[P\], of one example"),
+    (dict(pooled=np.array(["a"] * 7)), "'pooled' holds <U1"),
+    (dict(text=np.zeros((3, 5), int)), "embeddings, not tokens"),
+    (dict(image=np.zeros((4, 6, 16), np.uint8)), "'image' holds uint8"),
+    (dict(image=np.full((4, 6, 16), np.nan)), "384 numbers of 'image' are not"),
+    (dict(pooled=np.full(7, 1e300)), "7 numbers of 'pooled' are not finite"),
+    (dict(text_mask=np.ones(3)), "give all of them a 'text_mask'"),
+    (dict(text_mask=np.ones(2)), "of 2 tokens, and 'text' has 3"),
+    (dict(text_mask=np.array([0.5, 1, 1])), "must hold true or false"),
+    (dict(text_mask=np.array(["a", "b", "c"])), "must hold true or false"),
   ],
 )
 def test_what_does_not_fit_is_corrupt(tmp_path, damage, text):
@@ -66,6 +79,44 @@ def test_what_does_not_fit_is_corrupt(tmp_path, damage, text):
   save(tmp_path, "1.npz", **damage)
   source = sources.open(config_of(tmp_path), "train")
   with pytest.raises(sources.Corrupt, match=text):
+    source[1]
+
+
+def test_a_mask_that_only_the_first_file_has_is_missed(tmp_path):
+  save(tmp_path, "0.npz", text_mask=np.array([True, True, False]))
+  save(tmp_path, "1.npz")
+  source = sources.open(config_of(tmp_path), "train")
+  assert source[0]["text_mask"].sum() == 2
+  with pytest.raises(sources.Corrupt, match="1.npz holds image, text, pooled,"):
+    source[1]
+
+
+def test_what_is_no_archive_of_arrays_is_corrupt(tmp_path):
+  save(tmp_path, "0.npz")
+  with open(tmp_path / "1.npz", "wb") as file:
+    np.save(file, np.zeros(3))
+  with zipfile.ZipFile(tmp_path / "2.npz", "w") as archive:
+    for key in ("image", "text", "pooled"):
+      archive.writestr(f"{key}.npy", b"not an array")
+  rng = np.random.default_rng(0)
+  np.savez_compressed(tmp_path / "3.npz", image=rng.integers(0, 9, 9000))
+  content = bytearray((tmp_path / "3.npz").read_bytes())
+  content[100:400] = bytes(300)
+  (tmp_path / "3.npz").write_bytes(content)
+  source = sources.open(config_of(tmp_path), "train")
+  with pytest.raises(sources.Corrupt, match="one array without a name"):
+    source[1]
+  with pytest.raises(sources.Corrupt, match="2.npz: 'image' has the shape"):
+    source[2]
+  with pytest.raises(sources.Corrupt, match="3.npz is corrupt"):
+    source[3]
+
+
+def test_a_first_file_of_another_shape_is_the_data_at_fault(tmp_path):
+  save(tmp_path, "0.npz", image=np.zeros((4, 4, 16)))
+  save(tmp_path, "1.npz")
+  source = sources.open(config_of(tmp_path), "train")
+  with pytest.raises(errors.DataError, match="It is the first file"):
     source[1]
 
 

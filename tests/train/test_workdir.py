@@ -57,6 +57,18 @@ def test_a_key_that_was_lost_is_named(tmp_path):
     workdir.read_config(tmp_path)
 
 
+@pytest.mark.parametrize("seal", ["sound", 1, [], {}])
+def test_a_seal_that_is_none_is_broken(tmp_path, seal):
+  values = schema.to_dict(CONFIG)
+  path = tmp_path / "config.json"
+  path.write_text(json.dumps({workdir.SEAL: seal, **values}))
+  assert workdir.read_config(tmp_path) == CONFIG
+  del values["optim"]["clip_norm"]
+  path.write_text(json.dumps({workdir.SEAL: seal, **values}))
+  with pytest.raises(errors.UserError, match="config.optim.clip_norm is miss"):
+    workdir.read_config(tmp_path)
+
+
 def test_a_value_may_be_edited(tmp_path):
   write(tmp_path, lambda values: values["sample"].update(steps=7))
   assert workdir.read_config(tmp_path).sample.steps == 7

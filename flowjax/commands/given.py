@@ -1,0 +1,156 @@
+"""The arrays that a user gives to `sample`: embedded texts, and starts."""
+
+# Shape suffixes: N rows, L text tokens, E width of the text, P width of the
+# pooled text, H height, W width, C channels.
+
+import pathlib
+import zipfile
+import zlib
+from typing import Any
+
+import numpy as np
+
+from flowjax import errors
+from flowjax.commands import drawing, restored
+
+_KEYS = ("text", "pooled", "text_mask")
+_NEGATIVE = "negative_"
+
+
+def texts(path: pathlib.Path, found: restored.Restored) -> dict[str, Any]:
+  """Reads --embeddings, a .npz file, as the network takes them.
+
+  Where only the texts or only the negative ones have a mask, the others get one
+  of ones: none of their tokens is padding. Raises UserError for anything that
+  the network cannot be told.
+  """
+  flag = f"--embeddings={path}"
+  if not drawing.reads_text(found.run.network):
+    raise errors.UserError(
+      f"{flag} are texts, and this network is told labels: --labels=3,1,4."
+    )
+  arrays = _load(path, "--embeddings")
+  if isinstance(arrays, np.ndarray):
+    raise errors.UserError(
+      f"{flag} holds one array; it must be a .npz file with 'text' and "
+      "'pooled'."
+    )
+  _check_names(flag, arrays)
+  model = found.config.model
+  cond: dict[str, Any] = _group(
+    flag, arrays, "", ("N", "L", model.text_width), model
+  )
+  if _NEGATIVE + "text" in arrays:
+    shape = cond["text"].shape
+    negative = _group(flag, arrays, _NEGATIVE, shape, model)
+    if "text_mask" in cond or "text_mask" in negative:
+      for group in (cond, negative):
+        group.setdefault("text_mask", np.ones(shape[:2], bool))
+    cond["negative"] = negative
+  return cond
+
+
+def start(path: pathlib.Path, found: restored.Restored) -> np.ndarray:
+  """Reads --start, a .npy file of what is drawn from instead of noise."""
+  array, model = _load(path, "--start"), found.config.model
+  shape = ("N", *model.image_size, model.channels)
+  if not isinstance(array, np.ndarray):
+    raise errors.UserError(
+      f"--start={path} holds several arrays; it must be a .npy file of one, of "
+      f"{_shown(shape)}."
+    )
+  return _numbers(f"--start={path}", array, shape)
+
+
+def _check_names(flag: str, arrays: dict[str, np.ndarray]) -> None:
+  """Raises UserError for a name too many, or without those it goes with."""
+  for name in arrays:
+    if name.removeprefix(_NEGATIVE) not in _KEYS:
+      raise errors.UserError(
+        f"{flag} has {name!r}; it is to hold 'text', 'pooled', 'text_mask', "
+        "and each of these with 'negative_' before it."
+      )
+  prefixes = [""]
+  if any(name.startswith(_NEGATIVE) for name in arrays):
+    prefixes.append(_NEGATIVE)
+  for prefix in prefixes:
+    if not {f"{prefix}text", f"{prefix}pooled"} <= arrays.keys():
+      raise errors.UserError(
+        f"{flag} must hold '{prefix}text' and '{prefix}pooled'; found "
+        f"{', '.join(sorted(arrays)) or 'nothing'}."
+      )
+
+
+def _group(flag, arrays, prefix, shape, model) -> dict[str, np.ndarray]:
+  """Returns the text, pooled and mask whose names have a prefix."""
+
+  def read(key, shape):
+    name = prefix + key
+    return _numbers(f"{flag}: {name!r}", arrays[name], shape)
+
+  group = {"text": read("text", shape)}
+  rows, length, _ = group["text"].shape
+  group["pooled"] = read("pooled", (rows, model.pooled_width))
+  if f"{prefix}text_mask" in arrays:
+    mask_NL = read("text_mask", (rows, length))
+    if not np.isin(mask_NL, (0.0, 1.0)).all():
+      raise errors.UserError(
+        f"{flag}: '{prefix}text_mask' must hold 1 for a token and 0 for "
+        f"padding; it goes from {mask_NL.min():g} to {mask_NL.max():g}."
+      )
+    group["text_mask"] = mask_NL.astype(bool)
+  return group
+
+
+def _numbers(
+  where: str, array: np.ndarray, shape: tuple[int | str, ...]
+) -> np.ndarray:
+  """Returns an array in float32; letters of `shape` stand for any size.
+
+  Raises UserError for another shape, no rows, and what is no finite number.
+  """
+  fits = array.ndim == len(shape) and all(
+    size > 0 if isinstance(wanted, str) else size == wanted
+    for size, wanted in zip(array.shape, shape, strict=True)
+  )
+  if not fits:
+    raise errors.UserError(
+      f"{where} has the shape {_shown(array.shape)}; it must be "
+      f"{_shown(shape)}" + (", at least one of each." if "N" in shape else ".")
+    )
+  if array.dtype.kind not in "fiub":
+    raise errors.UserError(
+      f"{where} holds {array.dtype}; it must hold real numbers: float32."
+    )
+  with np.errstate(over="ignore"):
+    array = array.astype(np.float32)
+  broken = array.size - np.isfinite(array).sum()
+  if broken:
+    raise errors.UserError(
+      f"{where}: {broken} of its {array.size} numbers are not finite in "
+      "float32; write it again from sound ones."
+    )
+  return array
+
+
+def _shown(shape) -> str:
+  return f"[{', '.join(map(str, shape))}]"
+
+
+def _load(path: pathlib.Path, flag: str) -> Any:
+  """Returns the array of a .npy file, or those of a .npz file by name."""
+  try:
+    loaded = np.load(path, allow_pickle=False)
+    if isinstance(loaded, np.ndarray):
+      return loaded
+    # A member that is no array comes as bytes.
+    return {name: np.asarray(loaded[name]) for name in loaded.files}
+  except (
+    OSError,
+    ValueError,
+    EOFError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+    zlib.error,
+  ) as error:
+    raise errors.UserError(f"{flag}={path} cannot be read: {error}.") from error
