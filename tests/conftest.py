@@ -5,6 +5,7 @@ devices its collectives can wait for each other for ever.
 """
 
 import atexit
+import gc
 import os
 import shutil
 import sys
@@ -33,5 +34,12 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _what_is_old_stays():
+  """Keeps the collector from searching all that earlier modules left."""
+  gc.freeze()
