@@ -13,6 +13,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from flowjax.ops import axes
+
 BODIES = ("auto", "xla", "cudnn")
 
 # The fused kernel takes larger heads from this compute capability (Hopper) on.
@@ -52,11 +54,12 @@ def attention(
 
 def cudnn_obstacle(q_BTNH: jax.Array) -> str | None:
   """Says what keeps the fused kernel from taking these queries, if anything."""
-  if jax.default_backend() != "gpu":
-    return f"it needs an NVIDIA GPU, and JAX runs on {jax.default_backend()}."
+  device = axes.device()
+  if device.platform not in ("gpu", "cuda"):
+    return f"it needs an NVIDIA GPU, and JAX runs on {device.platform}."
   if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
     return f"it takes bfloat16 or float16, not {q_BTNH.dtype}."
-  capability = float(getattr(jax.devices()[0], "compute_capability", 0))
+  capability = float(getattr(device, "compute_capability", 0))
   largest = 256 if capability >= _HOPPER else 128
   head_size = q_BTNH.shape[-1]
   if head_size % 8 or head_size > largest:

@@ -19,22 +19,43 @@ Axes = str | tuple[str, ...] | None
 _rules: contextvars.ContextVar[dict[str, Axes] | None] = contextvars.ContextVar(
   "flowjax_axes", default=None
 )
+_device: contextvars.ContextVar[jax.Device | None] = contextvars.ContextVar(
+  "flowjax_device", default=None
+)
 
 
 @contextlib.contextmanager
 def rules(
   mapping: collections.abc.Mapping[str, Axes],
+  device: jax.Device | None = None,
 ) -> collections.abc.Iterator[None]:
   """Activates `mapping` from logical names to axes of the mesh.
 
   The names are read while a function is traced, so the context must be open
-  at that time, together with `jax.set_mesh`.
+  at that time, together with `jax.set_mesh`. `device` is one of the mesh: what
+  is traced for a machine that is elsewhere must know which it is.
   """
-  token = _rules.set(dict(mapping))
+  token, device_token = _rules.set(dict(mapping)), _device.set(device)
   try:
     yield
   finally:
     _rules.reset(token)
+    _device.reset(device_token)
+
+
+def device() -> jax.Device:
+  """Returns a device like those on which what is traced now will run."""
+  return _device.get() or jax.devices()[0]
+
+
+def carriers(dim_name: str) -> tuple[str, ...]:
+  """Returns the axes of the mesh, larger than 1, that split a named dim."""
+  if _rules.get() is None or _parts(dim_name) == 1:
+    return ()
+  found = _axes(dim_name)
+  names = (found,) if isinstance(found, str) else found or ()
+  mesh = jax.sharding.get_abstract_mesh()
+  return tuple(axis for axis in names if mesh.shape[axis] > 1)
 
 
 def name(x: jax.Array, *names: str | None) -> jax.Array:

@@ -82,7 +82,8 @@ def build(
 @contextlib.contextmanager
 def use(mesh: Mesh):
   """Within this context, models compute on `mesh`."""
-  with jax.set_mesh(mesh), activation_axes.rules(ACTIVATIONS):
+  device = mesh.devices.flat[0]
+  with jax.set_mesh(mesh), activation_axes.rules(ACTIVATIONS, device):
     yield mesh
 
 

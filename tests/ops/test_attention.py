@@ -148,8 +148,7 @@ def test_unknown_body_is_refused():
 def test_what_the_fused_kernel_takes(
   monkeypatch, capability, dtype, head_size, obstacle
 ):
-  gpu = types.SimpleNamespace(compute_capability=capability)
-  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  gpu = types.SimpleNamespace(platform="gpu", compute_capability=capability)
   monkeypatch.setattr(jax, "devices", lambda: [gpu])
   said = attention.cudnn_obstacle(
     jax.ShapeDtypeStruct((1, 4, 2, head_size), dtype)
@@ -159,9 +158,8 @@ def test_what_the_fused_kernel_takes(
 
 def test_on_a_gpu_auto_takes_the_fused_kernel_with_the_mask(monkeypatch):
   q, k, v, mask = draw(dtype=jnp.bfloat16)
-  gpu = types.SimpleNamespace(compute_capability="9.0")
+  gpu = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
   calls = []
-  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   monkeypatch.setattr(jax, "devices", lambda: [gpu])
   monkeypatch.setattr(
     jax.nn,

@@ -41,6 +41,22 @@ def test_is_split_counts_devices_not_rules():
     assert not axes.is_split("heads")
 
 
+def test_carriers_are_the_axes_that_split():
+  assert axes.carriers("batch") == ()
+  with jax.set_mesh(make_mesh(data=4, fsdp=2, tensor=1)), axes.rules(RULES):
+    assert axes.carriers("batch") == ("data", "fsdp")
+    assert axes.carriers("tokens") == axes.carriers("heads") == ()
+  with jax.set_mesh(make_mesh(data=1, fsdp=8, tensor=1)), axes.rules(RULES):
+    assert axes.carriers("batch") == ("fsdp",)
+
+
+def test_the_device_is_that_of_the_mesh():
+  assert axes.device() == jax.devices()[0]
+  other = jax.devices()[3]
+  with jax.set_mesh(make_mesh()), axes.rules(RULES, other):
+    assert axes.device() == other
+
+
 def test_rules_end_with_their_context_even_on_an_error():
   with pytest.raises(RuntimeError), axes.rules(RULES):
     raise RuntimeError
