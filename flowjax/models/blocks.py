@@ -42,7 +42,7 @@ saved = jax.ad_checkpoint.checkpoint_name
 
 
 class Attention(nn.Module):
-  """Lets every token see every other; `rope` turns queries and keys.
+  """Lets tokens see those of the mask; `rope` turns queries and keys.
 
   Where `identity` is true, a token sees itself alone: the weights of attention
   are the identity, and its own values go through the last map.
@@ -60,6 +60,7 @@ class Attention(nn.Module):
     x_BTD: jax.Array,
     rope: tuple[jax.Array, jax.Array] | None,
     identity: jax.Array | None = None,
+    mask_BT: jax.Array | None = None,
   ) -> jax.Array:
     qkv_BTKNH = layers.Dense(
       (3, self.heads, self.head_size), dtype=self.dtype, name="qkv"
@@ -72,17 +73,15 @@ class Attention(nn.Module):
     if rope is not None:
       q_BTNH = positions.rotate(q_BTNH, *rope)
       k_BTNH = positions.rotate(k_BTNH, *rope)
-    # Where tokens are split, each device has its own queries, and gathers the
-    # rest here: once, as attention is computed again for the gradient.
-    k_BTNH = axes.name(k_BTNH, "batch", None, "heads", None)
-    own_BTNH, v_BTNH = v_BTNH, axes.name(v_BTNH, "batch", None, "heads", None)
-    attend = functools.partial(attention.attention, body=self.body)
+    attend = functools.partial(
+      attention.attention, body=self.body, mask_BS=mask_BT
+    )
     if identity is None:
       y_BTNH = attend(q_BTNH, k_BTNH, v_BTNH)
     else:
       y_BTNH = jax.lax.cond(
         identity,
-        lambda q_BTNH, k_BTNH, v_BTNH: own_BTNH,
+        lambda q_BTNH, k_BTNH, v_BTNH: v_BTNH,
         attend,
         *(q_BTNH, k_BTNH, v_BTNH),
       )
@@ -96,14 +95,12 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
   """Two maps with tanh-GELU between them, or three with SwiGLU.
 
-  SwiGLU is silu(part 0) part 1 (arXiv:2002.05202, eq. 5). `tokens` names the
-  dim of the tokens.
+  SwiGLU is silu(part 0) part 1 (arXiv:2002.05202, eq. 5).
   """
 
   kind: str
   hidden: int
   dtype: jnp.dtype
-  tokens: str | None = "tokens"
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -112,7 +109,7 @@ class Mlp(nn.Module):
       x_BTD
     )
     hidden_BTF = _activate(saved(hidden, "mlp"))
-    hidden_BTF = axes.name(hidden_BTF, "batch", self.tokens, "mlp")
+    hidden_BTF = axes.name(hidden_BTF, "batch", "tokens", "mlp")
     y_BTD = layers.Dense(x_BTD.shape[-1:], dtype=self.dtype, name="out")(
       hidden_BTF
     )

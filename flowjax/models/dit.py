@@ -14,7 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flowjax.models import blocks, checks, layers, patches, positions
+from flowjax.models import (
+  blocks,
+  checks,
+  layers,
+  patches,
+  positions,
+  sequences,
+)
 from flowjax.ops import axes
 
 # Table 1 of the paper. "xl" at patch size 2 is the DiT-XL/2 that people mean.
@@ -106,7 +113,7 @@ class Block(nn.Module):
   config: DiTConfig
 
   @nn.compact
-  def __call__(self, x_BTD, c_BD, rope, identity):
+  def __call__(self, x_BTD, c_BD, rope, identity, mask_BT):
     config = self.config
     dtype = blocks.DTYPES[config.dtype]
     modulation_BKD = layers.Dense(
@@ -129,7 +136,7 @@ class Block(nn.Module):
       config.attention,
       dtype,
       name="attention",
-    )(y_BTD, rope, identity)
+    )(y_BTD, rope, identity, mask_BT)
     x_BTD = layers.add_gated(x_BTD, gate_msa, y_BTD)
     x_BTD = axes.name(x_BTD, "batch", "tokens", "width")
 
@@ -180,7 +187,8 @@ class DiT(nn.Module):
       (config.width,), dtype=blocks.DTYPES[config.dtype], name="patch_embed"
     )(x_BTP)
     x_BTD, rope = self._place(x_BTD, rows, columns)
-    x_BTD = axes.name(x_BTD, "batch", "tokens", "width")
+    batch, tokens = x_BTD.shape[:2]
+    x_BTD = axes.name(sequences.even(x_BTD), "batch", "tokens", "width")
 
     time_BD = layers.TimeEmbed(
       config.width, config.frequency_shift, name="time_embed"
@@ -192,20 +200,21 @@ class DiT(nn.Module):
     c_BD = nn.silu(time_BD + jnp.take(labels, label_B, axis=0))
 
     x_BTD, _ = _stacked(config)(config, name="blocks")(
-      x_BTD, c_BD, rope, identity_L
+      x_BTD, c_BD, rope, identity_L, sequences.seen(None, batch, tokens)
     )
     x_BTP = Final(
       patch * patch * config.channels_out, config.norm, name="final"
     )(x_BTD, c_BD)
-    return patches.unpatchify(x_BTP, rows, columns, patch)
+    return patches.unpatchify(x_BTP[:, :tokens], rows, columns, patch)
 
   def _place(self, x_BTD, rows, columns):
     """Adds the position to each token, or returns how heads are to turn."""
     config = self.config
     if config.position == "rope2d":
-      return x_BTD, positions.rope2d(
+      rope = positions.rope2d(
         rows, columns, config.head_size, config.rope_theta
       )
+      return x_BTD, sequences.even_rope(rope)
     if config.position == "sincos2d":
       table_TD = jnp.asarray(positions.sincos2d(rows, columns, config.width))
     else:
@@ -225,7 +234,7 @@ def _stacked(config: DiTConfig):
     block,
     variable_axes={"params": 0},
     split_rngs={"params": True},
-    in_axes=(nn.broadcast, nn.broadcast, 0),
+    in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast),
     length=config.depth,
     unroll=1 if config.scan else config.depth,
   )

@@ -29,6 +29,7 @@ from flowjax.models import (
   layers,
   patches,
   positions,
+  sequences,
 )
 from flowjax.ops import attention, axes
 
@@ -144,10 +145,11 @@ class SingleBlock(nn.Module):
       config.head_size,
       qk_norm=True,
       dtype=dtype,
-      tokens="tokens",
       name="attention",
     )
-    heads_BSNH = _attend(*maps.ask(y_BSD, rope), mask_BS, config.attention)
+    heads_BSNH = attention.attention(
+      *maps.ask(y_BSD, rope), body=config.attention, mask_BS=mask_BS
+    )
     hidden_BSD = maps.answer(heads_BSNH) + blocks.Mlp(
       "gelu", config.mlp_width, dtype, name="mlp"
     )(y_BSD)
@@ -156,16 +158,6 @@ class SingleBlock(nn.Module):
     hidden_BSD = blocks.saved(hidden_BSD, "mlp_out")
     x_BSD = layers.add_gated(x_BSD, gate_BD, hidden_BSD)
     return axes.name(x_BSD, "batch", "tokens", "width"), None
-
-
-def _attend(q_BSNH, k_BSNH, v_BSNH, mask_BS, body):
-  # Where tokens are split, each device has its own queries.
-  k_BSNH = axes.name(k_BSNH, "batch", None, "heads", None)
-  v_BSNH = axes.name(v_BSNH, "batch", None, "heads", None)
-  mask = mask_BS
-  if mask_BS is not None:
-    mask = jnp.broadcast_to(mask_BS[:, None], (*mask_BS.shape, mask.shape[1]))
-  return attention.attention(q_BSNH, k_BSNH, v_BSNH, body=body, mask_BTS=mask)
 
 
 class Flux(nn.Module):
@@ -182,27 +174,37 @@ class Flux(nn.Module):
 
     embed = functools.partial(layers.Dense, (config.width,), dtype=dtype)
     x_BTP = patches.patchify(x_BHWC, patch)
-    image_BTD = axes.name(
-      embed(name="patch_embed")(x_BTP), "batch", "tokens", "width"
+    streams = tuple(
+      axes.name(sequences.even(stream), "batch", "tokens", "width")
+      for stream in (
+        embed(name="text_embed")(text_BLE),
+        embed(name="patch_embed")(x_BTP),
+      )
     )
-    text_BLD = axes.name(
-      embed(name="text_embed")(text_BLE), "batch", None, "width"
+    (batch, length), tokens = text_BLE.shape[:2], rows * columns
+    masks = (
+      sequences.seen(text_mask_BL, batch, length),
+      sequences.seen(None, batch, tokens),
     )
     c_BD = nn.silu(self._condition(t_B, pooled_BP, cond))
 
-    length = text_BLD.shape[1]
-    rope = _rope(config, length, rows, columns)
-    x_BSD = self._joined(text_BLD, image_BTD, c_BD, rope, text_mask_BL)
+    ropes = _ropes(config, length, rows, columns)
+    x_BSD = self._joined(streams, c_BD, ropes, masks)
+    lengths = tuple(stream.shape[1] for stream in streams)
     single = _repeated(SingleBlock, config, config.single_depth)
     x_BSD, _ = single(config, name="single_blocks")(
-      x_BSD, c_BD, rope, _mask(text_mask_BL, rows * columns)
+      x_BSD,
+      c_BD,
+      sequences.woven_rope(*ropes),
+      sequences.woven_masks(*masks, batch, lengths),
     )
 
-    image_BTD = axes.name(x_BSD[:, length:], "batch", "tokens", "width")
+    _, image_BTD = sequences.parted(x_BSD, lengths[0])
+    image_BTD = axes.name(image_BTD, "batch", "tokens", "width")
     x_BTP = dit.Final(
       patch * patch * config.channels, norm="layernorm", name="final"
     )(image_BTD, c_BD)
-    return patches.unpatchify(x_BTP, rows, columns, patch)
+    return patches.unpatchify(x_BTP[:, :tokens], rows, columns, patch)
 
   def _condition(self, t_B, pooled_BP, cond):
     """Returns the sum of what time, guidance and text are embedded to."""
@@ -219,12 +221,11 @@ class Flux(nn.Module):
       pooled_BP
     )
 
-  def _joined(self, text_BLD, image_BTD, c_BD, rope, text_mask_BL):
+  def _joined(self, streams, c_BD, ropes, masks):
     """Returns the sequence that two streams make, after their blocks."""
     config = self.config
     double = _repeated(joint.JointBlock, config, config.double_depth)
     # Text is at the origin, where nothing turns.
-    image_rope = tuple(table_SH[text_BLD.shape[1] :] for table_SH in rope)
     streams, _ = double(
       config.width,
       config.heads,
@@ -234,8 +235,8 @@ class Flux(nn.Module):
       body=config.attention,
       dtype=blocks.DTYPES[config.dtype],
       name="double_blocks",
-    )((text_BLD, image_BTD), c_BD, (None, image_rope), text_mask_BL)
-    x_BSD = jnp.concatenate(streams, axis=1)
+    )(streams, c_BD, (None, ropes[1]), masks)
+    x_BSD = sequences.woven(*streams)
     return axes.name(x_BSD, "batch", "tokens", "width")
 
 
@@ -243,19 +244,16 @@ def _repeated(block: Any, config: FluxConfig, depth: int):
   return joint.repeated(block, depth, scan=config.scan, remat=config.remat)
 
 
-def _rope(config: FluxConfig, length: int, rows: int, columns: int):
+def _ropes(config: FluxConfig, length: int, rows: int, columns: int):
   """Returns how to turn text at the origin, and image at (0, row, column)."""
-  place_SA = np.zeros((length + rows * columns, 3))
-  place_SA[length:, 1:] = np.argwhere(np.ones((rows, columns)))
-  return positions.rope_axes(place_SA, config.rope_axes, config.rope_theta)
-
-
-def _mask(text_mask_BL, tokens: int):
-  """Returns which tokens of the sequence are seen, or None for all."""
-  if text_mask_BL is None:
-    return None
-  image_BT = jnp.ones((text_mask_BL.shape[0], tokens), bool)
-  return jnp.concatenate([text_mask_BL.astype(bool), image_BT], axis=1)
+  text_LA = np.zeros((length, 3))
+  image_TA = np.argwhere(np.ones((1, rows, columns)))
+  return tuple(
+    sequences.even_rope(
+      positions.rope_axes(place, config.rope_axes, config.rope_theta)
+    )
+    for place in (text_LA, image_TA)
+  )
 
 
 def init(config: FluxConfig, rng: jax.Array) -> dict[str, Any]:

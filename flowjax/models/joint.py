@@ -15,11 +15,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flowjax.models import blocks, layers, positions
+from flowjax.models import blocks, layers, positions, sequences
 from flowjax.ops import attention, axes
 
 Rope = tuple[jax.Array, jax.Array] | None  # cosines and sines [T, H]
 Heads = tuple[jax.Array, jax.Array, jax.Array]  # queries, keys, values
+Masks = tuple[sequences.Mask, sequences.Mask]  # of text and image
 
 EPSILON = 1e-6  # of the norms before attention and MLP
 
@@ -29,46 +30,28 @@ def attend(
   image: Heads,
   *,
   body: str,
-  text_mask_BL: jax.Array | None = None,
+  masks: Masks = (None, None),
 ) -> tuple[jax.Array, jax.Array]:
   """Lets the tokens of both streams see each other; returns each its part.
 
-  Nobody sees a token of text where the mask is false.
+  Nobody sees a token where the mask of its stream is false.
   """
-  # Where image tokens are split, each device has its own queries and all of
-  # the keys and values; text is short, and never split.
-  keys, values = (
-    axes.name(x_BTNH, "batch", None, "heads", None) for x_BTNH in image[1:]
+  q_BSNH, k_BSNH, v_BSNH = (
+    sequences.woven(*pair) for pair in zip(text, image, strict=True)
   )
-  k_BSNH = jnp.concatenate([text[1], keys], axis=1)
-  v_BSNH = jnp.concatenate([text[2], values], axis=1)
-
-  def ask(q_BTNH):
-    mask = _mask(text_mask_BL, q_BTNH.shape[1], keys.shape[1])
-    return attention.attention(q_BTNH, k_BSNH, v_BSNH, body=body, mask_BTS=mask)
-
-  if axes.is_split("tokens"):
-    return ask(text[0]), ask(image[0])
-  length = text[0].shape[1]
-  y_BSNH = ask(jnp.concatenate([text[0], image[0]], axis=1))
-  return y_BSNH[:, :length], y_BSNH[:, length:]
-
-
-def _mask(text_mask_BL, queries: int, image_tokens: int):
-  if text_mask_BL is None:
-    return None
-  batch, length = text_mask_BL.shape
-  image_BT = jnp.ones((batch, image_tokens), bool)
-  mask_BS = jnp.concatenate([text_mask_BL.astype(bool), image_BT], axis=1)
-  shape = (batch, queries, length + image_tokens)
-  return jnp.broadcast_to(mask_BS[:, None], shape)
+  lengths = text[0].shape[1], image[0].shape[1]
+  mask_BS = sequences.woven_masks(*masks, q_BSNH.shape[0], lengths)
+  y_BSNH = attention.attention(
+    q_BSNH, k_BSNH, v_BSNH, body=body, mask_BS=mask_BS
+  )
+  return sequences.parted(y_BSNH, lengths[0])
 
 
 class Attention(nn.Module):
   """The maps of a stream to queries, keys and values, and from the answer.
 
-  `tokens` names the dim of the stream's tokens. A stream that ends with this
-  block has no use for the answer, and no map from it.
+  A stream that ends with this block has no use for the answer, and no map from
+  it.
   """
 
   width: int
@@ -76,7 +59,6 @@ class Attention(nn.Module):
   head_size: int
   qk_norm: bool
   dtype: jnp.dtype
-  tokens: str | None
   answers: bool = True
 
   def setup(self):
@@ -89,7 +71,7 @@ class Attention(nn.Module):
 
   def ask(self, x_BTD: jax.Array, rope: Rope) -> Heads:
     qkv_BTKNH = axes.name(
-      self.qkv(x_BTD), "batch", self.tokens, None, "heads", None
+      self.qkv(x_BTD), "batch", "tokens", None, "heads", None
     )
     q_BTNH, k_BTNH, v_BTNH = jnp.unstack(blocks.saved(qkv_BTKNH, "qkv"), axis=2)
     if self.qk_norm:
@@ -100,7 +82,7 @@ class Attention(nn.Module):
     return q_BTNH, k_BTNH, v_BTNH
 
   def answer(self, y_BTNH: jax.Array) -> jax.Array:
-    y_BTNH = axes.name(y_BTNH, "batch", self.tokens, "heads", None)
+    y_BTNH = axes.name(y_BTNH, "batch", "tokens", "heads", None)
     y_BTD = self.out(blocks.saved(y_BTNH, "attention"))
     return blocks.saved(y_BTD, "attention_out")
 
@@ -120,7 +102,6 @@ class Stream(nn.Module):
   qk_norm: bool
   body: str
   dtype: jnp.dtype
-  tokens: str | None
   second: bool = False
   last: bool = False
 
@@ -137,13 +118,12 @@ class Stream(nn.Module):
       self.head_size,
       self.qk_norm,
       self.dtype,
-      self.tokens,
     )
     self.attention = maps(answers=not self.last)
     if self.second:
       self.attention2 = maps()
     if not self.last:
-      self.mlp = blocks.Mlp("gelu", self.mlp_width, self.dtype, self.tokens)
+      self.mlp = blocks.Mlp("gelu", self.mlp_width, self.dtype)
 
   def begin(
     self, x_BTD: jax.Array, c_BD: jax.Array, rope: Rope
@@ -162,33 +142,33 @@ class Stream(nn.Module):
     y_BTNH: jax.Array,
     parts: tuple[jax.Array, ...],
     rope: Rope,
+    mask_BT: sequences.Mask,
   ) -> jax.Array:
     """Returns the stream with all that the block adds to it."""
     gate_BD, shift_mlp, scale_mlp, gate_mlp = parts[2:6]
     # Both attentions read the stream as it was.
-    second_BTD = self._among_themselves(x_BTD, parts, rope)
+    second_BTD = self._among_themselves(x_BTD, parts, rope, mask_BT)
     x_BTD = layers.add_gated(x_BTD, gate_BD, self.attention.answer(y_BTNH))
     if second_BTD is not None:
       x_BTD = layers.add_gated(x_BTD, parts[8], second_BTD)
-    x_BTD = axes.name(x_BTD, "batch", self.tokens, "width")
+    x_BTD = axes.name(x_BTD, "batch", "tokens", "width")
 
     y_BTD = self.mlp(
       layers.modulated_norm(x_BTD, shift_mlp, scale_mlp, EPSILON)
     )
     x_BTD = layers.add_gated(x_BTD, gate_mlp, y_BTD)
-    return axes.name(x_BTD, "batch", self.tokens, "width")
+    return axes.name(x_BTD, "batch", "tokens", "width")
 
-  def _among_themselves(self, x_BTD, parts, rope):
+  def _among_themselves(self, x_BTD, parts, rope, mask_BT):
     if not self.second:
       return None
     shift_BD, scale_BD = parts[6:8]
     y_BTD = layers.modulated_norm(x_BTD, shift_BD, scale_BD, EPSILON)
-    q_BTNH, *keys_values = self.attention2.ask(y_BTD, rope)
-    k_BTNH, v_BTNH = (
-      axes.name(x_BTNH, "batch", None, "heads", None) for x_BTNH in keys_values
-    )
+    q_BTNH, k_BTNH, v_BTNH = self.attention2.ask(y_BTD, rope)
     return self.attention2.answer(
-      attention.attention(q_BTNH, k_BTNH, v_BTNH, body=self.body)
+      attention.attention(
+        q_BTNH, k_BTNH, v_BTNH, body=self.body, mask_BS=mask_BT
+      )
     )
 
 
@@ -215,9 +195,9 @@ class JointBlock(nn.Module):
     streams: tuple[jax.Array, jax.Array],
     c_BD: jax.Array,
     ropes: tuple[Rope, Rope],
-    text_mask_BL: jax.Array | None,
+    masks: Masks,
   ) -> tuple[tuple[jax.Array, jax.Array], None]:
-    """Takes and returns (text, image); `ropes` turn the one and the other."""
+    """Takes and returns (text, image), each with its rope and its mask."""
     stream = functools.partial(
       Stream,
       self.width,
@@ -228,19 +208,19 @@ class JointBlock(nn.Module):
       self.body,
       self.dtype,
     )
-    text = stream(None, last=self.last, name="text")
-    image = stream("tokens", second=self.second, name="image")
+    text = stream(last=self.last, name="text")
+    image = stream(second=self.second, name="image")
     text_BLD, image_BTD = streams
     text_rope, image_rope = ropes
 
     text_heads, text_parts = text.begin(text_BLD, c_BD, text_rope)
     image_heads, image_parts = image.begin(image_BTD, c_BD, image_rope)
     y_BLNH, y_BTNH = attend(
-      text_heads, image_heads, body=self.body, text_mask_BL=text_mask_BL
+      text_heads, image_heads, body=self.body, masks=masks
     )
-    image_BTD = image.end(image_BTD, y_BTNH, image_parts, image_rope)
+    image_BTD = image.end(image_BTD, y_BTNH, image_parts, image_rope, masks[1])
     if not self.last:
-      text_BLD = text.end(text_BLD, y_BLNH, text_parts, text_rope)
+      text_BLD = text.end(text_BLD, y_BLNH, text_parts, text_rope, masks[0])
     return (text_BLD, image_BTD), None
 
 

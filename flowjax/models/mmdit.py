@@ -28,6 +28,7 @@ from flowjax.models import (
   layers,
   patches,
   positions,
+  sequences,
 )
 from flowjax.ops import axes
 
@@ -141,9 +142,16 @@ class MMDiT(nn.Module):
     x_BTD, rope = _place(
       config, embed(name="patch_embed")(x_BTP), rows, columns
     )
-    x_BTD = axes.name(x_BTD, "batch", "tokens", "width")
     text_BLD = embed(name="text_embed")(text_BLE)
-    text_BLD = axes.name(text_BLD, "batch", None, "width")
+    (batch, length), tokens = text_BLD.shape[:2], rows * columns
+    streams = tuple(
+      axes.name(sequences.even(stream), "batch", "tokens", "width")
+      for stream in (text_BLD, x_BTD)
+    )
+    masks = (
+      sequences.seen(text_mask_BL, batch, length),
+      sequences.seen(None, batch, tokens),
+    )
 
     time_BD = layers.TimeEmbed(config.width, name="time_embed")(
       config.timestep_scale * t_B.astype(jnp.float32)
@@ -153,22 +161,20 @@ class MMDiT(nn.Module):
     )
     c_BD = nn.silu(time_BD + pooled_BD)
 
-    streams = text_BLD, x_BTD
     for layers_of_kind in _blocks(config):
-      streams, _ = layers_of_kind(streams, c_BD, (None, rope), text_mask_BL)
+      streams, _ = layers_of_kind(streams, c_BD, (None, rope), masks)
     _, x_BTD = streams
     x_BTP = dit.Final(
       patch * patch * config.channels_out, norm="layernorm", name="final"
     )(x_BTD, c_BD)
-    return patches.unpatchify(x_BTP, rows, columns, patch)
+    return patches.unpatchify(x_BTP[:, :tokens], rows, columns, patch)
 
 
 def _place(config: MMDiTConfig, x_BTD, rows: int, columns: int):
   """Adds the position to each token, or returns how heads are to turn."""
   if config.position == "rope2d":
-    return x_BTD, positions.rope2d(
-      rows, columns, config.head_size, config.rope_theta
-    )
+    rope = positions.rope2d(rows, columns, config.head_size, config.rope_theta)
+    return x_BTD, sequences.even_rope(rope)
   table_TD = positions.sincos2d_centre(
     rows,
     columns,

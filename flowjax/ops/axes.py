@@ -12,6 +12,7 @@ import contextvars
 import math
 
 import jax
+import jax.numpy as jnp
 
 # What carries a name: no axis, one axis of the mesh, or several.
 Axes = str | tuple[str, ...] | None
@@ -50,12 +51,22 @@ def device() -> jax.Device:
 
 def carriers(dim_name: str) -> tuple[str, ...]:
   """Returns the axes of the mesh, larger than 1, that split a named dim."""
-  if _rules.get() is None or _parts(dim_name) == 1:
-    return ()
-  found = _axes(dim_name)
-  names = (found,) if isinstance(found, str) else found or ()
+  return tuple(axis for axis in of(dim_name) if size(axis) > 1)
+
+
+def of(dim_name: str) -> tuple[str, ...]:
+  """Returns all axes of the mesh on which a named dim lives."""
+  return () if _rules.get() is None else _each(dim_name)
+
+
+def size(*mesh_axes: str) -> int:
+  """Returns over how many devices those axes of the mesh go."""
   mesh = jax.sharding.get_abstract_mesh()
-  return tuple(axis for axis in names if mesh.shape[axis] > 1)
+  if mesh.empty and mesh_axes:
+    raise ValueError(
+      "axes.rules are active without a mesh. Enter jax.set_mesh(mesh) as well."
+    )
+  return math.prod(mesh.shape[axis] for axis in mesh_axes)
 
 
 def name(x: jax.Array, *names: str | None) -> jax.Array:
@@ -68,19 +79,34 @@ def name(x: jax.Array, *names: str | None) -> jax.Array:
   if len(names) != x.ndim:
     raise ValueError(f"{names} names {len(names)} dims, x has shape {x.shape}.")
   for dim, dim_name in zip(x.shape, names, strict=True):
-    if dim % (parts := _parts(dim_name)):
+    if dim % (ways := size(*_each(dim_name))):
       raise ValueError(
-        f"A dim of {dim} '{dim_name}' cannot be split over {parts} devices "
-        f"(mesh axes {_axes(dim_name)}). Use a multiple of {parts}, or a mesh "
+        f"A dim of {dim} '{dim_name}' cannot be split over {ways} devices "
+        f"(mesh axes {_axes(dim_name)}). Use a multiple of {ways}, or a mesh "
         "with smaller axes there."
       )
   spec = jax.sharding.PartitionSpec(*(_axes(dim_name) for dim_name in names))
   return jax.lax.with_sharding_constraint(x, spec)
 
 
+def even(x: jax.Array, dim_name: str, dim: int = 1) -> jax.Array:
+  """Returns x with zeros after its dim, so that devices share it evenly."""
+  missing = -x.shape[dim] % parts(dim_name)
+  if not missing:
+    return x
+  padding = [(0, 0)] * x.ndim
+  padding[dim] = (0, missing)
+  return jnp.pad(x, padding)
+
+
 def is_split(dim_name: str) -> bool:
   """Returns whether more than one device shares the dim of that name."""
-  return _rules.get() is not None and _parts(dim_name) > 1
+  return parts(dim_name) > 1
+
+
+def parts(dim_name: str) -> int:
+  """Returns over how many devices the dim of that name is split."""
+  return size(*of(dim_name))
 
 
 def _axes(dim_name: str | None) -> Axes:
@@ -95,15 +121,6 @@ def _axes(dim_name: str | None) -> Axes:
   return mapping[dim_name]
 
 
-def _parts(dim_name: str | None) -> int:
-  """Returns over how many devices the dim of that name is split."""
-  axes = _axes(dim_name)
-  if axes is None:
-    return 1
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    raise ValueError(
-      "axes.rules are active without a mesh. Enter jax.set_mesh(mesh) as well."
-    )
-  each = (axes,) if isinstance(axes, str) else axes
-  return math.prod(mesh.shape[axis] for axis in each)
+def _each(dim_name: str | None) -> tuple[str, ...]:
+  found = _axes(dim_name)
+  return (found,) if isinstance(found, str) else found or ()

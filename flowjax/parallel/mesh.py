@@ -2,6 +2,8 @@
 
 Axes: `data` copies the parameters, `fsdp` divides parameters and batch,
 `tensor` divides heads and the width of the MLP, `context` divides tokens.
+`ulysses` divides each of those parts once more, among devices that exchange
+tokens for heads where tokens attend.
 """
 
 import collections.abc
@@ -16,13 +18,13 @@ from jax.sharding import PartitionSpec as P
 
 from flowjax.ops import axes as activation_axes
 
-AXES = ("data", "fsdp", "tensor", "context")
+AXES = ("data", "fsdp", "tensor", "context", "ulysses")
 BATCH_AXES = ("data", "fsdp")
 
 # What lives on the axes that models give their activations.
 ACTIVATIONS = {
   "batch": BATCH_AXES,
-  "tokens": "context",
+  "tokens": ("context", "ulysses"),
   "heads": "tensor",
   "mlp": "tensor",
   "width": None,
@@ -37,6 +39,7 @@ class MeshConfig:
   fsdp: int = 1
   tensor: int = 1
   context: int = 1
+  ulysses: int = 1
 
   def __post_init__(self):
     sizes = dataclasses.asdict(self)

@@ -1,0 +1,183 @@
+"""Softmax attention, with several bodies behind one signature.
+
+xla           plain JAX, on any device; holds the T x S matrix of each head
+blockwise     plain JAX in blocks: memory linear in T, and exact derivatives of
+              every kind, forward mode (`jax.jvp`) as well
+cudnn         fused kernel of NVIDIA GPUs, for bfloat16 and float16
+splash        fused kernel of TPUs
+ring          keys and values travel round the devices that share the tokens;
+              memory linear in a device's own
+ulysses       devices exchange tokens for heads, and each attends as one of
+              the first four does; they must divide the heads
+ring_ulysses  a ring along all but the last axis of the tokens, and exchange
+              along that one
+auto          a fused kernel where it can run, exchange where tokens are split;
+              the log says what was taken
+
+The fused kernels and the ring know reverse mode alone.
+Where tokens are split, the first four gather keys and values: each device has
+its own queries. Lengths need not divide evenly.
+"""
+
+# Shape suffixes: B batch, T queries, S keys, N heads, H head size.
+
+import functools
+import logging
+
+import jax
+
+from flowjax.ops import axes
+from flowjax.ops.attention import (
+  blockwise,
+  cudnn,
+  ring,
+  shares,
+  splash,
+  ulysses,
+  xla,
+)
+
+# What a device can do with its queries and all keys.
+_ALONE = {
+  "xla": xla.attend,
+  "blockwise": blockwise.attend,
+  "cudnn": cudnn.attend,
+  "splash": splash.attend,
+}
+_TOGETHER = ("ring", "ulysses", "ring_ulysses")
+BODIES = ("auto", *_ALONE, *_TOGETHER)
+
+# From so many keys on `auto` spares a TPU the T x S matrix. A choice, and not
+# measured: below it the matrix of a head is at most 4 MiB.
+_MANY_KEYS = 1024
+
+
+def attention(
+  q_BTNH: jax.Array,
+  k_BSNH: jax.Array,
+  v_BSNH: jax.Array,
+  *,
+  body: str = "auto",
+  mask_BS: jax.Array | None = None,
+) -> jax.Array:
+  """Returns softmax(q k^T / sqrt(H)) v for each head (arXiv:1706.03762, eq. 1).
+
+  `mask_BS` is true where a key is seen. Where an example has none, "xla",
+  "blockwise" and "ring" return zeros, and the fused kernels anything.
+  """
+  if body not in BODIES:
+    raise ValueError(
+      f"Unknown attention body {body!r}. There are: {', '.join(BODIES)}."
+    )
+  if mask_BS is not None:
+    mask_BS = mask_BS.astype(bool)
+  if body == "auto":
+    body = _chosen(q_BTNH, k_BSNH)
+  elif said := obstacle(body, q_BTNH):
+    raise ValueError(
+      f"attention={body!r} cannot run: {said} Use 'auto' or another body, or "
+      "change that."
+    )
+  if body in _TOGETHER:
+    return _together(body, q_BTNH, k_BSNH, v_BSNH, mask_BS)
+  if body != "xla":
+    return shares.attend(_ALONE[body], q_BTNH, k_BSNH, v_BSNH, mask_BS)
+  # Each device gathers keys and values here: once, as attention is computed
+  # again for the gradient.
+  k_BSNH, v_BSNH = (
+    axes.name(x, "batch", None, "heads", None) for x in (k_BSNH, v_BSNH)
+  )
+  return xla.attend(q_BTNH, k_BSNH, v_BSNH, mask_BS)
+
+
+def obstacle(body: str, q_BTNH: jax.Array) -> str | None:
+  """Says what keeps a body from taking these queries, if anything.
+
+  Only shape and dtype are read.
+  """
+  if body == "cudnn":
+    return cudnn.obstacle(q_BTNH)
+  if body == "splash":
+    return splash.obstacle(q_BTNH)
+  if body in ("ulysses", "ring_ulysses"):
+    return _indivisible(_axes(body)[1], q_BTNH.shape[2])
+  return None
+
+
+def _together(body, q_BTNH, k_BSNH, v_BSNH, mask_BS):
+  """Attends where each device has its part of the keys as well."""
+  ring_axes, exchange = _axes(body)
+  if body == "ulysses":
+    inner = _ALONE[_alone(q_BTNH, k_BSNH.shape[1])[0]]
+  else:
+    inner = functools.partial(ring.attend, ring=ring_axes)
+  each = functools.partial(ulysses.attend, inner=inner, exchange=exchange)
+  return shares.attend(
+    each,
+    q_BTNH,
+    k_BSNH,
+    v_BSNH,
+    mask_BS,
+    keys=axes.carriers("tokens"),
+    mask=ring_axes,
+  )
+
+
+def _axes(body: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+  """Returns the axes along which keys travel, and heads are exchanged."""
+  tokens = axes.carriers("tokens")
+  if body == "ring":
+    return tokens, ()
+  if body == "ulysses":
+    return (), tokens
+  last = axes.of("tokens")[-1:]
+  ring_axes = tuple(axis for axis in tokens if axis not in last)
+  return ring_axes, tokens[len(ring_axes) :]
+
+
+def _indivisible(exchange: tuple[str, ...], heads: int) -> str | None:
+  here, ways = heads // axes.parts("heads"), axes.size(*exchange)
+  if here % ways == 0:
+    return None
+  fitting = [n for n in range(1, here + 1) if here % n == 0]
+  return (
+    f"it gives each of {ways} devices (mesh axes {', '.join(exchange)}) a part "
+    f"of {here} heads, which {ways} does not divide. Sizes that do: "
+    f"{', '.join(map(str, fitting))}; 'ring' takes any."
+  )
+
+
+def _chosen(q_BTNH, k_BSNH) -> str:
+  best, why = _alone(q_BTNH, k_BSNH.shape[1])
+  tokens = axes.carriers("tokens")
+  if not tokens:
+    _say(f"attention='auto' is {best!r}: {why}")
+    return best
+  body = "ring_ulysses" if len(tokens) > 1 else "ulysses"
+  if said := _indivisible(_axes(body)[1], q_BTNH.shape[2]):
+    _say(f"attention='auto' is 'ring', and not {body!r}: {said}")
+    return "ring"
+  how = "" if len(tokens) > 1 else f", and {best!r} within: {why}"
+  _say(f"attention='auto' is {body!r}, as tokens are split over {tokens}{how}")
+  return body
+
+
+def _alone(q_BTNH, keys: int) -> tuple[str, str]:
+  """Returns the body for a device that has all keys, and why."""
+  platform = axes.device().platform
+  if platform == "tpu":
+    if said := splash.obstacle(q_BTNH):
+      return "xla", f"the fused kernel cannot run, as {said}"
+    if keys < _MANY_KEYS:
+      return "xla", f"{keys} keys are few on a TPU."
+    return "splash", f"a TPU, and {keys} keys."
+  if platform in ("gpu", "cuda"):
+    if said := cudnn.obstacle(q_BTNH):
+      return "xla", f"the fused kernel cannot run, as {said}"
+    return "cudnn", "the fused kernel of this GPU takes such heads."
+  return "xla", f"there is no fused kernel for {platform}."
+
+
+@functools.cache
+def _say(what: str) -> None:
+  logging.info("%s", what)
