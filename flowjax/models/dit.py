@@ -156,9 +156,9 @@ class Final(nn.Module):
     y_BTD = layers.ModulatedNorm(self.norm, name="norm")(
       x_BTD.astype(jnp.float32), shift_BD, scale_BD
     )
-    return layers.Dense((self.features,), init_kernel=layers.zeros, name="out")(
-      y_BTD
-    )
+    return layers.Dense(
+      (self.features,), init_kernel=layers.zeros, tokens="tokens", name="out"
+    )(y_BTD)
 
 
 class DiT(nn.Module):
@@ -177,7 +177,10 @@ class DiT(nn.Module):
 
     x_BTP = patches.patchify(x_BHWC, patch)
     x_BTD = layers.Dense(
-      (config.width,), dtype=blocks.DTYPES[config.dtype], name="patch_embed"
+      (config.width,),
+      dtype=blocks.DTYPES[config.dtype],
+      tokens="tokens",
+      name="patch_embed",
     )(x_BTP)
     x_BTD, rope = self._place(x_BTD, rows, columns)
     x_BTD = axes.name(x_BTD, "batch", "tokens", "width")

@@ -113,7 +113,13 @@ class Attention(joint.Attention):
   def setup(self):
     super().setup()
     self.out = layers.Dense(
-      (self.width,), contract=2, dtype=self.dtype, bias=False
+      (self.width,),
+      contract=2,
+      dtype=self.dtype,
+      bias=False,
+      tokens=self.tokens,
+      split="heads",
+      summed=False,
     )
 
 
@@ -148,9 +154,10 @@ class SingleBlock(nn.Module):
       name="attention",
     )
     heads_BSNH = _attend(*maps.ask(y_BSD, rope), mask_BS, config.attention)
-    hidden_BSD = maps.answer(heads_BSNH) + blocks.Mlp(
-      "gelu", config.mlp_width, dtype, name="mlp"
-    )(y_BSD)
+    # Devices that have some heads and hidden units sum for both at once.
+    hidden_BSD = blocks.Mlp("gelu", config.mlp_width, dtype, name="mlp")(
+      y_BSD, beside=maps.answer(heads_BSNH)
+    )
 
     # The sum is what the gradient reads: saved, its terms need not be.
     hidden_BSD = blocks.saved(hidden_BSD, "mlp_out")
@@ -183,7 +190,8 @@ class Flux(nn.Module):
     embed = functools.partial(layers.Dense, (config.width,), dtype=dtype)
     x_BTP = patches.patchify(x_BHWC, patch)
     image_BTD = axes.name(
-      embed(name="patch_embed")(x_BTP), "batch", "tokens", "width"
+      embed(tokens="tokens", name="patch_embed")(x_BTP),
+      *("batch", "tokens", "width"),
     )
     text_BLD = axes.name(
       embed(name="text_embed")(text_BLE), "batch", None, "width"

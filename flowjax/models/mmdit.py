@@ -139,7 +139,7 @@ class MMDiT(nn.Module):
     )
     x_BTP = patches.patchify(x_BHWC, patch)
     x_BTD, rope = _place(
-      config, embed(name="patch_embed")(x_BTP), rows, columns
+      config, embed(tokens="tokens", name="patch_embed")(x_BTP), rows, columns
     )
     x_BTD = axes.name(x_BTD, "batch", "tokens", "width")
     text_BLD = embed(name="text_embed")(text_BLE)

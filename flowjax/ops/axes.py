@@ -50,7 +50,7 @@ def device() -> jax.Device:
 
 def carriers(dim_name: str) -> tuple[str, ...]:
   """Returns the axes of the mesh, larger than 1, that split a named dim."""
-  if _rules.get() is None or _parts(dim_name) == 1:
+  if _rules.get() is None or parts(dim_name) == 1:
     return ()
   found = _axes(dim_name)
   names = (found,) if isinstance(found, str) else found or ()
@@ -67,20 +67,28 @@ def name(x: jax.Array, *names: str | None) -> jax.Array:
     return x
   if len(names) != x.ndim:
     raise ValueError(f"{names} names {len(names)} dims, x has shape {x.shape}.")
-  for dim, dim_name in zip(x.shape, names, strict=True):
-    if dim % (parts := _parts(dim_name)):
-      raise ValueError(
-        f"A dim of {dim} '{dim_name}' cannot be split over {parts} devices "
-        f"(mesh axes {_axes(dim_name)}). Use a multiple of {parts}, or a mesh "
-        "with smaller axes there."
-      )
+  check(x.shape, names)
   spec = jax.sharding.PartitionSpec(*(_axes(dim_name) for dim_name in names))
   return jax.lax.with_sharding_constraint(x, spec)
 
 
+def check(
+  shape: collections.abc.Sequence[int],
+  names: collections.abc.Sequence[str | None],
+) -> None:
+  """Refuses dims that the devices cannot split as their names say."""
+  for dim, dim_name in zip(shape, names, strict=True):
+    if dim % (count := parts(dim_name)):
+      raise ValueError(
+        f"A dim of {dim} '{dim_name}' cannot be split over {count} devices "
+        f"(mesh axes {_axes(dim_name)}). Use a multiple of {count}, or a mesh "
+        "with smaller axes there."
+      )
+
+
 def is_split(dim_name: str) -> bool:
   """Returns whether more than one device shares the dim of that name."""
-  return _rules.get() is not None and _parts(dim_name) > 1
+  return _rules.get() is not None and parts(dim_name) > 1
 
 
 def _axes(dim_name: str | None) -> Axes:
@@ -95,7 +103,7 @@ def _axes(dim_name: str | None) -> Axes:
   return mapping[dim_name]
 
 
-def _parts(dim_name: str | None) -> int:
+def parts(dim_name: str | None) -> int:
   """Returns over how many devices the dim of that name is split."""
   axes = _axes(dim_name)
   if axes is None:

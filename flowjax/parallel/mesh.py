@@ -35,6 +35,8 @@ ACTIVATIONS = {
   "heads": "tensor",
   "mlp": "tensor",
   "width": None,
+  # And on that of parameters that is divided besides.
+  "kernel": "fsdp",
 }
 
 
