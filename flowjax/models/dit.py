@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowjax.models import blocks, checks, layers, patches, positions
-from flowjax.ops import axes
+from flowjax.ops import axes, products
 
 # Table 1 of the paper. "xl" at patch size 2 is the DiT-XL/2 that people mean.
 SIZES: dict[str, dict[str, int]] = {
@@ -192,7 +192,7 @@ class DiT(nn.Module):
     labels = layers.Table(
       config.num_classes + 1, config.width, name="label_embed"
     )()
-    c_BD = nn.silu(time_BD + jnp.take(labels, label_B, axis=0))
+    c_BD = nn.silu(time_BD + products.rows(labels, label_B))
 
     x_BTD, _ = _stacked(config)(config, name="blocks")(
       x_BTD, c_BD, rope, identity_L
@@ -257,15 +257,13 @@ def apply(
   blocks `identity` a token attends to itself alone.
   """
   _check_inputs(config, x_BHWC, t_B, cond)
-  label_B = cond["label"]
   if rng is not None:
-    drop_B = jax.random.bernoulli(rng, config.label_dropout, label_B.shape)
-    label_B = jnp.where(drop_B, config.num_classes, label_B)
+    cond = dropped(config, cond, rng)
   identity_L = None
   if identity:
     identity_L = jnp.isin(jnp.arange(config.depth), jnp.array(identity))
   v_BHWC = DiT(config).apply(
-    {"params": params}, x_BHWC, t_B, label_B, identity_L
+    {"params": params}, x_BHWC, t_B, cond["label"], identity_L
   )
   return typing.cast(jax.Array, v_BHWC)
 
@@ -281,6 +279,15 @@ def unconditional(
 ) -> dict[str, jax.Array]:
   """Returns `cond` with the label that stands for none."""
   return {**cond, "label": jnp.full_like(cond["label"], config.num_classes)}
+
+
+def dropped(
+  config: DiTConfig, cond: dict[str, jax.Array], rng: jax.Array
+) -> dict[str, jax.Array]:
+  """Returns `cond` without some labels, each with `label_dropout`."""
+  label_B = cond["label"]
+  drop_B = jax.random.bernoulli(rng, config.label_dropout, label_B.shape)
+  return {**cond, "label": jnp.where(drop_B, config.num_classes, label_B)}
 
 
 def without_layers(

@@ -296,6 +296,7 @@ def apply(
 
 unconditional = conditions.unconditional
 example = conditions.example
+dropped = conditions.dropped
 
 
 def flops(config: FluxConfig) -> int:

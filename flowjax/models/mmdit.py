@@ -238,6 +238,7 @@ def apply(
 
 unconditional = conditions.unconditional
 example = conditions.example
+dropped = conditions.dropped
 
 
 def without_layers(

@@ -8,6 +8,7 @@ copies are summed in a dtype of their own. On one device it is a plain product.
 import collections.abc
 import contextlib
 import contextvars
+import functools
 import math
 from typing import Any
 
@@ -89,6 +90,18 @@ def product(
 def total(terms: jax.Array) -> jax.Array:
   """Returns the sum over the first dim, in the dtype of the terms."""
   return _sum(terms, 0)
+
+
+def rows(table: jax.Array, index_B: jax.Array) -> jax.Array:
+  """Returns the rows of a table with these indices, one for each example."""
+  shared = axes.carriers("batch")
+  if not shared:
+    return jnp.take(table, index_B, axis=0)
+  copies = copy(table, table.dtype, [shared])
+  axes.check(index_B.shape, ["batch"])
+  look = jax.vmap(functools.partial(jnp.take, axis=0))
+  found = look(copies, index_B.reshape(len(copies), -1))
+  return found.reshape(-1, *table.shape[1:])
 
 
 def copy(
