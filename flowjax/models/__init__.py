@@ -48,6 +48,8 @@ class Network:
   unconditional: collections.abc.Callable[[Cond], Cond]
   flops: int  # forward, per example; a multiply-add is two
   example: collections.abc.Callable[[int], Cond]  # A condition of zeros.
+  # dropped(cond, rng): as training drops it, each example by itself.
+  dropped: collections.abc.Callable[[Cond, jax.Array], Cond]
   forward: collections.abc.Callable[..., tuple] | None = None
   inverse: collections.abc.Callable[..., jax.Array] | None = None
   uncertainty: collections.abc.Callable[..., jax.Array] | None = None
@@ -105,6 +107,34 @@ def with_uncertainty(network: Network) -> Network:
       params["uncertainty"], t_B
     ),
   )
+
+
+def over_shares(
+  network: Network,
+  over: collections.abc.Callable[
+    [collections.abc.Callable[..., Any]], collections.abc.Callable[..., Any]
+  ],
+) -> Network:
+  """Returns the network with `over(function)` for what it computes.
+
+  That may deal out the batch: what is random is drawn before, for the whole.
+  """
+
+  def drawn(cond, rng):
+    return cond if rng is None else network.dropped(cond, rng)
+
+  def apply(params, x_BHWC, t_B, cond, rng=None):
+    return over(network.apply)(params, x_BHWC, t_B, drawn(cond, rng))
+
+  changed: dict[str, Any] = {"apply": apply}
+  if network.forward is not None:
+    through = over(network.forward)
+    changed["forward"] = lambda params, x_BHWC, cond, rng=None: through(
+      params, x_BHWC, drawn(cond, rng)
+    )
+  if network.uncertainty is not None:
+    changed["uncertainty"] = over(network.uncertainty)
+  return dataclasses.replace(network, **changed)
 
 
 def without_layers(
@@ -175,5 +205,6 @@ def build(config: Any) -> Network:
     unconditional=functools.partial(module.unconditional, config),
     flops=module.flops(config),
     example=functools.partial(module.example, config),
+    dropped=functools.partial(module.dropped, config),
     **both_ways,
   )

@@ -28,16 +28,36 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 #   dots             results of matmuls with parameters; attention is redone
 #   save_attention   queries, keys, values and what attention returned
 #   full             the inputs of blocks: about a third more arithmetic
-_save = jax.checkpoint_policies.save_only_these_names
+# Two keep it in the memory of the host, over whose bus it goes and comes:
+#   offload_matmuls  as "matmuls"
+#   offload          as "save_attention"
+_MATMULS = ("modulation", "qkv", "attention_out", "mlp", "mlp_out")
+_ATTENTION = ("qkv", "attention")
+
+
+def _save(*names: str):
+  return jax.checkpoint_policies.save_only_these_names(*names)
+
+
+def _offload(*names: str):
+  return jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=(),
+    names_which_can_be_offloaded=names,
+    offload_src="device",
+    offload_dst="pinned_host",
+  )
+
+
 REMAT = {
   "none": None,
-  "matmuls": _save(
-    "modulation", "qkv", "attention", "attention_out", "mlp", "mlp_out"
-  ),
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  "save_attention": _save("qkv", "attention"),
+  "matmuls": _save(*_MATMULS, "attention"),
+  "dots": _save(*_MATMULS),
+  "save_attention": _save(*_ATTENTION),
   "full": jax.checkpoint_policies.nothing_saveable,
+  "offload_matmuls": _offload(*_MATMULS, "attention"),
+  "offload": _offload(*_ATTENTION),
 }
+OFFLOADING = ("offload_matmuls", "offload")
 saved = jax.ad_checkpoint.checkpoint_name
 
 
@@ -63,7 +83,10 @@ class Attention(nn.Module):
     mask_BT: jax.Array | None = None,
   ) -> jax.Array:
     qkv_BTKNH = layers.Dense(
-      (3, self.heads, self.head_size), dtype=self.dtype, name="qkv"
+      (3, self.heads, self.head_size),
+      dtype=self.dtype,
+      tokens="tokens",
+      name="qkv",
     )(x_BTD)
     qkv_BTKNH = axes.name(qkv_BTKNH, "batch", "tokens", None, "heads", None)
     q_BTNH, k_BTNH, v_BTNH = jnp.unstack(saved(qkv_BTKNH, "qkv"), axis=2)
@@ -87,7 +110,11 @@ class Attention(nn.Module):
       )
     y_BTNH = axes.name(y_BTNH, "batch", "tokens", "heads", None)
     y_BTD = layers.Dense(
-      x_BTD.shape[-1:], contract=2, dtype=self.dtype, name="out"
+      x_BTD.shape[-1:],
+      contract=2,
+      dtype=self.dtype,
+      tokens="tokens",
+      name="out",
     )(saved(y_BTNH, "attention"))
     return saved(y_BTD, "attention_out")
 
@@ -95,7 +122,8 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
   """Two maps with tanh-GELU between them, or three with SwiGLU.
 
-  SwiGLU is silu(part 0) part 1 (arXiv:2002.05202, eq. 5).
+  SwiGLU is silu(part 0) part 1 (arXiv:2002.05202, eq. 5). `beside` is summed
+  with the result: see `layers.Dense`.
   """
 
   kind: str
@@ -103,16 +131,15 @@ class Mlp(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+  def __call__(
+    self, x_BTD: jax.Array, beside: jax.Array | None = None
+  ) -> jax.Array:
+    dense = functools.partial(layers.Dense, dtype=self.dtype, tokens="tokens")
     parts = (2,) if self.kind == "swiglu" else ()
-    hidden = layers.Dense((*parts, self.hidden), dtype=self.dtype, name="in")(
-      x_BTD
-    )
+    hidden = dense((*parts, self.hidden), name="in")(x_BTD)
     hidden_BTF = _activate(saved(hidden, "mlp"))
     hidden_BTF = axes.name(hidden_BTF, "batch", "tokens", "mlp")
-    y_BTD = layers.Dense(x_BTD.shape[-1:], dtype=self.dtype, name="out")(
-      hidden_BTF
-    )
+    y_BTD = dense(x_BTD.shape[-1:], split="mlp", name="out")(hidden_BTF, beside)
     return saved(y_BTD, "mlp_out")
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from flowjax.models import layers
+from flowjax.ops import products
 
 Cond = dict[str, Any]
 
@@ -37,8 +38,8 @@ class LabelEmbed(nn.Module):
     )
     pooled_KP = self.param("pooled", layers.normal, (rows, self.pooled_width))
     return (
-      jnp.take(text_KLE, label_B, axis=0),
-      jnp.take(pooled_KP, label_B, axis=0),
+      products.rows(text_KLE, label_B),
+      products.rows(pooled_KP, label_B),
     )
 
 

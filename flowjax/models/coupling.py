@@ -25,6 +25,7 @@ import numpy as np
 
 from flowjax import schema
 from flowjax.models import blocks, layers
+from flowjax.ops import products
 
 KINDS = ("additive", "affine")
 # |s| stays below: a layer scales a pixel by less than e^2, either way.
@@ -246,6 +247,15 @@ def _ask(config, mlp, keep_1D, x_BD, label_BF):
   return LOG_SCALE_LIMIT * bounded_BD, shift_BD
 
 
+def dropped(
+  config: CouplingConfig, cond: dict[str, jax.Array], rng: jax.Array
+) -> dict[str, jax.Array]:
+  """Returns `cond` without some labels, each with `label_dropout`."""
+  label_B = cond["label"]
+  drop_B = jax.random.bernoulli(rng, config.label_dropout, label_B.shape)
+  return {**cond, "label": jnp.where(drop_B, config.num_classes, label_B)}
+
+
 def _embed(config: CouplingConfig, params, x_BHWC, cond, rng):
   """Returns the row of each label, and checks that inputs are what they are."""
   size = (*config.image_size, config.channels)
@@ -266,6 +276,5 @@ def _embed(config: CouplingConfig, params, x_BHWC, cond, rng):
       f"({len(x_BHWC)},)."
     )
   if rng is not None:
-    drop_B = jax.random.bernoulli(rng, config.label_dropout, label_B.shape)
-    label_B = jnp.where(drop_B, config.num_classes, label_B)
-  return jnp.take(params["label_embed"]["embedding"], label_B, axis=0)
+    label_B = dropped(config, cond, rng)["label"]
+  return products.rows(params["label_embed"]["embedding"], label_B)

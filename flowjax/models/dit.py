@@ -22,7 +22,7 @@ from flowjax.models import (
   positions,
   sequences,
 )
-from flowjax.ops import axes
+from flowjax.ops import axes, products
 
 # Table 1 of the paper. "xl" at patch size 2 is the DiT-XL/2 that people mean.
 SIZES: dict[str, dict[str, int]] = {
@@ -163,9 +163,9 @@ class Final(nn.Module):
     y_BTD = layers.ModulatedNorm(self.norm, name="norm")(
       x_BTD.astype(jnp.float32), shift_BD, scale_BD
     )
-    return layers.Dense((self.features,), init_kernel=layers.zeros, name="out")(
-      y_BTD
-    )
+    return layers.Dense(
+      (self.features,), init_kernel=layers.zeros, tokens="tokens", name="out"
+    )(y_BTD)
 
 
 class DiT(nn.Module):
@@ -182,13 +182,16 @@ class DiT(nn.Module):
     patch = config.patch_size
     rows, columns = (size // patch for size in x_BHWC.shape[1:3])
 
-    x_BTP = patches.patchify(x_BHWC, patch)
+    batch, tokens = x_BHWC.shape[0], rows * columns
+    x_BTP = sequences.even(patches.patchify(x_BHWC, patch))
     x_BTD = layers.Dense(
-      (config.width,), dtype=blocks.DTYPES[config.dtype], name="patch_embed"
+      (config.width,),
+      dtype=blocks.DTYPES[config.dtype],
+      tokens="tokens",
+      name="patch_embed",
     )(x_BTP)
     x_BTD, rope = self._place(x_BTD, rows, columns)
-    batch, tokens = x_BTD.shape[:2]
-    x_BTD = axes.name(sequences.even(x_BTD), "batch", "tokens", "width")
+    x_BTD = axes.name(x_BTD, "batch", "tokens", "width")
 
     time_BD = layers.TimeEmbed(
       config.width, config.frequency_shift, name="time_embed"
@@ -197,7 +200,7 @@ class DiT(nn.Module):
     labels = layers.Table(
       config.num_classes + 1, config.width, name="label_embed"
     )()
-    c_BD = nn.silu(time_BD + jnp.take(labels, label_B, axis=0))
+    c_BD = nn.silu(time_BD + products.rows(labels, label_B))
 
     x_BTD, _ = _stacked(config)(config, name="blocks")(
       x_BTD, c_BD, rope, identity_L, sequences.seen(None, batch, tokens)
@@ -219,6 +222,7 @@ class DiT(nn.Module):
       table_TD = jnp.asarray(positions.sincos2d(rows, columns, config.width))
     else:
       table_TD = layers.Table(rows * columns, config.width, name="pos_embed")()
+    table_TD = sequences.even(table_TD, 0)
     return x_BTD + table_TD.astype(x_BTD.dtype)[None], None
 
 
@@ -263,15 +267,13 @@ def apply(
   blocks `identity` a token attends to itself alone.
   """
   _check_inputs(config, x_BHWC, t_B, cond)
-  label_B = cond["label"]
   if rng is not None:
-    drop_B = jax.random.bernoulli(rng, config.label_dropout, label_B.shape)
-    label_B = jnp.where(drop_B, config.num_classes, label_B)
+    cond = dropped(config, cond, rng)
   identity_L = None
   if identity:
     identity_L = jnp.isin(jnp.arange(config.depth), jnp.array(identity))
   v_BHWC = DiT(config).apply(
-    {"params": params}, x_BHWC, t_B, label_B, identity_L
+    {"params": params}, x_BHWC, t_B, cond["label"], identity_L
   )
   return typing.cast(jax.Array, v_BHWC)
 
@@ -287,6 +289,15 @@ def unconditional(
 ) -> dict[str, jax.Array]:
   """Returns `cond` with the label that stands for none."""
   return {**cond, "label": jnp.full_like(cond["label"], config.num_classes)}
+
+
+def dropped(
+  config: DiTConfig, cond: dict[str, jax.Array], rng: jax.Array
+) -> dict[str, jax.Array]:
+  """Returns `cond` without some labels, each with `label_dropout`."""
+  label_B = cond["label"]
+  drop_B = jax.random.bernoulli(rng, config.label_dropout, label_B.shape)
+  return {**cond, "label": jnp.where(drop_B, config.num_classes, label_B)}
 
 
 def without_layers(

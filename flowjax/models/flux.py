@@ -114,7 +114,13 @@ class Attention(joint.Attention):
   def setup(self):
     super().setup()
     self.out = layers.Dense(
-      (self.width,), contract=2, dtype=self.dtype, bias=False
+      (self.width,),
+      contract=2,
+      dtype=self.dtype,
+      bias=False,
+      tokens="tokens",
+      split="heads",
+      summed=False,
     )
 
 
@@ -150,9 +156,10 @@ class SingleBlock(nn.Module):
     heads_BSNH = attention.attention(
       *maps.ask(y_BSD, rope), body=config.attention, mask_BS=mask_BS
     )
-    hidden_BSD = maps.answer(heads_BSNH) + blocks.Mlp(
-      "gelu", config.mlp_width, dtype, name="mlp"
-    )(y_BSD)
+    # Devices that have some heads and hidden units sum for both at once.
+    hidden_BSD = blocks.Mlp("gelu", config.mlp_width, dtype, name="mlp")(
+      y_BSD, beside=maps.answer(heads_BSNH)
+    )
 
     # The sum is what the gradient reads: saved, its terms need not be.
     hidden_BSD = blocks.saved(hidden_BSD, "mlp_out")
@@ -172,13 +179,15 @@ class Flux(nn.Module):
     rows, columns = (size // patch for size in x_BHWC.shape[1:3])
     text_BLE, pooled_BP, text_mask_BL = conditions.read(config, cond)
 
-    embed = functools.partial(layers.Dense, (config.width,), dtype=dtype)
+    embed = functools.partial(
+      layers.Dense, (config.width,), dtype=dtype, tokens="tokens"
+    )
     x_BTP = patches.patchify(x_BHWC, patch)
     streams = tuple(
-      axes.name(sequences.even(stream), "batch", "tokens", "width")
+      axes.name(stream, "batch", "tokens", "width")
       for stream in (
-        embed(name="text_embed")(text_BLE),
-        embed(name="patch_embed")(x_BTP),
+        embed(name="text_embed")(sequences.even(text_BLE)),
+        embed(name="patch_embed")(sequences.even(x_BTP)),
       )
     )
     (batch, length), tokens = text_BLE.shape[:2], rows * columns
@@ -286,6 +295,7 @@ def apply(
 
 unconditional = conditions.unconditional
 example = conditions.example
+dropped = conditions.dropped
 
 
 def flops(config: FluxConfig) -> int:

@@ -62,12 +62,13 @@ class Attention(nn.Module):
   answers: bool = True
 
   def setup(self):
-    self.qkv = layers.Dense((3, self.heads, self.head_size), dtype=self.dtype)
+    dense = functools.partial(layers.Dense, dtype=self.dtype, tokens="tokens")
+    self.qkv = dense((3, self.heads, self.head_size))
     if self.qk_norm:
       self.query_norm = layers.RMSNorm()
       self.key_norm = layers.RMSNorm()
     if self.answers:
-      self.out = layers.Dense((self.width,), contract=2, dtype=self.dtype)
+      self.out = dense((self.width,), contract=2)
 
   def ask(self, x_BTD: jax.Array, rope: Rope) -> Heads:
     qkv_BTKNH = axes.name(

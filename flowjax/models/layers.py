@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flowjax.ops import axes
+from flowjax.ops import axes, products
 
 # init(key, shape, fan_in) -> float32 array
 Init = collections.abc.Callable[[jax.Array, tuple[int, ...], int], jax.Array]
@@ -50,7 +50,10 @@ class Dense(nn.Module):
   """Maps the last `contract` dims of x linearly onto `features` dims.
 
   A kernel keeps its parts on dims of their own, as in [D, 3, N, H], so that
-  splitting it over devices never cuts across a part.
+  splitting it over devices never cuts across a part. `tokens` names the second
+  dim of x, where it is one of tokens. `split` names the first contracted dim:
+  devices that have a range of it each sum what they found. Unless `summed`, the
+  result has these terms along a first dim; `beside` are terms to sum with them.
   """
 
   features: tuple[int, ...]
@@ -58,42 +61,60 @@ class Dense(nn.Module):
   dtype: jnp.dtype = jnp.float32
   init_kernel: Init = xavier
   bias: bool = True
+  tokens: str | None = None
+  split: str | None = None
+  summed: bool = True
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    lead, inner = x.shape[: -self.contract], x.shape[-self.contract :]
+  def __call__(
+    self, x: jax.Array, beside: jax.Array | None = None
+  ) -> jax.Array:
+    inner = x.shape[-self.contract :]
     kernel = self.param(
       "kernel", self.init_kernel, (*inner, *self.features), math.prod(inner)
     )
-    # One row per token makes the gradient of the kernel a plain matmul, which
-    # a CPU does twice as fast. Merging split tokens would move them, though.
-    if len(lead) > 1 and not axes.is_split("tokens"):
-      x = x.reshape(-1, *inner)
-    y = jnp.tensordot(
-      x.astype(self.dtype), kernel.astype(self.dtype), axes=self.contract
+    x = x.astype(self.dtype)
+    names = ("batch", self.tokens)
+    joined = beside is not None or not self.summed
+    terms = axes.parts(self.split) if joined else 1
+    multiply = functools.partial(
+      products.product, x, names=names, contract=self.contract, terms=terms
     )
+    y = multiply(kernel)
     if self.has_variable("params", FACTORS[0]):
       a: jax.Array = self.get_variable("params", FACTORS[0])
       b: jax.Array = self.get_variable("params", FACTORS[1])
-      y = y + _low_rank(x.astype(self.dtype), a, b, self.contract)
+      y = y + _low_rank(multiply, a, b, names, inner)
+    if beside is not None:
+      y = y + beside
+    if not self.summed:
+      return y
+    y = products.total(y)
     if self.bias:
       bias = self.param("bias", zeros, self.features)
-      y = y + jnp.broadcast_to(bias.astype(self.dtype), y.shape)
-    return y.reshape(*lead, *self.features)
+      # Its gradient is summed over tokens before it is rounded.
+      y = y + jnp.broadcast_to(bias, y.shape).astype(self.dtype)
+    return y
 
 
 def _low_rank(
-  x: jax.Array, a: jax.Array, b: jax.Array, contract: int
+  multiply: collections.abc.Callable[[jax.Array], jax.Array],
+  a: jax.Array,
+  b: jax.Array,
+  names: tuple[str | None, ...],
+  inner: tuple[int, ...],
 ) -> jax.Array:
   """Returns x a b; where a leads with parts, the product with each of them."""
 
-  def product(a, b):
-    u = jnp.tensordot(x, a.astype(x.dtype), axes=contract)
-    return jnp.tensordot(u, b.astype(x.dtype), axes=1)
+  def through(a, b):
+    terms = multiply(a)
+    each = [products.product(u, b, names=names)[0] for u in terms]
+    return jnp.stack(each)
 
-  if a.ndim == contract + 1:
-    return product(a, b)
-  return jax.vmap(product, out_axes=x.ndim - contract)(a, b)
+  if a.ndim == len(inner) + 1:
+    return through(a, b)
+  lead = multiply(a[0]).ndim - 1
+  return jax.vmap(through, out_axes=lead)(a, b)
 
 
 class RMSNorm(nn.Module):

@@ -54,7 +54,7 @@ def carriers(dim_name: str) -> tuple[str, ...]:
   return tuple(axis for axis in of(dim_name) if size(axis) > 1)
 
 
-def of(dim_name: str) -> tuple[str, ...]:
+def of(dim_name: str | None) -> tuple[str, ...]:
   """Returns all axes of the mesh on which a named dim lives."""
   return () if _rules.get() is None else _each(dim_name)
 
@@ -78,15 +78,23 @@ def name(x: jax.Array, *names: str | None) -> jax.Array:
     return x
   if len(names) != x.ndim:
     raise ValueError(f"{names} names {len(names)} dims, x has shape {x.shape}.")
-  for dim, dim_name in zip(x.shape, names, strict=True):
-    if dim % (ways := size(*_each(dim_name))):
+  check(x.shape, names)
+  spec = jax.sharding.PartitionSpec(*(_axes(dim_name) for dim_name in names))
+  return jax.lax.with_sharding_constraint(x, spec)
+
+
+def check(
+  shape: collections.abc.Sequence[int],
+  names: collections.abc.Sequence[str | None],
+) -> None:
+  """Refuses dims that the devices cannot split as their names say."""
+  for dim, dim_name in zip(shape, names, strict=True):
+    if dim % (ways := parts(dim_name)):
       raise ValueError(
         f"A dim of {dim} '{dim_name}' cannot be split over {ways} devices "
         f"(mesh axes {_axes(dim_name)}). Use a multiple of {ways}, or a mesh "
         "with smaller axes there."
       )
-  spec = jax.sharding.PartitionSpec(*(_axes(dim_name) for dim_name in names))
-  return jax.lax.with_sharding_constraint(x, spec)
 
 
 def even(x: jax.Array, dim_name: str, dim: int = 1) -> jax.Array:
@@ -104,7 +112,7 @@ def is_split(dim_name: str) -> bool:
   return parts(dim_name) > 1
 
 
-def parts(dim_name: str) -> int:
+def parts(dim_name: str | None) -> int:
   """Returns over how many devices the dim of that name is split."""
   return size(*of(dim_name))
 

@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from flowjax import errors, schema
+from flowjax import errors, models, schema
 from flowjax.data import loader, sources
 from flowjax.parallel import mesh as meshes
-from flowjax.parallel import rules
+from flowjax.parallel import rules, sums
 from flowjax.train import (
   checkpoint,
   curves,
@@ -142,15 +142,23 @@ def put_batch(mesh: jax.sharding.Mesh):
 
 def jit_step(run: parts.Parts):
   """Returns the step, jitted with its shardings and donating its state."""
-  config = run.experiment
+  config, network = run.experiment, run.network
+  # One part is summed once as it is.
+  apart = config.optim.accumulate > 1
+  summing = sums.Sums(
+    config.optim.reduce_dtype, run.mesh.shape["data"] if apart else 1
+  )
+  if summing.shares > 1:
+    network = models.over_shares(network, summing.over)
   step = steps.build(
-    config.flow.loss(run.network),
+    config.flow.loss(network),
     run.optimizer,
     seed=config.seed,
     ema_config=config.ema,
     accumulate=config.optim.accumulate,
     schedule=optim.schedule(config.optim, config.steps),
     frozen=run.frozen,
+    summing=summing,
   )
   return jax.jit(
     step,

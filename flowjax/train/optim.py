@@ -7,7 +7,7 @@ import jax
 import optax
 
 from flowjax import schema
-from flowjax.parallel import rules
+from flowjax.parallel import rules, sums
 
 SCHEDULES = ("constant", "cosine", "linear")
 
@@ -18,7 +18,8 @@ class OptimConfig:
 
   `weight_decay_rules` are (regex, multiplier) over parameter names; the first
   that matches decides. `accumulate` splits each batch into so many parts
-  whose gradients are summed in float32. A step whose loss or gradient is not
+  whose gradients are summed in float32; `reduce_dtype` is that of the sums over
+  devices. A step whose loss or gradient is not
   finite is skipped; after `max_skipped` in a row training stops. Parameters
   whose names a regex in `freeze` matches stay as they are.
   """
@@ -37,6 +38,7 @@ class OptimConfig:
   )
   clip_norm: float | None = None
   accumulate: int = 1
+  reduce_dtype: str = "float32"
   max_skipped: int = 10
   freeze: tuple[str, ...] = ()
 
@@ -45,6 +47,11 @@ class OptimConfig:
     if self.schedule not in SCHEDULES:
       raise ValueError(
         f"schedule = {self.schedule!r} is none of {', '.join(SCHEDULES)}."
+      )
+    if self.reduce_dtype not in sums.DTYPES:
+      raise ValueError(
+        f"reduce_dtype = {self.reduce_dtype!r} is none of "
+        f"{', '.join(sums.DTYPES)}."
       )
     positive = ("learning_rate", "epsilon", "accumulate", "max_skipped")
     for name in positive:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flowjax.parallel import sums
 from flowjax.train import ema, freezing
 from flowjax.train import state as states
 
@@ -31,6 +32,7 @@ def build(
   accumulate: int = 1,
   schedule: optax.Schedule | None = None,
   frozen: freezing.Names = freezing.NONE,
+  summing: sums.Sums = sums.PLAIN,
 ) -> Step:
   """Returns the pure step of training with `loss` and `optimizer`.
 
@@ -38,18 +40,22 @@ def build(
   straight run would have drawn. A loss or gradient that is not finite leaves
   parameters, average and optimizer as they were, and is counted. With the
   optimizer's `schedule`, the learning rate is among the metrics. The parameters
-  in `frozen` go into the loss, and come out as they were.
+  in `frozen` go into the loss, and come out as they were. `summing` says how
+  gradients are summed over devices; with shares the loss takes them.
   """
 
   def step(state, batch):
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
     trained, rest = freezing.split(state.params, frozen)
 
-    def loss_of_trained(trained, *inputs):
-      return loss(freezing.overlaid(rest, trained), *inputs)
+    others = summing.spread(rest)
 
-    gradient = accumulated(loss_of_trained, accumulate)
-    value, grads = gradient(trained, batch, rng)
+    def loss_of_trained(trained, *inputs):
+      return loss(freezing.overlaid(others, trained), *inputs)
+
+    gradient = accumulated(loss_of_trained, accumulate, summing)
+    with summing.traced():
+      value, grads = gradient(trained, batch, rng)
     norm = optax.global_norm(grads)
 
     updates, opt_state = optimizer.update(grads, state.opt_state, trained)
@@ -86,11 +92,12 @@ def build(
   return step
 
 
-def accumulated(loss: Loss, parts: int):
+def accumulated(loss: Loss, parts: int, summing: sums.Sums = sums.PLAIN):
   """Returns `(params, batch, rng) -> (loss, gradient)`, over `parts` in turn.
 
   The gradient of the mean is the mean of the gradients: the sums are kept in
-  float32, and the peak of memory is that of one part.
+  float32, and the peak of memory is that of one part. With shares `loss` takes
+  parameters that are spread over them, and they are summed after the last part.
   """
 
   def mean_loss(params, batch, rng):
@@ -115,10 +122,10 @@ def accumulated(loss: Loss, parts: int):
         lambda a, b: a + b.astype(jnp.float32) / parts, total, found
       ), None
 
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-    start = (jnp.zeros((), jnp.float32), zeros)
+    params = summing.spread(params)
+    start = (jnp.zeros((), jnp.float32), summing.zeros(params))
     xs = (jax.tree.map(split, batch), jax.random.split(rng, parts))
-    total, _ = jax.lax.scan(add, start, xs)
-    return total
+    (value, total), _ = jax.lax.scan(add, start, xs)
+    return value, summing.total(total)
 
   return gradient

@@ -1,0 +1,185 @@
+"""Products with kernels that devices share.
+
+Devices that have examples or tokens of their own all multiply by the same
+kernel. Each gets a copy, cast before it travels, and the gradients of the
+copies are summed in a dtype of their own. On one device it is a plain product.
+"""
+
+import collections.abc
+import contextlib
+import contextvars
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+from jax.interpreters import ad, batching, mlir
+
+from flowjax.ops import axes
+
+_FREE = jax.sharding.PartitionSpec.UNCONSTRAINED
+_sums: contextvars.ContextVar[str] = contextvars.ContextVar(
+  "flowjax_sums", default="float32"
+)
+
+
+@contextlib.contextmanager
+def summing(dtype: str) -> collections.abc.Iterator[None]:
+  """Lets gradients of kernels be summed over devices in `dtype`.
+
+  It is read while a function is traced.
+  """
+  token = _sums.set(dtype)
+  try:
+    yield
+  finally:
+    _sums.reset(token)
+
+
+def product(
+  x: jax.Array,
+  kernel: jax.Array,
+  *,
+  names: collections.abc.Sequence[str | None],
+  contract: int = 1,
+  terms: int = 1,
+) -> jax.Array:
+  """Contracts the last `contract` dims of x with the first of a kernel.
+
+  `names` are those of the first dims of x. The first contracted dim is cut into
+  `terms` ranges, whose products are a first dim of the result: it remains to
+  sum them, which devices that have a range each do once for several products.
+  """
+  lead, inner = x.shape[:-contract], x.shape[-contract:]
+  features = kernel.shape[contract:]
+  names = names[: len(lead)]
+  axes.check(lead, names)
+  shared = [axes.carriers(name) if name else () for name in names]
+  if not any(shared) and terms == 1:
+    # One row per token makes the gradient of the kernel a plain matmul, which a
+    # CPU does twice as fast.
+    rows = x.reshape(-1, *inner)
+    y = jnp.tensordot(rows, kernel.astype(x.dtype), axes=contract)
+    return y.reshape(1, *lead, *features)
+  copies = copy(kernel, x.dtype, shared)
+
+  # Each shared dim of x becomes two, of which the copies have the first; and so
+  # does the first contracted dim. Dims are numbered as einsum does.
+  ways = copies.shape[: copies.ndim - kernel.ndim]
+  cut = (n for way, size in zip(ways, lead, strict=False)
+         for n in (way, size // way))  # fmt: skip
+  ranges = (terms, inner[0] // terms, *inner[1:])
+  x = x.reshape(*cut, *lead[len(ways) :], *ranges)
+  copies = copies.reshape(*ways, *ranges, *features)
+  of_x = list(range(x.ndim))
+  of_lead, of_ranges = of_x[: -len(ranges)], of_x[-len(ranges) :]
+  of_features = [x.ndim + i for i in range(len(features))]
+  y = jnp.einsum(
+    x,
+    of_x,
+    copies,
+    [*of_lead[: 2 * len(ways) : 2], *of_ranges, *of_features],
+    [of_ranges[0], *of_lead, *of_features],
+  )
+  return y.reshape(terms, *lead, *features)
+
+
+def total(terms: jax.Array) -> jax.Array:
+  """Returns the sum over the first dim, in the dtype of the terms."""
+  return _sum(terms, 0)
+
+
+def rows(table: jax.Array, index_B: jax.Array) -> jax.Array:
+  """Returns the rows of a table with these indices, one for each example."""
+  shared = axes.carriers("batch")
+  if not shared:
+    return jnp.take(table, index_B, axis=0)
+  copies = copy(table, table.dtype, [shared])
+  axes.check(index_B.shape, ["batch"])
+  look = jax.vmap(functools.partial(jnp.take, axis=0))
+  found = look(copies, index_B.reshape(len(copies), -1))
+  return found.reshape(-1, *table.shape[1:])
+
+
+def copy(
+  kernel: jax.Array,
+  dtype: Any,
+  shared: collections.abc.Sequence[tuple[str, ...]],
+) -> jax.Array:
+  """Returns copies of a kernel in `dtype`, along a first dim for each `shared`.
+
+  Each of `shared` names axes of the mesh, and has a copy for every device along
+  them. The map is linear; its transpose, by which gradients come back, sums
+  over the copies in the dtype of `summing`.
+  """
+  if not any(shared):
+    return kernel.astype(dtype)
+  sizes = jax.sharding.get_abstract_mesh().shape
+  # Summed first is where kernels are divided, so that the other sums are of
+  # parts; these are taken in one.
+  inside = [a for each in shared for a in each if a in axes.carriers("kernel")]
+  outside = [a for each in shared for a in each if a not in inside]
+  groups = [tuple(group) for group in (outside, inside) if group]
+  copies = _copies.bind(
+    kernel,
+    ways=tuple(math.prod(sizes[a] for a in group) for group in groups),
+    groups=tuple(groups),
+    dtype=jnp.dtype(dtype),
+    back=(kernel.dtype, jnp.dtype(_sums.get())),
+    at=0,
+  )
+  order = [*outside, *inside]
+  by_axis = copies.reshape(*(sizes[a] for a in order), *kernel.shape)
+  wanted = [order.index(a) for each in shared for a in each]
+  by_axis = by_axis.transpose(*wanted, *range(len(order), by_axis.ndim))
+  ways = (math.prod(sizes[a] for a in each) for each in shared)
+  return by_axis.reshape(*ways, *kernel.shape)
+
+
+def _copied(kernel, *, ways, groups, dtype, back, at):
+  del back
+  whole = kernel.astype(dtype)  # What travels is as small as it can be.
+  shape = (*kernel.shape[:at], *ways, *kernel.shape[at:])
+  kept = [i for i in range(len(shape)) if not at <= i < at + len(ways)]
+  copies = jax.lax.broadcast_in_dim(whole, shape, kept)
+  before, after = (_FREE,) * at, (_FREE,) * (kernel.ndim - at)
+  spec = jax.sharding.PartitionSpec(*before, *groups, *after)
+  return jax.lax.with_sharding_constraint(copies, spec)
+
+
+def _summed(cotangent, kernel, *, ways, groups, dtype, back, at):
+  del kernel, groups, dtype
+  if type(cotangent) is ad.Zero:
+    return [None]
+  kernel_dtype, sum_dtype = back
+  found = cotangent.astype(sum_dtype)
+  for dim in reversed(range(at, at + len(ways))):
+    found = _sum(found, dim)
+  return [found.astype(kernel_dtype)]
+
+
+def _sum(x, dim):
+  # Unlike jnp.sum, which goes through float32.
+  return jax.lax.reduce(x, np.zeros((), x.dtype), jax.lax.add, (dim,))
+
+
+def _batched(arguments, dims, *, at, **params):
+  kernel = jnp.moveaxis(arguments[0], dims[0], 0)
+  return _copies.bind(kernel, at=at + 1, **params), 0
+
+
+def _shaped(kernel, *, ways, groups, dtype, back, at):
+  del groups, back
+  shape = (*kernel.shape[:at], *ways, *kernel.shape[at:])
+  return jax.core.ShapedArray(shape, dtype)
+
+
+_copies = jax.extend.core.Primitive("copies")
+_copies.def_impl(_copied)
+_copies.def_abstract_eval(_shaped)
+mlir.register_lowering(_copies, mlir.lower_fun(_copied, multiple_results=False))
+ad.deflinear2(_copies, _summed)
+batching.primitive_batchers[_copies] = _batched
