@@ -3,6 +3,7 @@
 import io
 import logging
 
+import jax
 import pytest
 
 from flowjax.train import progress
