@@ -71,7 +71,9 @@ setuptools.setup(
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=setuptools.find_packages(include=["flowjax", "flowjax.*"]),
-  package_data={"flowjax": ["py.typed", "interop/torch/*.py"]},
+  package_data={
+    "flowjax": ["py.typed", "interop/torch/*.py", "parallel/h100.txtpb"]
+  },
   install_requires=[
     JAX,
     "flax>=0.12,<0.13",

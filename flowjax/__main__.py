@@ -17,6 +17,7 @@ COMMANDS = {
   "import": "make a workdir of weights from diffusers and others",
   "describe": "show parameters, FLOPs, sharding and memory of a config",
   "bench": "time the training step of a config on this machine",
+  "plan": "see whether a config fits a cluster, and how fast it would be",
 }
 
 

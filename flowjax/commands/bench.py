@@ -17,7 +17,8 @@ import numpy as np
 
 from flowjax import __version__, errors
 from flowjax.commands import configs, flags
-from flowjax.train import loop, parts, progress, workdir
+from flowjax.parallel import chips
+from flowjax.train import loop, parts, workdir
 
 
 def add_flags(parser) -> None:
@@ -65,7 +66,7 @@ def measure(built: parts.Parts, seconds: float) -> dict:
   median = float(np.median(times[1:]))
   count = jax.device_count()
   flops = 3 * built.network.flops * config.data.batch_size / median / count
-  peak = progress.peak_flops(jax.devices()[0])
+  peak = chips.peak_flops(jax.devices()[0])
   return {
     "device": f"{count} x {jax.devices()[0].device_kind}",
     "versions": f"flowjax {__version__}, jax {jax.__version__}",

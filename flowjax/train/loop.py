@@ -13,8 +13,8 @@ import numpy as np
 
 from flowjax import errors, models, schema
 from flowjax.data import loader, sources
+from flowjax.parallel import chips, rules, sums
 from flowjax.parallel import mesh as meshes
-from flowjax.parallel import rules, sums
 from flowjax.train import (
   checkpoint,
   curves,
@@ -298,7 +298,7 @@ class _Session:
       self.config.steps,
       images,
       flops_per_step=3 * self.run.network.flops * images,
-      peak_flops=progress.peak_flops(jax.devices()[0]),
+      peak_flops=chips.peak_flops(jax.devices()[0]),
       device_count=self.run.mesh.size,
       start_step=first,
     )

@@ -5,7 +5,6 @@ import collections.abc
 import contextlib
 import logging
 import os
-import re
 import sys
 import time
 from typing import Any, Protocol, TextIO
@@ -15,37 +14,6 @@ import jax
 LINE_SECONDS = 10.0
 WINDOW_SECONDS = 10.0
 BAR_FROM_COLUMNS = 100
-
-# Dense bf16 peak of one jax device in FLOP/s, from the makers' data sheets;
-# the first pattern that is found in device_kind counts.
-PEAKS = (
-  (r"MIG ", None),  # A share of a GPU, and the name does not say how much.
-  (r"H100 PCIe", 756e12),
-  (r"H100 NVL", 835e12),
-  (r"H100|H200|GH200|H800", 989e12),
-  (r"H20\b", 148e12),
-  (r"GB200|GB300", 2500e12),
-  (r"B200|B300", 2250e12),
-  (r"A100|A800", 312e12),
-  (r"L40S", 362e12),
-  (r"\bL4\b", 121e12),
-  (r"TPU7x", 1153e12),  # 2307e12 is a chip, which is two devices.
-  (r"TPU v6", 918e12),
-  (r"TPU v5 lite|TPU v5e", 197e12),
-  (r"TPU v5", 459e12),
-  (r"TPU v4 lite", 138e12),
-  (r"TPU v4", 275e12),
-  (r"TPU v3", 61.5e12),
-  (r"TPU v2", 22.5e12),
-)
-
-
-def peak_flops(device: jax.Device) -> float | None:
-  """Returns the dense bf16 peak of a device in FLOP/s, None if not known."""
-  for pattern, peak in PEAKS:
-    if re.search(pattern, device.device_kind):
-      return peak
-  return None
 
 
 class Display(Protocol):

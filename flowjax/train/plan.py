@@ -1,0 +1,383 @@
+"""What a run would be on a cluster that is not here.
+
+`compiled` compiles the step that `flowjax train` runs for that cluster, and
+reads the program; `modelled` answers from formulas. Neither runs anything:
+times are always a model's.
+"""
+
+import collections.abc
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+
+from flowjax import errors
+from flowjax.parallel import collectives, roofline, topology
+from flowjax.parallel import mesh as meshes
+from flowjax.train import experiment, loop, memory, parts
+
+# What of the state is counted leaf by leaf.
+STATE = ("parameters", "average", "optimizer")
+# A program of 8 GB or more counts its memory in these.
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+# FlowJAX's own margin for what a compiler adds: buffers of collectives, copies.
+MARGIN = 1.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What is known of a step on one device; `source` says how.
+
+  `memory` is by kind; what it adds up to is `bytes_per_device`.
+  `flops_per_step` is by the formula, three times the forward pass of the batch;
+  `flops_done` counts also what is computed a second time.
+  """
+
+  source: str
+  topology: topology.Topology
+  shape: dict[str, int]
+  batch_size: int
+  remat: str
+  memory: dict[str, int]
+  bytes_per_device: int
+  hbm_bytes: int
+  moved: list[collectives.Collective]
+  layer_depth: int
+  flops_per_step: float
+  flops_done: float
+  step: roofline.Step
+  notes: tuple[str, ...] = ()
+
+  @property
+  def fits(self) -> bool:
+    """Whether a device has the memory."""
+    return self.bytes_per_device <= self.hbm_bytes
+
+  @property
+  def mfu(self) -> float:
+    """The part of the peak that the formula's FLOPs would be."""
+    peak = self.topology.chip.peak * self.topology.size
+    return self.flops_per_step / self.step.seconds / peak
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns it as JSON can hold it."""
+    step = self.step
+    return {
+      "fits": self.fits,
+      "bytes_per_device": self.bytes_per_device,
+      "hbm_bytes": self.hbm_bytes,
+      "memory_by_kind": self.memory,
+      "collectives": collectives.table(self.moved, self.layer_depth),
+      "flops_per_step": self.flops_per_step,
+      "flops_done_per_step": self.flops_done,
+      "step_seconds": step.seconds,
+      "seconds": {
+        "compute": step.compute,
+        "memory": step.memory,
+        "communication": step.wires,
+        "exposed_communication": step.exposed,
+      },
+      "mfu": self.mfu,
+      "bound_by": step.bound_by,
+      "source": {
+        "bytes_per_device": self.source,
+        "memory_by_kind": "modelled",
+        "collectives": self.source,
+        "flops_per_step": "formula",
+        "step_seconds": "modelled",
+        "mfu": "modelled",
+      },
+      "topology": self.topology.name,
+      "slices": self.topology.slices,
+      "devices": self.topology.size,
+      "mesh": self.shape,
+      "batch_size": self.batch_size,
+      "remat": self.remat,
+      "notes": list(self.notes),
+    }
+
+
+def modelled(
+  config: experiment.Experiment,
+  where: topology.Topology,
+  *,
+  fused: bool = False,
+) -> Plan:
+  """Answers from formulas; with `fused`, as if attention were one kernel."""
+  shape = _shape(config, where)
+  found = memory.outline(config)
+  if fused:
+    counted = dataclasses.replace(found.arithmetic, scores=0)
+    found = dataclasses.replace(found, arithmetic=counted)
+  each = examples(config, shape)
+  block = memory.of_activations(found.kept_by_all, found.model, shape)
+  kinds = {
+    **memory.of_state(found, shape),
+    "gradients": memory.of_gradients(found, shape),
+    "kept activations": each
+    * memory.of_activations(found.kept, found.model, shape),
+    # What a block keeps for itself, and the gradient of that.
+    "one block": 2 * each * block // memory.depth(found.model),
+    "scores of attention": each * memory.of_scores(found, shape),
+    "gathered layers": memory.of_layers(found, shape),
+  }
+  return _plan(
+    config,
+    where,
+    shape,
+    found,
+    source="modelled",
+    kinds=kinds,
+    held=int(MARGIN * sum(kinds.values())),
+    moved=expected(config, found, shape),
+  )
+
+
+def compiled(
+  config: experiment.Experiment, where: topology.Topology
+) -> tuple[Plan, Any]:
+  """Compiles the step for a cluster and reads what it holds and sends.
+
+  Returns the program beside the plan, or None where it does not fit: a compiler
+  that says so gives no program, and the rest is modelled.
+  """
+  model = config.model
+  notes: tuple[str, ...] = ()
+  try:
+    built = parts.build(config, topology.devices(where))
+  except RuntimeError as error:
+    if "cuDNN" not in str(error) or model.attention != "auto":
+      raise
+    # Its kernels come with NVIDIA's own packages.
+    notes = (
+      "cuDNN is not installed: compiled with attention='xla', which holds the "
+      "matrix of scores. On the GPU 'auto' takes cuDNN's kernel.",
+    )
+    config = dataclasses.replace(
+      config, model=dataclasses.replace(model, attention="xla")
+    )
+    built = parts.build(config, topology.devices(where))
+  guess = modelled(config, where)
+  try:
+    program = loop.lower_step(built).compile()
+  except jax.errors.JaxRuntimeError as error:
+    told = "The compiler found no room; what it would send is modelled."
+    return dataclasses.replace(
+      guess,
+      source="compiled",
+      bytes_per_device=_bytes_of(error, guess),
+      notes=(*notes, told),
+    ), None
+  stats = program.memory_analysis()
+  inputs, temporaries = stats.argument_size_in_bytes, stats.temp_size_in_bytes
+  state = {name: guess.memory[name] for name in STATE}
+  kinds = {
+    **state,
+    "batch": inputs - sum(state.values()),
+    "temporaries": temporaries,
+    "  of which gradients": guess.memory["gradients"],
+    "  of which kept activations": guess.memory["kept activations"],
+  }
+  plan = _plan(
+    config,
+    where,
+    guess.shape,
+    memory.outline(config),
+    source="compiled",
+    kinds=kinds,
+    held=inputs
+    + temporaries
+    + stats.output_size_in_bytes
+    - stats.alias_size_in_bytes,
+    moved=collectives.read(program.as_text(), built.mesh),
+    notes=notes,
+  )
+  return plan, program
+
+
+def _plan(
+  config: experiment.Experiment,
+  where: topology.Topology,
+  shape: dict[str, int],
+  found: memory.Outline,
+  *,
+  source: str,
+  kinds: dict[str, int],
+  held: int,
+  moved: list[collectives.Collective],
+  notes: tuple[str, ...] = (),
+) -> Plan:
+  batch = config.data.batch_size
+  layer_depth = 1 + (config.optim.accumulate > 1)
+  done = float(found.arithmetic.flops * batch)
+  step = roofline.step(
+    moved,
+    roofline.layout(shape, where),
+    where.chip,
+    flops=done / where.size,
+    hbm_bytes=_traffic(config, found, shape),
+    layer_depth=layer_depth,
+  )
+  return Plan(
+    source,
+    where,
+    shape,
+    batch,
+    getattr(config.model, "remat", "none"),
+    kinds,
+    held,
+    int(where.chip.hbm_bytes),
+    moved,
+    layer_depth,
+    3.0 * found.built.network.flops * batch,
+    done,
+    step,
+    notes,
+  )
+
+
+def _shape(
+  config: experiment.Experiment, where: topology.Topology
+) -> dict[str, int]:
+  """Returns the mesh on a cluster, which divides the batch and the model."""
+  with errors.naming("config.mesh"):
+    sizes = config.mesh.shape(where.size)
+  shape = dict(zip(meshes.AXES, sizes, strict=True))
+  ways, times = shape["data"] * shape["fsdp"], config.optim.accumulate
+  part = config.data.batch_size // times
+  if part % ways:
+    near = sorted({part // ways * ways, -(-part // ways) * ways} - {0})
+    raise errors.UserError(
+      f"config.data.batch_size = {config.data.batch_size} is not divisible by "
+      f"data x fsdp = {ways}"
+      + f" in each of optim.accumulate = {times} parts" * (times > 1)
+      + f". Sizes that are: {', '.join(str(size * times) for size in near)}."
+    )
+  for name, axis, size in _divided(config.model):
+    if size % shape[axis]:
+      fits = [n for n in range(1, size + 1) if size % n == 0][:12]
+      raise errors.UserError(
+        f"config.mesh.{axis} = {shape[axis]} does not divide the model's "
+        f"{name} = {size}. Sizes that do: {', '.join(map(str, fits))}."
+      )
+  return shape
+
+
+def _divided(model: Any) -> list[tuple[str, str, int]]:
+  """Returns what mesh axes have to divide: its name, the axis, its size."""
+  if not hasattr(model, "grid"):
+    return []
+  return [
+    ("heads", "tensor", model.heads),
+    ("mlp_width", "tensor", model.mlp_width),
+    ("tokens", "context", math.prod(model.grid)),
+  ]
+
+
+def examples(
+  config: experiment.Experiment, shape: collections.abc.Mapping[str, int]
+) -> int:
+  """Returns how many examples one device sees at a time."""
+  ways = shape["data"] * shape["fsdp"] * config.optim.accumulate
+  return config.data.batch_size // ways
+
+
+def _traffic(
+  config: experiment.Experiment,
+  found: memory.Outline,
+  shape: collections.abc.Mapping[str, int],
+) -> float:
+  """Returns the bytes that a device moves in a step, beside its products'."""
+  model, devices = found.model, math.prod(shape.values())
+  remade = getattr(model, "remat", "none") != "none"
+  trained = memory.of_gradients(found, shape) / 4
+  moved = roofline.OPTIMIZER * trained
+  if hasattr(model, "grid"):
+    # Of a block's values `tensor` divides about half: not the residual stream.
+    whole = 0.5 + 0.5 / shape["tensor"]
+    each = memory.depth(model) * memory.tokens(model) * model.width
+    each *= roofline.ELEMENTWISE * found.itemsize / 2
+    each *= roofline.REMADE if remade else 1.0
+    each = each * whole * shape["tensor"]
+    each += roofline.SCORE * found.arithmetic.scores
+    moved += each * config.data.batch_size / devices
+  return moved
+
+
+def expected(
+  config: experiment.Experiment, found: memory.Outline, shape: dict[str, int]
+) -> list[collectives.Collective]:
+  """Returns what a step has to send: the least that its shardings allow.
+
+  Each divided kernel is gathered for the forward pass and for the gradient, and
+  its gradient summed: scattered over `fsdp`, and over `data`. Activations are
+  summed over `tensor` twice per block in either direction, and again where they
+  are remade; keys and values are gathered over `context`, in either direction,
+  and their gradients scattered.
+  """
+  model, size = found.model, found.itemsize
+  dtype = {2: "bf16", 4: "f32"}[size]
+  outer = (config.optim.accumulate,) * (config.optim.accumulate > 1)
+  moved: list[collectives.Collective] = []
+
+  def add(kind, count, axes, trips, source):
+    axes = tuple(axis for axis in axes if shape[axis] > 1)
+    if axes and count:
+      group = math.prod(shape[axis] for axis in axes)
+      moved.append(
+        collectives.Collective(
+          kind, dtype, int(size * count), axes, group, trips, source
+        )
+      )
+
+  # Stacks of layers, and what stands alone: values of one layer, by whether
+  # `fsdp` divides them.
+  stacks: dict[tuple, float] = {}
+  for name, place in memory.places(found, shape).items():
+    layers = place.shape[:1] if memory.is_stacked(name) else ()
+    count = float(math.prod(place.shape[len(layers) :]))
+    count /= shape["tensor"] if "tensor" in place.spec else 1
+    key = (name.split("/")[0] if layers else "", layers, "fsdp" in place.spec)
+    stacks[key] = stacks.get(key, 0) + count
+  for (name, layers, is_divided), count in stacks.items():
+    trips = (*outer, *layers)
+    if is_divided:
+      for _ in range(2):
+        add("all-gather", count, ("fsdp",), trips, f"parameters {name}")
+      add("reduce-scatter", count, ("fsdp",), trips, f"gradients {name}")
+      add(
+        "all-reduce",
+        count / shape["fsdp"],
+        ("data",),
+        trips,
+        f"gradients {name}",
+      )
+    else:
+      add("all-reduce", count, ("data", "fsdp"), trips, f"gradients {name}")
+  if not hasattr(model, "grid"):
+    return moved
+  trips = (*outer, memory.depth(model))
+  stream = examples(config, shape) * memory.tokens(model) * model.width
+  again = getattr(model, "remat", "none") in ("save_attention", "full")
+  for _ in range(4 + again):
+    add("all-reduce", stream / shape["context"], ("tensor",), trips, "sums")
+  for kind in ("all-gather", "all-gather", "reduce-scatter"):
+    add(kind, 2 * stream / shape["tensor"], ("context",), trips, "keys, values")
+  return moved
+
+
+def _bytes_of(error: Exception, fallback: Plan) -> int:
+  """Returns how much the compiler says it needs; raises other errors."""
+  text = str(error)
+  if "RESOURCE_EXHAUSTED" not in text:
+    raise error
+  found = re.search(
+    r"Used ([\d.]+)([KMGT])|\(([\d.]+)([KMGT])\) exceeds available", text
+  )
+  if found is None:
+    return max(fallback.bytes_per_device, fallback.hbm_bytes + 1)
+  number, unit = [word for word in found.groups() if word]
+  needed = int(float(number) * _UNITS[unit])
+  return max(needed, fallback.hbm_bytes + 1)
