@@ -55,7 +55,7 @@ def _run(words: list[str]) -> int:
   args = parser.read(words[1:])
   if name in ON_DEVICES:
     distributed.start()
-    distributed.agree(name, vars(args))
+    distributed.agree("flags", vars(args))
   command.run(args)
   distributed.finish()
   return 0

@@ -10,8 +10,6 @@ import ctypes
 import logging
 import os
 import re
-import sys
-import tempfile
 from typing import Any
 
 import jax
@@ -20,6 +18,7 @@ from flowjax import errors
 
 _terminate: Any = None  # What C++ calls must outlive the call that names it.
 _met = False
+_code: int | None = None
 
 
 def state() -> Any:
@@ -34,7 +33,7 @@ def initialize(
 ) -> None:
   """Starts jax.distributed as `given`, or as jax finds it.
 
-  Raises UserError if not all processes arrive within `timeout` seconds.
+  Raises Lost if not all processes arrive within `timeout` seconds.
   """
   global _met
   from jax._src import distributed
@@ -43,31 +42,38 @@ def initialize(
   logging.info("Meeting the other processes at %s.", where)
   real = distributed._jax
   distributed._jax = _Jaxlib(real, timeout)  # type: ignore[assignment]
-  said: list[str] = []
   try:
-    with _captured_stderr(said):
-      jax.distributed.initialize(
-        **(given or {}),
-        # Longer than the service waits, so that its answer arrives.
-        initialization_timeout=timeout + 10,
-        heartbeat_timeout_seconds=heartbeat_timeout,
-      )
+    jax.distributed.initialize(
+      **(given or {}),
+      # Longer than the service waits, so that its answer arrives.
+      initialization_timeout=timeout + 10,
+      heartbeat_timeout_seconds=heartbeat_timeout,
+    )
   except ValueError as error:
     if given is None and "coordinator_address" in str(error):
       return  # A machine for many, with but this process on it.
     raise errors.UserError(f"The processes cannot meet: {error}") from error
   except RuntimeError as error:
-    text = _not_met(f"{error}\n{''.join(said)}", timeout)
-    raise errors.UserError(text) from error
+    raise _not_met(error, timeout) from error
   finally:
     distributed._jax = real
   _met = True
-  sys.stderr.write("".join(said))
 
 
-def _not_met(text: str, timeout: int) -> str:
-  known = state()
+def expect_end(code: int) -> None:
+  """Takes the end of process 0 from here on as that of all, with this code."""
+  global _code
+  _code = code
+
+
+def _not_met(error: Exception, timeout: int) -> Exception:
+  known, text = state(), str(error)
   where, count = known.coordinator_address, known.num_processes
+  try:  # The client still knows what it could not say.
+    known.client.shutdown()
+  except Exception as reason:
+    text = f"{text}\n{reason}"
+  known.client = known.service = None
   advice = (
     "See whether they were started, and why they ended; with "
     "FLOWJAX_START_TIMEOUT they are waited for longer."
@@ -75,16 +81,17 @@ def _not_met(text: str, timeout: int) -> str:
   found = re.search(r"timed out task names:\s*((?:\d+\s+)+)", text)
   if found:
     missing = ", ".join(sorted(found[1].split(), key=int))
-    return (
+    return errors.Lost(
       f"Process {missing} of {count} did not arrive at {where} within "
       f"{timeout} s. {advice}"
     )
-  if "bad_cast" in text and known.process_id:
-    return (
-      f"Not all of {count} processes arrived at {where} within {timeout} s: "
-      f"either process 0 did not, or it names those that are missing. {advice}"
+  if "DEADLINE_EXCEEDED" in text or "UNAVAILABLE" in text:
+    return errors.Lost(
+      f"Process 0 of {count} did not arrive at {where} within {timeout} s, or "
+      f"cannot be reached from here. {advice}"
     )
-  return f"The processes cannot meet at {where}: {text.splitlines()[0]}"
+  reasons = [line for line in text.splitlines() if line != "std::bad_cast"]
+  return errors.UserError(f"The processes cannot meet at {where}: {reasons[0]}")
 
 
 class _Jaxlib:
@@ -128,6 +135,8 @@ def _ended(*_: Any) -> None:
   if not _met:
     return  # That is raised.
   known = state()
+  if _code is not None:
+    os._exit(_code)
   text = (
     f"flowjax: process {known.process_id}: Lost process 0, where all meet "
     f"({known.coordinator_address}): it was killed, or its machine is gone. "
@@ -136,20 +145,3 @@ def _ended(*_: Any) -> None:
   )
   os.write(2, text.encode())
   os._exit(errors.Lost.exit_code)
-
-
-@contextlib.contextmanager
-def _captured_stderr(said: list[str]):
-  """Keeps what is written to the standard error, by C++ too, in `said`."""
-  sys.stderr.flush()
-  kept = os.dup(2)
-  with tempfile.TemporaryFile("w+") as file:
-    os.dup2(file.fileno(), 2)
-    try:
-      yield
-    finally:
-      sys.stderr.flush()
-      os.dup2(kept, 2)
-      os.close(kept)
-      file.seek(0)
-      said.append(file.read())

@@ -12,7 +12,6 @@ FLOWJAX_START_TIMEOUT (300) is how many seconds a process waits for the others,
 and FLOWJAX_LOST_TIMEOUT (60) after how many seconds of silence one is lost.
 """
 
-import collections.abc
 import contextlib
 import hashlib
 import json
@@ -42,6 +41,7 @@ _LEAVING = peers_lib.GRACE + 3.0
 _ENDING = 24 * 3600.0
 
 _peers: peers_lib.Peers | None = None
+_agreed = 0
 
 
 def peers() -> peers_lib.Peers | None:
@@ -110,29 +110,34 @@ def agree(what: str, values: dict[str, Any]) -> None:
   """
   if _peers is None:
     return
+  global _agreed
   client, mine = arrival.state().client, _peers.index
+  _agreed += 1  # As all come here in the same order, a name for what follows.
+  place = f"flowjax/agree/{_agreed}"
   text = json.dumps(values, sort_keys=True, default=str)
   digest = hashlib.sha256(text.encode()).hexdigest()
-  client.key_value_set(f"flowjax/{what}/values/{mine}", text)
-  client.key_value_set(f"flowjax/{what}/hash/{mine}", digest)
-  if not _peers.meet(what, _seconds("FLOWJAX_START_TIMEOUT", 300)):
+  client.key_value_set(f"{place}/values/{mine}", text)
+  client.key_value_set(f"{place}/hash/{mine}", digest)
+  if not _peers.meet(place, _seconds("FLOWJAX_START_TIMEOUT", 300)):
     raise errors.Lost(f"Not all processes came to compare their {what}.")
   found = {
     int(key.rpartition("/")[2]): value
-    for key, value in client.key_value_dir_get(f"flowjax/{what}/hash/")
+    for key, value in client.key_value_dir_get(f"{place}/hash/")
   }
   others = [p for p in sorted(found) if found[p] != found[0]]
   if not others:
     return
   first, other = (
-    json.loads(client.key_value_try_get(f"flowjax/{what}/values/{p}"))
+    json.loads(client.key_value_try_get(f"{place}/values/{p}"))
     for p in (0, others[0])
   )
   rows = schema.difference(first, other, what)
   raise errors.UserError(
-    f"Process {', '.join(map(str, others))} has another {what} than process "
-    f"0:\n  " + "\n  ".join(rows) + f"\n(process 0 -> process {others[0]}). "
-    "Start all processes with the same command, from the same code."
+    f"Process {', '.join(map(str, others))} differs from process 0 in its "
+    f"{what}:\n  "
+    + "\n  ".join(rows)
+    + f"\n(process 0 -> process {others[0]})."
+    " Start all processes with the same command, from the same code."
   )
 
 
@@ -169,6 +174,7 @@ def leave(error: BaseException) -> int:
     with contextlib.suppress(Exception):
       first = (str(error).splitlines() or [type(error).__name__])[0]
       _peers.tell(kind="failed", code=code, text=first)
+  arrival.expect_end(code)
   _peers.meet("leave", _LEAVING)
   logging.shutdown()
   sys.stdout.flush()

@@ -53,9 +53,7 @@ def put_whole(mesh: Mesh) -> Put:
 
   def place(leaf: Any) -> jax.Array:
     leaf = np.asarray(leaf)
-    return jax.make_array_from_callback(
-      leaf.shape, sharding, leaf.__getitem__
-    )
+    return jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__)
 
   return lambda batch: jax.tree.map(place, batch)
 
@@ -67,9 +65,7 @@ def fetch(array: Any) -> np.ndarray:
   return multihost_utils.process_allgather(array, tiled=True)
 
 
-def on_first(
-  tree: Any, work: collections.abc.Callable[[Any], None]
-) -> None:
+def on_first(tree: Any, work: collections.abc.Callable[[Any], None]) -> None:
   """Lets process 0 do `work(tree)`; the others only give it their parts.
 
   What `work` finds in the tree has a shape and becomes an array when numpy asks
