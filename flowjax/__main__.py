@@ -7,6 +7,7 @@ import sys
 import flowjax
 from flowjax import errors, schema
 from flowjax.commands import flags
+from flowjax.parallel import distributed
 
 COMMANDS = {
   "train": "train a network from a config, or continue a workdir",
@@ -20,6 +21,10 @@ COMMANDS = {
   "plan": "see whether a config fits a cluster, and how fast it would be",
 }
 
+# Those that all processes of a job run together.
+ON_DEVICES = {"train", "sample", "evaluate", "compare", "export", "import",
+              "bench", "doctor"}  # fmt: skip
+
 
 def main(words: list[str] | None = None) -> int:
   """Runs one command and returns its exit code."""
@@ -29,9 +34,8 @@ def main(words: list[str] | None = None) -> int:
     logging.getLogger(name).setLevel(logging.WARNING)
   try:
     return _run(words)
-  except (errors.UserError, errors.NumericError, errors.Preempted) as error:
-    print(f"flowjax: {error}", file=sys.stderr)
-    return error.exit_code
+  except (Exception, KeyboardInterrupt) as error:
+    return distributed.leave(error)
 
 
 def _run(words: list[str]) -> int:
@@ -49,7 +53,12 @@ def _run(words: list[str]) -> int:
   command = importlib.import_module(f"flowjax.commands.{name}")
   parser = flags.Parser(name, description=command.__doc__)
   command.add_flags(parser)
-  command.run(parser.read(words[1:]))
+  args = parser.read(words[1:])
+  if name in ON_DEVICES:
+    distributed.start()
+    distributed.agree("flags", vars(args))
+  command.run(args)
+  distributed.finish()
   return 0
 
 

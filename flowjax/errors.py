@@ -32,6 +32,12 @@ class NumericError(RuntimeError):
   exit_code = 5
 
 
+class Lost(RuntimeError):
+  """A process of several that is gone or hangs; start all of them again."""
+
+  exit_code = 6
+
+
 class Preempted(RuntimeError):
   """A run that was asked to stop, saved, and can be started again."""
 

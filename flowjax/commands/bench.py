@@ -17,7 +17,7 @@ import numpy as np
 
 from flowjax import __version__, errors
 from flowjax.commands import configs, flags
-from flowjax.parallel import chips
+from flowjax.parallel import chips, distributed, placing
 from flowjax.train import loop, parts, workdir
 
 
@@ -43,7 +43,7 @@ def run(args) -> None:
   for name, value in result.items():
     text = f"{value:.4g}" if isinstance(value, float) else value
     print(f"{name:<26} {text}")
-  if args.json:
+  if args.json and distributed.is_first():
     workdir.write_json(args.json, result)
     print(f"{'written to':<26} {args.json}")
 
@@ -97,7 +97,7 @@ def random_batch(built: parts.Parts) -> dict[str, jax.Array]:
     return rng.standard_normal(x.shape, np.float32)
 
   batch = {"image": image, **jax.tree.map(drawn, cond)}
-  return loop.put_batch(built.mesh)(batch)
+  return placing.put_whole(built.mesh)(batch)
 
 
 def matmul_flops(dtype: str, size: int | None = None) -> float:
@@ -105,7 +105,7 @@ def matmul_flops(dtype: str, size: int | None = None) -> float:
   if size is None:
     size = 2048 if jax.devices()[0].platform == "cpu" else 8192
   x = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
-  x = jax.device_put(x, jax.devices()[0])
+  x = jax.device_put(x, jax.local_devices()[0])
   product = jax.jit(jnp.matmul)
   product(x, x).block_until_ready()
   times = []

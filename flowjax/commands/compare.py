@@ -22,6 +22,7 @@ from flowjax.commands import drawing, evaluate, flags, restored, train
 from flowjax.data import sources
 from flowjax.evaluate import comparison, digits
 from flowjax.flow import losses, prediction
+from flowjax.parallel import distributed
 from flowjax.parallel import mesh as meshes
 from flowjax.train import curves, flows, loop, methods, progress, workdir
 
@@ -65,9 +66,10 @@ def run(args) -> None:
   for name, found in zip(names, runs, strict=True):
     rows.append(_measure(name, found, judge, counts, args))
   real = judge.frechet_real if judge else None
-  comparison.draw(rows, args.out, frechet_real=real, style=curves.STYLE)
   saved = args.out.with_suffix(".json")
-  workdir.write_json(saved, _plain(rows, real))
+  if distributed.is_first():
+    comparison.draw(rows, args.out, frechet_real=real, style=curves.STYLE)
+    workdir.write_json(saved, _plain(rows, real))
   print(comparison.table(rows, real))
   print(f"\n  {'picture':<10} {args.out}\n  {'numbers':<10} {saved}")
 

@@ -11,6 +11,7 @@ from flowjax import errors, models
 from flowjax.data import sources
 from flowjax.evaluate import sampling
 from flowjax.parallel import mesh as meshes
+from flowjax.parallel import placing
 from flowjax.train import flows, loop, methods, parts
 
 Draw = collections.abc.Callable[..., np.ndarray]
@@ -76,7 +77,8 @@ def build(
         shape=(*model.image_size, model.channels),
         seed=seed,
         batch_size=meshes.padded(batch_size, run.mesh),
-        put=loop.put_batch(run.mesh),
+        put=placing.put_whole(run.mesh),
+        fetch=placing.fetch,
         starts=starts,
         **options,
       )

@@ -18,6 +18,7 @@ from flowjax.commands import export, flags, restored, train
 from flowjax.data import sources
 from flowjax.evaluate import digits, pictures
 from flowjax.flow import losses
+from flowjax.parallel import distributed
 from flowjax.parallel import mesh as meshes
 from flowjax.train import loop, methods, progress, workdir
 
@@ -66,7 +67,8 @@ def run(args) -> None:
   if found.config.data.source == "digits":
     report |= _digits(found, method, args)
   path = args.workdir / "report.json"
-  workdir.write_json(path, report)
+  if distributed.is_first():
+    workdir.write_json(path, report)
   print_report(report)
   print(f"  {'report':<24} {path}")
 
@@ -140,7 +142,8 @@ def _digits(
       method=unguided,
     )
   path = found.directory / "samples.png"
-  pictures.save_png(pictures.grid(guided[:100], columns=10), path)
+  if distributed.is_first():
+    pictures.save_png(pictures.grid(guided[:100], columns=10), path)
   with_guidance = judge.score(guided, labels)
   without = judge.score(plain, train_labels)
   return {

@@ -15,6 +15,7 @@ example:
 from typing import Any
 
 import jax
+import numpy as np
 
 from flowjax import errors, models, schema
 from flowjax.commands import flags, restored
@@ -29,6 +30,7 @@ from flowjax.interop import (
   torch_export,
 )
 from flowjax.models import lora as adapters
+from flowjax.parallel import placing
 from flowjax.train import workdir
 
 # What float32 allows between two libraries.
@@ -85,16 +87,20 @@ def run(args) -> None:
   report = read_report(found, ema=args.ema)
   params = {k: v for k, v in found.params.items() if k != "uncertainty"}
   params = adapters.merged(found.config.lora, params)
-  if args.format == "torch":
-    _export_torch(args, found, params, report)
-  else:
-    _export_folder(args, found, params)
-  print(f"Weights of step {found.step} for {args.format}: {args.out}")
-  if args.verify:
-    difference = _verify(args, found, params)
-    entries = {f"{args.format}_max_abs_diff": difference}
-    report |= {**identity(found, ema=args.ema), **entries}
-    workdir.write_json(args.workdir / "report.json", report)
+
+  def write(params: dict) -> None:
+    if args.format == "torch":
+      _export_torch(args, found, params, report)
+    else:
+      _export_folder(args, found, params)
+    print(f"Weights of step {found.step} for {args.format}: {args.out}")
+    if args.verify:
+      difference = _verify(args, found, params)
+      entries = {f"{args.format}_max_abs_diff": difference}
+      entries = {**identity(found, ema=args.ema), **entries}
+      workdir.write_json(args.workdir / "report.json", report | entries)
+
+  placing.on_first(params, write)
 
 
 def _check(args) -> None:
@@ -170,14 +176,18 @@ def _export_lora(args, found: restored.Restored):
       f"{args.workdir} has no adapters to export: it was trained with "
       "config.lora.rank=0. Choose another --format."
     )
-  lora.export(
-    found.params,
-    found.config.model,
-    found.config.lora,
-    args.out,
-    dtype=args.dtype,
-    about={"step": found.step, "weights": weights_name(args.ema)},
-  )
+
+  def write(params: dict) -> None:
+    lora.export(
+      params,
+      found.config.model,
+      found.config.lora,
+      args.out,
+      dtype=args.dtype,
+      about={"step": found.step, "weights": weights_name(args.ema)},
+    )
+
+  placing.on_first(found.params, write)
   print(f"Adapters of step {found.step} for load_lora_weights: {args.out}")
 
 
@@ -186,8 +196,9 @@ def _verify(args, found: restored.Restored, params: dict) -> float:
   check = torch_export if args.format == "torch" else diffusers_check
   if args.dtype != "float32":
     # What is compared is the code; that weights were rounded is known.
+    _, dtype = safetensors.DTYPES[args.dtype]
     params = jax.tree.map(
-      lambda leaf: leaf.astype(args.dtype).astype("float32"), params
+      lambda leaf: np.asarray(leaf).astype(dtype).astype(np.float32), params
     )
   network = models.build(found.config.model)
   folder = args.out / pipelines.TRANSFORMER if args.pipeline else args.out

@@ -12,6 +12,7 @@ from flowjax import errors, schema
 EXIT_CODES = """exit codes:
   0 done    1 a defect of FlowJAX    2 a mistake in a flag or config
   3 data    4 no sound checkpoint    5 numbers that are not finite
+  6 another process was lost, or a step hangs: start all of them again
   42 stopped by a signal and saved: run the same command again"""
 
 

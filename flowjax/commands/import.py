@@ -26,6 +26,7 @@ from flowjax import errors, models, schema
 from flowjax.commands import configs, flags, restored
 from flowjax.interop import lora, tables, weights
 from flowjax.models import lora as adapters
+from flowjax.parallel import placing
 from flowjax.train import begin, experiment, manifest, parts
 
 SHOWN_EVERY = 5.0  # Seconds.
@@ -93,7 +94,7 @@ def _leaves(arrays: collections.abc.Mapping[str, Any]) -> tables.Leaves:
   """Yields arrays that are leaves of ours as they are."""
   for path, array in arrays.items():
     shape, order = array.shape, tuple(range(array.ndim))
-    whole: dict[tables.Shape, np.ndarray] = {(): np.asarray(array)}
+    whole: dict[tables.Shape, np.ndarray] = {(): placing.fetch(array)}
     yield path, tables.Leaf(shape, shape, order, (), whole)
 
 

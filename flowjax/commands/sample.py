@@ -27,6 +27,7 @@ import numpy as np
 from flowjax import errors
 from flowjax.commands import drawing, flags, given, restored
 from flowjax.evaluate import pictures
+from flowjax.parallel import distributed
 from flowjax.train import methods, progress, workdir
 
 COLUMNS = 10
@@ -114,7 +115,8 @@ def run(args) -> None:
     _print_difference(
       images - originals, args.guidance or (method.guidance.scale,)
     )
-  _write(images, originals, args.out)
+  if distributed.is_first():
+    _write(images, originals, args.out)
   print(f"{count} samples of step {found.step}: {args.out}")
 
 

@@ -11,12 +11,12 @@ example:
 import logging
 import pathlib
 
-import jax
-
+from flowjax import schema
 from flowjax.commands import configs, drawing, flags
 from flowjax.data import loader, sources
 from flowjax.evaluate import pictures, validation
 from flowjax.flow import losses
+from flowjax.parallel import distributed, placing
 from flowjax.parallel import mesh as meshes
 from flowjax.train import loop, parts
 from flowjax.train import state as states
@@ -41,6 +41,7 @@ def add_flags(parser) -> None:
 def run(args) -> None:
   """Trains, and prints where the results are."""
   config = configs.load(args.config, args.overrides)
+  distributed.agree("config", schema.to_dict(config))
   result = loop.train(
     config,
     args.workdir,
@@ -81,13 +82,14 @@ def held_out(built: parts.Parts, loss: losses.Loss) -> validation.Validation:
   config = built.experiment
   source = sources.open(config.data, "held_out")
   size = meshes.padded(min(config.data.batch_size, len(source)), built.mesh)
+  rows = placing.rows(built.mesh, size)
   return validation.Validation(
     loss,
     lambda: loader.epoch_batches(
-      source, size, on_corrupt=config.data.on_corrupt
+      source, size, rows=rows, on_corrupt=config.data.on_corrupt
     ),
     seed=config.seed,
-    put=loop.put_batch(built.mesh),
+    put=placing.put_part(built.mesh, size),
   )
 
 
@@ -114,10 +116,11 @@ def _samples(built: parts.Parts, directory: pathlib.Path):
       states.averaged(state), cond, seed=config.seed, stopped=stopped
     )
     grid = pictures.grid(images, columns=10)
-    if jax.process_index() == 0:
+    if distributed.is_first():
       folder = directory / "samples"
-      folder.mkdir(exist_ok=True)
-      pictures.save_png(grid, folder / f"step_{int(state.step):07d}.png")
+      with loop.outlived("THE SAMPLES WERE NOT WRITTEN"):
+        folder.mkdir(exist_ok=True)
+        pictures.save_png(grid, folder / f"step_{int(state.step):07d}.png")
     return {}, {"samples": grid[None]}
 
   return look

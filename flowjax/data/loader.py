@@ -4,7 +4,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,14 +21,13 @@ def batches(
   config: config_lib.DataConfig,
   *,
   start_step: int = 0,
-  process_index: int = 0,
-  process_count: int = 1,
+  rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-  """Iterates over this process's part of the batches from `start_step` on.
+  """Iterates over the batches from `start_step` on; there is no end.
 
-  There is no end.
-  Step s takes the positions s * batch_size ... (s + 1) * batch_size - 1, each
-  process a contiguous part of them; `order` says which record each one is.
+  Step s takes the positions s * batch_size ... (s + 1) * batch_size - 1, and
+  `order` says which record each one is. Of several processes each reads but the
+  `rows` of a batch that its devices hold.
 
   Under on_corrupt="skip" the batches of a source that reads its records one by
   one carry "skipped", int32 [B]: 1 where the record was corrupt and the next
@@ -37,9 +36,9 @@ def batches(
   """
   import grain
 
-  local = _share(config.batch_size, process_count)
-  parts = grain.MapDataset.range(sys.maxsize).map(_Read(source, config, local))
-  mine = parts[start_step * process_count + process_index :: process_count]
+  row_B = _rows(rows, config.batch_size)
+  steps = grain.MapDataset.range(sys.maxsize).map(_Read(source, config, row_B))
+  mine = steps[start_step:]
   # `to_device` reads ahead; a thread of Grain's beside it would gain nothing.
   dataset = mine.to_iter_dataset(
     grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
@@ -65,23 +64,21 @@ def epoch_batches(
   source: sources.Source,
   batch_size: int,
   *,
-  process_index: int = 0,
-  process_count: int = 1,
+  rows: Sequence[int] | None = None,
   on_corrupt: str = "skip",
 ) -> Iterator[Batch]:
-  """Yields this process's part of every record once, in order.
+  """Yields every record once, in order; of each batch the `rows`, if given.
 
   Each batch has a float32 "mask" [B]: 1 for a record, 0 for what pads the last
   batch, and for a corrupt record under on_corrupt="skip".
   """
-  local = _share(batch_size, process_count)
+  row_B = _rows(rows, batch_size)
   blank = _blank(source)
   tried = sound = 0
-  for step_start in range(0, len(source), batch_size):
-    start = step_start + process_index * local
-    records = range(start, min(start + local, len(source)))
+  for start in range(0, len(source), batch_size):
+    records = [int(start + row) for row in row_B if start + row < len(source)]
     read = reading.each(source, records, on_corrupt)
-    read += [None] * (local - len(read))
+    read += [None] * (len(row_B) - len(read))
     batch = reading.stack([blank if e is None else e for e in read])
     mask_B = np.array([e is not None for e in read], np.float32)
     tried, sound = tried + len(records), sound + int(mask_B.sum())
@@ -109,17 +106,17 @@ def to_device(
 
 @dataclasses.dataclass(frozen=True)
 class _Read:
-  """Reads the records of a part, and flips those whose position says so.
+  """Reads rows of a step's batch, and flips those whose position says so.
 
   Of two sources that are paired, each has an order and flips of its own.
   """
 
   source: Any
   config: config_lib.DataConfig
-  local: int
+  row_B: np.ndarray
 
-  def __call__(self, part: int) -> Batch:
-    position_B = part * self.local + np.arange(self.local)
+  def __call__(self, step: int) -> Batch:
+    position_B = step * self.config.batch_size + self.row_B
     seed = self.config.shuffle_seed
     if not isinstance(self.source, pairs.Paired):
       return self._read(self.source, seed, position_B)
@@ -179,10 +176,7 @@ def check_state(
     )
 
 
-def _share(batch_size: int, process_count: int) -> int:
-  if batch_size % process_count:
-    raise errors.UserError(
-      f"batch_size={batch_size} must be a multiple of the {process_count} "
-      "processes that share it."
-    )
-  return batch_size // process_count
+def _rows(rows: Sequence[int] | None, batch_size: int) -> np.ndarray:
+  row_B = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
+  assert (np.diff(row_B) > 0).all() and 0 <= row_B[0] <= row_B[-1] < batch_size
+  return row_B

@@ -109,6 +109,7 @@ def draw(
   seed: int,
   batch_size: int,
   put: collections.abc.Callable[[dict], dict],
+  fetch: collections.abc.Callable[[Any], np.ndarray] = np.asarray,
   done: collections.abc.Callable[[int], None] = lambda count: None,
   stopped: collections.abc.Callable[[str], None] = lambda reason: None,
   starts: np.ndarray | None = None,
@@ -116,7 +117,8 @@ def draw(
 ) -> np.ndarray:
   """Draws one image [H, W, C] for each row of `cond`.
 
-  `put` places a batch on the devices, `done` is told how many images are drawn
+  `put` places a batch on the devices and `fetch` brings images back, `done` is
+  told how many images are drawn
   so far, and `stopped` why a solver did not reach the end of some. They start
   from noise, or from `starts`; `scales` are those of guidance, in place of the
   method's.
@@ -144,7 +146,7 @@ def draw(
       stopped(sampler.reason(params, cond, batch.get("scale"), report))
     return images_BHWC
 
-  return by_batches(images, rows, batch_size, put, done)
+  return by_batches(images, rows, batch_size, put, fetch, done)
 
 
 def by_batches(
@@ -152,6 +154,7 @@ def by_batches(
   rows: dict[str, Any],
   batch_size: int,
   put: collections.abc.Callable[[dict], dict],
+  fetch: collections.abc.Callable[[Any], np.ndarray] = np.asarray,
   done: collections.abc.Callable[[int], None] = lambda count: None,
 ) -> np.ndarray:
   """Returns what `compute` makes of a tree of rows, `batch_size` at a time.
@@ -163,7 +166,7 @@ def by_batches(
   for start in range(0, count, batch_size):
     kept_B = np.minimum(np.arange(start, start + batch_size), count - 1)
     batch = put(jax.tree.map(lambda leaf, kept_B=kept_B: leaf[kept_B], rows))
-    parts.append(np.asarray(compute(batch)))
+    parts.append(fetch(compute(batch)))
     done(min(start + batch_size, count))
   return np.concatenate(parts)[:count]
 

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from flowjax import errors, schema
+from flowjax.parallel import distributed
 from flowjax.train import checkpoint, lock, loop, manifest, parts, workdir
 from flowjax.train import state as states
 
@@ -85,7 +86,8 @@ def save(
   with lock.WorkdirLock(directory), loop.out_of_memory_advice():
     require_new(directory)
     state = begin(manifest.nested(params))
-    workdir.claim(directory, run.experiment)
+    if distributed.is_first():
+      workdir.claim(directory, run.experiment)
     config = run.experiment
     saved = checkpoint.Checkpoints(directory / "checkpoints", config.checkpoint)
     try:

@@ -9,11 +9,12 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flowjax import errors, models, schema
 from flowjax.data import loader, sources
-from flowjax.parallel import chips, rules, sums
+from flowjax.parallel import chips, distributed, placing, rules, sums
 from flowjax.parallel import mesh as meshes
 from flowjax.train import (
   checkpoint,
@@ -48,8 +49,7 @@ class Evaluator:
 class Result:
   """How a run ended: its state, and the seconds it has trained in all.
 
-  `corrupt` counts how often a corrupt record was passed over, in all sittings
-  and in this process's part of the batches.
+  `corrupt` counts how often a corrupt record was passed over, in all sittings.
   """
 
   state: states.TrainState
@@ -92,7 +92,8 @@ def train(
     if saved.steps() and not allow_config_change:
       workdir.refuse_changes(directory, workdir.changes(directory, config))
     state, before = _restore_or_begin(run, saved, source)
-    workdir.claim(directory, config)
+    if distributed.is_first():
+      workdir.claim(directory, config)
     stack.enter_context(meshes.use(run.mesh))
     first = int(state.step)
     writer = metrics.Writer(
@@ -105,9 +106,10 @@ def train(
     writer.write_hparams(schema.to_dict(config))
     session = _Session(run, source, saved, writer, looks, before, first)
     state = session.go(state)
-    with _outlived("THE CURVES WERE NOT DRAWN"):
-      curves.draw(directory / "metrics.jsonl", directory / "curves.png")
-    return Result(state, session.seconds, session.corrupt)
+    with outlived("THE CURVES WERE NOT DRAWN"):
+      if distributed.is_first():
+        curves.draw(directory / "metrics.jsonl", directory / "curves.png")
+    return Result(state, session.seconds, int(session.corrupt))
 
 
 @contextlib.contextmanager
@@ -125,19 +127,6 @@ def out_of_memory_advice():
       "config.mesh.fsdp, or config.model.remat ('dots', then 'full'). "
       "`flowjax describe` shows the memory per device before a run."
     ) from error
-
-
-def put_batch(mesh: jax.sharding.Mesh):
-  """Returns what places this process's part of a batch on the devices."""
-  sharding = meshes.batch_sharding(mesh)
-
-  def put(batch: dict[str, Any]) -> dict[str, Any]:
-    return jax.tree.map(
-      lambda leaf: jax.make_array_from_process_local_data(sharding, leaf),
-      batch,
-    )
-
-  return put
 
 
 def jit_step(run: parts.Parts):
@@ -202,7 +191,7 @@ def _warn_of_whole_parameters(run: parts.Parts) -> None:
 
 
 @contextlib.contextmanager
-def _outlived(what: str):
+def outlived(what: str):
   """Says that the disk failed where the run does not depend on it."""
   try:
     yield
@@ -252,6 +241,7 @@ class _Session:
     self.behind = metrics.Behind()
     self.first, self.bar = first, self._progress(first)
     self.corrupt, self.skipped_in_row = before["corrupt"], 0
+    self._sum = jax.jit(jnp.sum, out_shardings=meshes.replicated(run.mesh))
 
   @property
   def seconds(self) -> float:
@@ -265,14 +255,15 @@ class _Session:
       return state
     step = jit_step(self.run)
     with (
-      signals.watch() as stop,
+      signals.watch(self.first) as stop,
       self._batches(self.first) as batches,
       self.bar,
     ):
       for number in range(self.first + 1, self.config.steps + 1):
-        batch, corrupt = next(batches)
+        batch, skipped = next(batches)
         state, values = step(state, batch)
-        self.corrupt += corrupt
+        if skipped is not None:
+          self.corrupt = self.corrupt + self._sum(skipped)
         self._report(number, {**values, "corrupt_records": self.corrupt})
         last = number == self.config.steps
         if last:
@@ -283,11 +274,11 @@ class _Session:
         if last or number % self.config.checkpoint.every == 0:
           self._save(number, state)
         self._look(number, state)
-        if stop:
+        if why := stop.after(number):
           self._save_for_good(number, state)
           raise errors.Preempted(
-            f"{stop.signal.name}: saved at step {number}. The same command "
-            "goes on from there."
+            f"{why}: saved at step {number}. The same command goes on from "
+            "there."
           )
       self._save_for_good(self.config.steps, state)
     return state
@@ -305,27 +296,28 @@ class _Session:
 
   @contextlib.contextmanager
   def _batches(self, first: int):
-    """Yields batches on the devices, each with its count of corrupt records.
+    """Yields batches on the devices, and which of their records were corrupt.
 
-    They are read ahead: only a batch that is trained on may be counted.
+    They are read ahead: only a batch that is trained on may be counted, and
+    only this thread may compute, as all processes must in the same order.
     """
-    count = jax.process_count()
+    mesh, count = self.run.mesh, self.config.data.batch_size
     host = loader.batches(
       self.source,
       self.config.data,
       start_step=first,
-      process_index=jax.process_index(),
-      process_count=count,
+      rows=placing.rows(mesh, count),
     )
 
-    place = put_batch(self.run.mesh)
+    place = placing.put_part(mesh, count)
 
-    def place_and_count(batch):
-      corrupt = int(np.sum(batch.pop("skipped", 0)))
-      return place(batch), corrupt
+    def put(batch):
+      batch = place(batch)
+      skipped = batch.pop("skipped", None)
+      return batch, skipped
 
     with contextlib.closing(
-      loader.to_device(host, place_and_count, self.config.data.prefetch)
+      loader.to_device(host, put, self.config.data.prefetch)
     ) as batches:
       yield batches
 
@@ -362,7 +354,10 @@ class _Session:
     for evaluator in self.evaluators:
       if not evaluator.every or not (last or number % evaluator.every == 0):
         continue
-      with _outlived(f"AN EVALUATION AT STEP {number} FAILED"):
+      # Of several processes, all must come to the end of what they evaluate.
+      alone = jax.process_count() == 1
+      lenient = outlived if alone else contextlib.nullcontext
+      with lenient(f"AN EVALUATION AT STEP {number} FAILED"):
         with self.bar.paused():
           scalars, images = evaluator.run(state)
         if scalars:
@@ -377,7 +372,7 @@ class _Session:
       "config": schema.to_dict(self.config),
       "data": loader.state(self.config.data, number, self.source),
       "train_seconds": self.seconds,
-      "corrupt": self.corrupt,
+      "corrupt": int(self.corrupt),
     }
     return self.saved.save(number, state, extra)
 

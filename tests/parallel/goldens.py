@@ -69,9 +69,7 @@ _COMMON = dict(
 _TEXT = dict(text_width=16, pooled_width=16, text_tokens=8)
 _SIZES = {
   "dit": dict(width=32, depth=2, num_classes=10),
-  "mmdit": dict(
-    head_size=8, depth=3, position_table=8, qk_norm=True, **_TEXT
-  ),
+  "mmdit": dict(head_size=8, depth=3, position_table=8, qk_norm=True, **_TEXT),
   "flux": dict(
     width=32, double_depth=2, single_depth=2, rope_axes=(2, 2, 4), **_TEXT
   ),
@@ -126,9 +124,7 @@ def differences(name: str, found: dict, table: dict) -> list[str]:
     old, new = table[name][place], found[place]
     for row in sorted(set(old) | set(new)):
       if old.get(row, 0) != new.get(row, 0):
-        rows.append(
-          f"{place}: {row}: {old.get(row, 0)} -> {new.get(row, 0)}"
-        )
+        rows.append(f"{place}: {row}: {old.get(row, 0)} -> {new.get(row, 0)}")
   return rows
 
 

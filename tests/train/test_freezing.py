@@ -12,7 +12,7 @@ from flowjax import errors
 from flowjax.data import config as data_config
 from flowjax.models import dit, lora
 from flowjax.parallel import mesh as meshes
-from flowjax.parallel import rules
+from flowjax.parallel import placing, rules
 from flowjax.train import (
   checkpoint,
   ema,
@@ -85,7 +85,7 @@ def take(config, devices=ONE, count=3):
   state, found = opened(run.initial_state()), []
   with meshes.use(run.mesh):
     before = jax.tree.map(np.array, state.params)
-    step, put = loop.jit_step(run), loop.put_batch(run.mesh)
+    step, put = loop.jit_step(run), placing.put_whole(run.mesh)
     for i in range(count):
       state, values = step(state, put(batch(i)))
       found.append({key: float(value) for key, value in values.items()})
@@ -198,7 +198,7 @@ def test_the_old_state_is_given_away(alone):
   run, *_ = alone
   old = run.initial_state()
   with meshes.use(run.mesh):
-    loop.jit_step(run)(old, loop.put_batch(run.mesh)(batch(0)))
+    loop.jit_step(run)(old, placing.put_whole(run.mesh)(batch(0)))
   for tree in (old.params["lora"], old.params["blocks"], old.ema):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(tree))
 

@@ -11,6 +11,7 @@ import pytest
 from flowjax.data import config as data_config
 from flowjax.models import dit
 from flowjax.parallel import mesh as meshes
+from flowjax.parallel import placing
 from flowjax.train import ema, experiment, loop, parts
 from flowjax.train import state as states
 from flowjax.train import step as steps
@@ -49,7 +50,7 @@ def _losses(mesh, devices, count=20, **optim):
   state = run.initial_state()
   with meshes.use(run.mesh):
     step = loop.jit_step(run)
-    put = loop.put_batch(run.mesh)
+    put = placing.put_whole(run.mesh)
     for i in range(count):
       state, values = step(state, put(_batch(i)))
       losses.append(float(values["loss"]))

@@ -1,0 +1,147 @@
+"""jax.distributed.initialize, with an answer to who did not arrive.
+
+jax 0.10 gives its service an hour to wait, its clients less, and has them abort
+the process when they give up, so that nobody is named. Here the service gives
+up first and says whom it has not seen, and the clients raise.
+"""
+
+import contextlib
+import ctypes
+import logging
+import os
+import re
+from typing import Any
+
+import jax
+
+from flowjax import errors
+
+_terminate: Any = None  # What C++ calls must outlive the call that names it.
+_met = False
+_code: int | None = None
+
+
+def state() -> Any:
+  """Returns what jax knows of the job: its client has no public name."""
+  from jax._src import distributed
+
+  return distributed.global_state
+
+
+def initialize(
+  given: dict[str, Any] | None, *, timeout: int, heartbeat_timeout: int
+) -> None:
+  """Starts jax.distributed as `given`, or as jax finds it.
+
+  Raises Lost if not all processes arrive within `timeout` seconds.
+  """
+  global _met
+  from jax._src import distributed
+
+  where = given["coordinator_address"] if given else "the first"
+  logging.info("Meeting the other processes at %s.", where)
+  real = distributed._jax
+  distributed._jax = _Jaxlib(real, timeout)  # type: ignore[assignment]
+  try:
+    jax.distributed.initialize(
+      **(given or {}),
+      # Longer than the service waits, so that its answer arrives.
+      initialization_timeout=timeout + 10,
+      heartbeat_timeout_seconds=heartbeat_timeout,
+    )
+  except ValueError as error:
+    if given is None and "coordinator_address" in str(error):
+      return  # A machine for many, with but this process on it.
+    raise errors.UserError(f"The processes cannot meet: {error}") from error
+  except RuntimeError as error:
+    raise _not_met(error, timeout) from error
+  finally:
+    distributed._jax = real
+  _met = True
+
+
+def expect_end(code: int) -> None:
+  """Takes the end of process 0 from here on as that of all, with this code."""
+  global _code
+  _code = code
+
+
+def _not_met(error: Exception, timeout: int) -> Exception:
+  known, text = state(), str(error)
+  where, count = known.coordinator_address, known.num_processes
+  try:  # The client still knows what it could not say.
+    known.client.shutdown()
+  except Exception as reason:
+    text = f"{text}\n{reason}"
+  known.client = known.service = None
+  advice = (
+    "See whether they were started, and why they ended; with "
+    "FLOWJAX_START_TIMEOUT they are waited for longer."
+  )
+  found = re.search(r"timed out task names:\s*((?:\d+\s+)+)", text)
+  if found:
+    missing = ", ".join(sorted(found[1].split(), key=int))
+    return errors.Lost(
+      f"Process {missing} of {count} did not arrive at {where} within "
+      f"{timeout} s. {advice}"
+    )
+  if "DEADLINE_EXCEEDED" in text or "UNAVAILABLE" in text:
+    return errors.Lost(
+      f"Process 0 of {count} did not arrive at {where} within {timeout} s, or "
+      f"cannot be reached from here. {advice}"
+    )
+  reasons = [line for line in text.splitlines() if line != "std::bad_cast"]
+  return errors.UserError(f"The processes cannot meet at {where}: {reasons[0]}")
+
+
+class _Jaxlib:
+  """jaxlib, with a time limit for arrivals, and an error for an abort."""
+
+  def __init__(self, real: Any, timeout: int):
+    self._real, self._timeout = real, timeout
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._real, name)
+
+  def get_distributed_runtime_service(self, *args, **kwargs) -> Any:
+    """Returns a service that waits `timeout` for all to arrive."""
+    return self._real.get_distributed_runtime_service(
+      *args, **kwargs, cluster_register_timeout=self._timeout
+    )
+
+  def get_distributed_runtime_client(self, *args, **kwargs) -> Any:
+    """Returns a client that does not abort the process when it fails."""
+    _explain_terminate()
+    return self._real.get_distributed_runtime_client(
+      *args, **kwargs, missed_heartbeat_callback=_ended
+    )
+
+
+def _explain_terminate() -> None:
+  """Has the C++ library call `_ended` where it would abort.
+
+  jaxlib 0.10 cannot hand the callback of a client what has happened. While the
+  client connects that is an exception in Python; later, in a thread of C++, it
+  is std::terminate.
+  """
+  global _terminate
+  _terminate = _terminate or ctypes.CFUNCTYPE(None)(_ended)
+  with contextlib.suppress(OSError, AttributeError):
+    ctypes.CDLL("libstdc++.so.6")._ZSt13set_terminatePFvvE(_terminate)
+
+
+def _ended(*_: Any) -> None:
+  """Leaves when the coordination service is gone, and nothing can be saved."""
+  if not _met:
+    return  # That is raised.
+  known = state()
+  if _code is not None:
+    os._exit(_code)
+  text = (
+    f"flowjax: process {known.process_id}: Lost process 0, where all meet "
+    f"({known.coordinator_address}): it was killed, or its machine is gone. "
+    "All processes end. Start all of them again: the same command goes on from "
+    "the newest checkpoint.\n"
+  )
+  os.write(2, text.encode())
+  os._exit(errors.Lost.exit_code)

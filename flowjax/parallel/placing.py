@@ -1,0 +1,110 @@
+"""Between the arrays of hosts and the arrays of a mesh, whoever holds what.
+
+Where several processes share a mesh, a host can give only the rows that its own
+devices hold, and can read only these. Which rows they are follows from the
+mesh: with `tensor` or `context` across processes, several need the same ones.
+"""
+
+# Shape suffixes: B rows of a batch.
+
+import collections.abc
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from flowjax.parallel import mesh as meshes
+
+Put = collections.abc.Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def rows(mesh: Mesh, count: int) -> np.ndarray:
+  """Returns which rows of a batch of `count` this process's devices hold."""
+  sharding = meshes.batch_sharding(mesh)
+  parts = sharding.addressable_devices_indices_map((count,)).values()
+  held_B = np.zeros(count, bool)
+  for (part,) in parts:  # type: ignore[misc]
+    held_B[part] = True
+  return np.flatnonzero(held_B)
+
+
+def put_part(mesh: Mesh, count: int) -> Put:
+  """Returns what places the `rows` of a batch that this process has read."""
+  sharding, mine_B = meshes.batch_sharding(mesh), rows(mesh, count)
+
+  def place(leaf: np.ndarray) -> jax.Array:
+    def part(index):
+      start, stop, _ = index[0].indices(count)
+      first = int(np.searchsorted(mine_B, start))
+      return leaf[first : first + stop - start]
+
+    assert len(leaf) == len(mine_B), (len(leaf), len(mine_B))
+    shape = (count, *leaf.shape[1:])
+    return jax.make_array_from_callback(shape, sharding, part)
+
+  return lambda batch: jax.tree.map(place, batch)
+
+
+def put_whole(mesh: Mesh) -> Put:
+  """Returns what places a batch of which every process has all rows."""
+  sharding = meshes.batch_sharding(mesh)
+
+  def place(leaf: Any) -> jax.Array:
+    leaf = np.asarray(leaf)
+    return jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__)
+
+  return lambda batch: jax.tree.map(place, batch)
+
+
+def fetch(array: Any) -> np.ndarray:
+  """Returns an array whole, on every process; all of them must ask for it."""
+  if not isinstance(array, jax.Array) or _is_here(array):
+    return np.asarray(array)
+  return multihost_utils.process_allgather(array, tiled=True)
+
+
+def on_first(tree: Any, work: collections.abc.Callable[[Any], None]) -> None:
+  """Lets process 0 do `work(tree)`; the others only give it their parts.
+
+  What `work` finds in the tree has a shape and becomes an array when numpy asks
+  for it, one leaf at a time, in whatever order.
+  """
+  if jax.process_count() == 1:
+    work(tree)
+    return
+  leaves, structure = jax.tree.flatten(tree)
+  if jax.process_index() == 0:
+    lazy = [_Gathered(i, leaf) for i, leaf in enumerate(leaves)]
+    work(jax.tree.unflatten(structure, lazy))
+    _next(_END)
+    return
+  while (index := _next(_END)) != _END:
+    fetch(leaves[index])
+
+
+# Asked for by process 0 when it needs no more.
+_END = -1
+
+
+class _Gathered:
+  """A leaf that all processes bring together when process 0 asks for it."""
+
+  def __init__(self, index: int, leaf: jax.Array):
+    self._index, self._leaf = index, leaf
+    self.shape, self.dtype, self.ndim = leaf.shape, leaf.dtype, leaf.ndim
+    self.size = leaf.size
+
+  def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    _next(self._index)
+    return np.asarray(fetch(self._leaf), dtype)
+
+
+def _next(index: int) -> int:
+  """Returns the index that process 0 says."""
+  return int(multihost_utils.broadcast_one_to_all(np.int32(index)))
+
+
+def _is_here(array: jax.Array) -> bool:
+  return array.is_fully_addressable or array.is_fully_replicated
