@@ -16,6 +16,7 @@ from flowjax.ops import attention
 
 WIDTH, HEADS, HEAD_SIZE = 32, 4, 8
 LENGTH, TOKENS = 3, 6
+NEITHER = (None, None), (None, None)  # ropes and masks
 
 
 def heads(tokens, seed):
@@ -31,7 +32,7 @@ def both():
 
 @jax.jit
 def attend(text, image, text_mask_BL=None):
-  return joint.attend(text, image, body="xla", text_mask_BL=text_mask_BL)
+  return joint.attend(text, image, body="xla", masks=(text_mask_BL, None))
 
 
 def test_attention_is_that_of_one_sequence_with_the_text_first():
@@ -82,9 +83,7 @@ def inputs():
 
 def parameters(module):
   rng = np.random.default_rng(1)
-  shapes = jax.eval_shape(
-    module.init, jax.random.key(0), *inputs(), (None, None), None
-  )
+  shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs(), *NEITHER)
   return jax.tree.map(
     lambda leaf: 0.2 * rng.standard_normal(leaf.shape).astype(np.float32),
     shapes,
@@ -95,7 +94,7 @@ def parameters(module):
 def asked(module):
   @jax.jit
   def ask(params, streams, c_BD, ropes):
-    return module.apply(params, streams, c_BD, ropes, None)[0]
+    return module.apply(params, streams, c_BD, ropes, (None, None))[0]
 
   return ask
 
@@ -108,7 +107,7 @@ def test_turning_both_streams_is_turning_the_sequence():
     for part in (slice(LENGTH), slice(LENGTH, None))
   )
   streams, _ = inputs()
-  maps = joint.Attention(WIDTH, HEADS, HEAD_SIZE, True, jnp.float32, None)
+  maps = joint.Attention(WIDTH, HEADS, HEAD_SIZE, True, jnp.float32)
   init = functools.partial(maps.init, method=joint.Attention.ask)
   params = jax.jit(init)(jax.random.key(0), streams[0], None)
   ask = jax.jit(
@@ -196,7 +195,7 @@ def stacked(remat):
   )
 
   def scalar(params):
-    streams, _ = stack.apply(params, *inputs(), (None, None), None)
+    streams, _ = stack.apply(params, *inputs(), *NEITHER)
     whole = jnp.concatenate(streams, axis=1)
     weight = jnp.cos(jnp.arange(float(whole.size))).reshape(whole.shape)
     return jnp.sum(weight * whole), streams

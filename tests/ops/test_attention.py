@@ -17,8 +17,8 @@ def draw(batch=2, queries=7, keys=7, heads=3, head_size=8, dtype=np.float32):
     jnp.asarray(rng.standard_normal((batch, n, heads, head_size)), dtype)
     for n in (queries, keys, keys)
   )
-  mask = rng.random((batch, queries, keys)) < 0.6
-  mask[:, :, 0] = True
+  mask = rng.random((batch, keys)) < 0.6
+  mask[:, 0] = True
   return q, k, v, mask
 
 
@@ -26,7 +26,7 @@ def naive(q, k, v, mask=None):
   """Attends by sums of products, heads last, without any trick."""
   score_BTSN = jnp.sum(q[:, :, None] * k[:, None], -1) / np.sqrt(q.shape[-1])
   if mask is not None:
-    score_BTSN = jnp.where(mask[..., None], score_BTSN, -1e9)
+    score_BTSN = jnp.where(mask[:, None, :, None], score_BTSN, -1e9)
   weight_BTSN = jax.nn.softmax(score_BTSN, axis=2)
   return jnp.sum(weight_BTSN[..., None] * v[:, None], axis=2)
 
@@ -39,7 +39,7 @@ def both(function, q, k, v, mask):
 
 
 def xla(q, k, v, mask=None):
-  return attention.attention(q, k, v, body="xla", mask_BTS=mask)
+  return attention.attention(q, k, v, body="xla", mask_BS=mask)
 
 
 @pytest.mark.parametrize(
@@ -58,17 +58,17 @@ def test_xla_agrees_with_the_naive_one(queries, keys, masked):
 def test_a_hidden_key_has_no_influence():
   q, k, v, mask = draw()
   hidden = mask.copy()
-  hidden[:, :, 4] = False
+  hidden[:, 4] = False
   changed = xla(q, k.at[:, 4].set(50.0), v.at[:, 4].set(-3.0), hidden)
   np.testing.assert_array_equal(changed, xla(q, k, v, hidden))
 
 
-def test_a_query_that_sees_nothing_gets_zeros_and_finite_gradients():
+def test_an_example_that_sees_nothing_gets_zeros_and_finite_gradients():
   q, k, v, mask = draw()
   blind = mask.copy()
-  blind[0, 2] = False
+  blind[1] = False
   y, gradients = both(xla, q, k, v, blind)
-  assert jnp.all(y[0, 2] == 0.0)
+  assert jnp.all(y[1] == 0.0) and jnp.all(y[0] != 0.0)
   for array in (y, *gradients):
     assert jnp.all(jnp.isfinite(array))
 
@@ -112,61 +112,93 @@ def test_xla_keeps_only_queries_keys_and_values():
   assert largest <= q.size < 64 * 64 * 3 * 2
 
 
-def test_auto_is_xla_on_a_cpu():
+def test_auto_is_xla_on_a_cpu_and_says_so_once(caplog):
   q, k, v, mask = draw()
-  auto = attention.attention(q, k, v, mask_BTS=mask)
+  attention._say.cache_clear()
+  with caplog.at_level("INFO"):
+    auto = attention.attention(q, k, v, mask_BS=mask)
+    attention.attention(q, k, v)
   np.testing.assert_array_equal(auto, xla(q, k, v, mask))
-
-
-def test_cudnn_on_a_cpu_says_why_not():
-  q, k, v, _ = draw(dtype=jnp.bfloat16)
-  with pytest.raises(
-    ValueError, match="needs an NVIDIA GPU.*runs on cpu.*auto"
-  ):
-    attention.attention(q, k, v, body="cudnn")
+  assert [record.getMessage() for record in caplog.records] == [
+    "attention='auto' is 'xla': there is no fused kernel for cpu."
+  ]
 
 
 def test_unknown_body_is_refused():
   q, k, v, _ = draw()
-  with pytest.raises(ValueError, match="'flash'.*auto, xla, cudnn"):
+  with pytest.raises(ValueError, match="'flash'.*auto, xla, blockwise, cudnn"):
     attention.attention(q, k, v, body="flash")
 
 
+def device(platform, capability="9.0"):
+  return types.SimpleNamespace(platform=platform, compute_capability=capability)
+
+
 @pytest.mark.parametrize(
-  "capability, dtype, head_size, obstacle",
+  "platform, dtype, keys, body, why",
   [
-    ("9.0", jnp.bfloat16, 72, None),
-    ("9.0", jnp.float16, 256, None),
-    ("8.0", jnp.bfloat16, 128, None),
-    ("10.0", jnp.bfloat16, 256, None),
-    ("8.0", jnp.bfloat16, 256, "up to 128"),
-    ("9.0", jnp.bfloat16, 264, "up to 256"),
-    ("9.0", jnp.bfloat16, 36, "multiples of 8"),
-    ("9.0", jnp.float32, 64, "not float32"),
+    ("tpu", jnp.bfloat16, 1024, "splash", "1024 keys"),
+    ("tpu", jnp.bfloat16, 1023, "xla", "1023 keys are few"),
+    ("tpu", jnp.float16, 1024, "xla", "not float16"),
+    ("gpu", jnp.bfloat16, 7, "cudnn", "fused kernel"),
+    ("gpu", jnp.float32, 7, "xla", "not float32"),
   ],
 )
-def test_what_the_fused_kernel_takes(
-  monkeypatch, capability, dtype, head_size, obstacle
+def test_auto_chooses_by_platform_and_shape(
+  monkeypatch, caplog, platform, dtype, keys, body, why
 ):
-  gpu = types.SimpleNamespace(platform="gpu", compute_capability=capability)
-  monkeypatch.setattr(jax, "devices", lambda: [gpu])
-  said = attention.cudnn_obstacle(
-    jax.ShapeDtypeStruct((1, 4, 2, head_size), dtype)
-  )
+  taken = []
+  for name in attention._ALONE:
+    monkeypatch.setitem(
+      attention._ALONE, name, lambda *a, name=name: taken.append(name) or a[0]
+    )
+  monkeypatch.setattr(attention.xla, "attend", attention._ALONE["xla"])
+  monkeypatch.setattr(jax, "devices", lambda: [device(platform)])
+  attention._say.cache_clear()
+  q, k, v, _ = draw(keys=keys, dtype=dtype)
+  with caplog.at_level("INFO"):
+    attention.attention(q, k, v)
+  assert taken == [body]
+  assert f"is '{body}'" in caplog.text and why in caplog.text
+
+
+@pytest.mark.parametrize(
+  "body, says",
+  [
+    ("cudnn", "needs an NVIDIA GPU.*runs on cpu.*Use 'auto'"),
+    ("splash", "needs a TPU.*runs on cpu.*Use 'auto'"),
+  ],
+)
+def test_a_fused_body_that_cannot_run_says_why_not(body, says):
+  q, k, v, _ = draw(dtype=jnp.bfloat16)
+  with pytest.raises(ValueError, match=f"attention='{body}' cannot.*{says}"):
+    attention.attention(q, k, v, body=body)
+
+
+@pytest.mark.parametrize(
+  "body, platform, capability, dtype, head_size, obstacle",
+  [
+    ("cudnn", "gpu", "9.0", jnp.bfloat16, 72, None),
+    ("cudnn", "gpu", "9.0", jnp.float16, 256, None),
+    ("cudnn", "cuda", "8.0", jnp.bfloat16, 128, None),
+    ("cudnn", "gpu", "10.0", jnp.bfloat16, 256, None),
+    ("cudnn", "gpu", "8.0", jnp.bfloat16, 256, "up to 128"),
+    ("cudnn", "gpu", "9.0", jnp.bfloat16, 264, "up to 256"),
+    ("cudnn", "gpu", "9.0", jnp.bfloat16, 36, "multiples of 8"),
+    ("cudnn", "gpu", "9.0", jnp.float32, 64, "not float32"),
+    ("cudnn", "tpu", "9.0", jnp.bfloat16, 64, "runs on tpu"),
+    ("splash", "tpu", None, jnp.bfloat16, 72, None),
+    ("splash", "tpu", None, jnp.float16, 64, "not float16"),
+    ("splash", "gpu", "9.0", jnp.bfloat16, 64, "runs on gpu"),
+    ("xla", "cpu", None, jnp.float32, 7, None),
+    ("ring", "cpu", None, jnp.float32, 7, None),
+  ],
+)
+def test_what_keeps_a_body_from_running(
+  monkeypatch, body, platform, capability, dtype, head_size, obstacle
+):
+  found = device(platform, capability)
+  monkeypatch.setattr(jax, "devices", lambda: [found])
+  queries = jax.ShapeDtypeStruct((1, 4, 2, head_size), dtype)
+  said = attention.obstacle(body, queries)
   assert (said is None) if obstacle is None else (obstacle in said)
-
-
-def test_on_a_gpu_auto_takes_the_fused_kernel_with_the_mask(monkeypatch):
-  q, k, v, mask = draw(dtype=jnp.bfloat16)
-  gpu = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
-  calls = []
-  monkeypatch.setattr(jax, "devices", lambda: [gpu])
-  monkeypatch.setattr(
-    jax.nn,
-    "dot_product_attention",
-    lambda q, k, v, *, mask, implementation: calls.append(
-      (mask.shape, implementation)
-    ),
-  )
-  attention.attention(q, k, v, mask_BTS=mask)
-  assert calls == [((2, 1, 7, 7), "cudnn")]

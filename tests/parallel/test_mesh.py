@@ -10,10 +10,11 @@ from flowjax.parallel import mesh as meshes
 @pytest.mark.parametrize(
   ("config", "shape"),
   [
-    ({}, (8, 1, 1, 1)),
-    ({"fsdp": 2}, (4, 2, 1, 1)),
-    ({"data": 1, "fsdp": -1}, (1, 8, 1, 1)),
-    ({"data": 2, "fsdp": 2, "tensor": 2}, (2, 2, 2, 1)),
+    ({}, (8, 1, 1, 1, 1)),
+    ({"fsdp": 2}, (4, 2, 1, 1, 1)),
+    ({"data": 1, "fsdp": -1}, (1, 8, 1, 1, 1)),
+    ({"data": 2, "fsdp": 2, "tensor": 2}, (2, 2, 2, 1, 1)),
+    ({"context": 2, "ulysses": 2}, (2, 1, 1, 2, 2)),
   ],
 )
 def test_minus_one_is_what_the_others_leave(config, shape):
