@@ -13,11 +13,12 @@ import tempfile
 from importlib import metadata
 
 # Many tests, and the commands that they start, compile the same programs: the
-# first process makes a place where all of them find what one has compiled.
+# first process makes a place where all of them find what one has compiled, if
+# that took longer than it takes to write and to find it.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   _cache = tempfile.mkdtemp(prefix="flowjax-tests-")
   os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
-  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
   os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
   atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 
@@ -29,8 +30,10 @@ os.environ["NPROC"] = "16"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # The tests are small and compile much: unoptimised programs halve their time,
 # and the older code generator, which jaxlib had before 0.11, halves it again.
+# Whole programs, not 32 parts of each: the other core has its own tests.
 _flags = ["--xla_force_host_platform_device_count=8"]
 _flags += ["--xla_backend_optimization_level=0"]
+_flags += ["--xla_cpu_parallel_codegen_split_count=1"]
 if tuple(map(int, metadata.version("jaxlib").split(".")[:2])) < (0, 11):
   _flags += ["--xla_cpu_use_fusion_emitters=false"]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_flags])

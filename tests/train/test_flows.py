@@ -53,9 +53,9 @@ def test_each_preset_trains_and_can_be_sampled(name):
 
   net = network(apply)
   loss = built.flow.loss(net)
-  value, slopes = jax.value_and_grad(
-    lambda params: loss(params, batch(), jax.random.key(1))[0]
-  )(net.init(None))
+  value, slopes = jax.jit(
+    jax.value_and_grad(lambda *inputs: loss(*inputs, jax.random.key(1))[0])
+  )(net.init(None), batch())
   assert np.isfinite(value) and float(slopes["scale"]) != 0.0
 
   short = dataclasses.replace(built.sample, steps=3)
@@ -176,7 +176,7 @@ def test_perturbed_layers_push_beside_skipped_ones():
   assert (skipped.scale, skipped.interval) == (2.5, (0.0, 1.0))
   assert (perturbed.scale, perturbed.interval) == (3.0, (0.2, 0.9))
   params = jax.tree.map(
-    lambda p: 0.1 * jnp.cos(jnp.arange(float(p.size))).reshape(p.shape),
+    lambda p: 0.1 * np.cos(np.arange(p.size, dtype=p.dtype)).reshape(p.shape),
     jax.eval_shape(net.init, jax.random.key(0)),
   )
   x = jax.random.normal(jax.random.key(2), (2, 8, 8, 1))
@@ -214,23 +214,19 @@ def test_the_variance_that_a_network_learns_is_the_second_half():
 def test_a_network_without_layers_is_the_one_whose_gates_are_shut():
   built = experiment.build(config(depth=3))
   net = models.build(built.model)
-  params = net.init(jax.random.key(0))
+  random = np.random.default_rng(1)
   params = jax.tree.map(
-    lambda p: p + 0.1 * jax.random.normal(jax.random.key(1), p.shape), params
+    lambda p: p + 0.1 * random.standard_normal(p.shape, p.dtype),
+    jax.jit(net.init)(jax.random.key(0)),
   )
-  shut = jax.tree.map(lambda p: p, params)
-  modulation = shut["blocks"]["modulation"]
-  for name in ("kernel", "bias"):
-    gates = modulation[name]
-    index = (1, Ellipsis, 2, slice(None)), (1, Ellipsis, 5, slice(None))
-    for i in index:
-      gates = gates.at[i].set(0.0)
-    modulation[name] = gates
+  shut = jax.tree.map(np.array, params)
+  for gates in shut["blocks"]["modulation"].values():
+    gates[1, ..., (2, 5), :] = 0.0
   x = jax.random.normal(jax.random.key(2), (2, 8, 8, 1))
   inputs = (x, jnp.array([0.2, 0.7]), {"label": jnp.array([1, 2])})
   np.testing.assert_allclose(
-    models.without_layers(net, (1,))(params, *inputs),
-    net.apply(shut, *inputs),
+    jax.jit(models.without_layers(net, (1,)))(params, *inputs),
+    jax.jit(net.apply)(shut, *inputs),
     atol=1e-5,
   )
   with pytest.raises(ValueError, match="0 to 2"):
