@@ -20,8 +20,8 @@ import rich.table
 
 from flowjax import models
 from flowjax.commands import configs, flags
+from flowjax.parallel import host, rules
 from flowjax.parallel import mesh as meshes
-from flowjax.parallel import rules
 from flowjax.train import loop, parts
 
 WIDTH = 120
@@ -87,20 +87,33 @@ def _summary(built: parts.Parts, places: dict) -> dict[str, str]:
   forward, batch = built.network.flops, config.data.batch_size
   params = sum(place.bytes_per_device for place in places.values())
   trained = [p for name, p in places.items() if name not in built.frozen]
-  state = sum(map(_bytes_here, jax.tree.leaves(built.abstract)))
-  mesh = " x ".join(f"{axis}={n}" for axis, n in built.mesh.shape.items())
+  leaves = jax.tree.leaves(built.abstract)
+  away = [leaf for leaf in leaves if host.is_there(leaf.sharding)]
+  stowed = sum(map(_bytes_here, away))
+  state = sum(map(_bytes_here, leaves)) - stowed
+  kept = "parameters, EMA" if away else "parameters, EMA, optimizer"
   return {
     "parameters": f"{built.parameters:,}",
     **_trained(trained, built),
     "forward FLOPs per image": f"{forward:,}",
     **_by_resolution(config.model),
     "training FLOPs per step": f"{3 * forward * batch:,} (3 x forward x batch)",
-    "mesh": mesh,
+    "mesh": _mesh(built),
     "images per device": f"{batch / meshes.batch_ways(built.mesh):g}",
     "parameters per device": _size(params),
-    "state per device": f"{_size(state)} (parameters, EMA, optimizer)",
+    "state per device": f"{_size(state)} ({kept})",
+    **({"  and in its host": f"{_size(stowed)} (optimizer)"} if away else {}),
     "gradients per device": _size(sum(p.bytes_per_device for p in trained)),
   }
+
+
+def _mesh(built: parts.Parts) -> str:
+  """Returns the axes of the mesh, and into how many slices it falls."""
+  axes = " x ".join(f"{axis}={n}" for axis, n in built.mesh.shape.items())
+  slices = built.experiment.mesh.slices
+  if slices == -1:
+    slices = meshes.slice_count(built.mesh.devices.ravel().tolist())
+  return axes + (f", data over {slices} slices" if slices > 1 else "")
 
 
 def _trained(trained: list, built: parts.Parts) -> dict[str, str]:
@@ -140,7 +153,17 @@ def _compiled(built: parts.Parts) -> dict[str, str]:
     "  state and batch per device": _size(memory.argument_size_in_bytes),
     "  activations per device": _size(memory.temp_size_in_bytes),
     "  in all per device": _size(total),
+    **_in_host(memory),
   }
+
+
+def _in_host(memory: Any) -> dict[str, str]:
+  """Returns what a compiled step keeps in the memory of the host, if any.
+
+  On a CPU that is the memory of its devices, and counted there.
+  """
+  size = memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes
+  return {"  and in its host": _size(size)} if size else {}
 
 
 def _size(count: float) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from flowjax.models import coupling, dit, flux, lora, mmdit, uncertainty
+from flowjax.models import blocks, coupling, dit, flux, lora, mmdit, uncertainty
 
 CONFIGS: dict[str, Any] = {
   "dit": dit.DiTConfig,
@@ -24,6 +24,9 @@ _MODULES: dict[str, Any] = {
   "mmdit": mmdit,
   "flux": flux,
 }
+
+# Values of `remat` that need the memory of the host.
+OFFLOADING = blocks.OFFLOADING
 
 Params = dict[str, Any]
 Cond = dict[str, jax.Array]

@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend
@@ -57,15 +57,23 @@ def product(
   features = kernel.shape[contract:]
   names = names[: len(lead)]
   axes.check(lead, names)
-  shared = [axes.carriers(name) if name else () for name in names]
-  if not any(shared) and terms == 1:
+  sharing = _sharing(names)
+  if not any(sharing.dims) and terms == 1:
     # One row per token makes the gradient of the kernel a plain matmul, which a
     # CPU does twice as fast.
     rows = x.reshape(-1, *inner)
     y = jnp.tensordot(rows, kernel.astype(x.dtype), axes=contract)
     return y.reshape(1, *lead, *features)
-  copies = copy(kernel, x.dtype, shared)
+  return _shared(x, kernel, contract, terms, sharing)
 
+
+# For the gradient the kernel is gathered again: kept, the copies of all layers
+# would be on every device at once.
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2, 3, 4))
+def _shared(x, kernel, contract, terms, sharing):
+  lead, inner = x.shape[:-contract], x.shape[-contract:]
+  features = kernel.shape[contract:]
+  copies = _copy(kernel, x.dtype, sharing)
   # Each shared dim of x becomes two, of which the copies have the first; and so
   # does the first contracted dim. Dims are numbered as einsum does.
   ways = copies.shape[: copies.ndim - kernel.ndim]
@@ -94,33 +102,48 @@ def total(terms: jax.Array) -> jax.Array:
 
 def rows(table: jax.Array, index_B: jax.Array) -> jax.Array:
   """Returns the rows of a table with these indices, one for each example."""
-  shared = axes.carriers("batch")
-  if not shared:
-    return jnp.take(table, index_B, axis=0)
-  copies = copy(table, table.dtype, [shared])
   axes.check(index_B.shape, ["batch"])
+  sharing = _sharing(["batch"])
+  if not any(sharing.dims):
+    return jnp.take(table, index_B, axis=0)
+  copies = _copy(table, table.dtype, sharing)
   look = jax.vmap(functools.partial(jnp.take, axis=0))
   found = look(copies, index_B.reshape(len(copies), -1))
   return found.reshape(-1, *table.shape[1:])
 
 
-def copy(
-  kernel: jax.Array,
-  dtype: Any,
-  shared: collections.abc.Sequence[tuple[str, ...]],
-) -> jax.Array:
-  """Returns copies of a kernel in `dtype`, along a first dim for each `shared`.
+class _Sharing(NamedTuple):
+  """Which devices have a copy of a kernel, and how their gradients are summed.
 
-  Each of `shared` names axes of the mesh, and has a copy for every device along
-  them. The map is linear; its transpose, by which gradients come back, sums
-  over the copies in the dtype of `summing`.
+  For each shared dim `dims` has the axes of the mesh that split it. `kernel`
+  are the axes that divide kernels.
   """
+
+  dims: tuple[tuple[str, ...], ...]
+  kernel: tuple[str, ...]
+  sum_dtype: str
+
+
+def _sharing(names: collections.abc.Sequence[str | None]) -> _Sharing:
+  dims = tuple(axes.carriers(name) if name else () for name in names)
+  if not any(dims):
+    return _Sharing((), (), _sums.get())
+  return _Sharing(dims, axes.carriers("kernel"), _sums.get())
+
+
+def _copy(kernel: jax.Array, dtype: Any, sharing: _Sharing) -> jax.Array:
+  """Returns copies of a kernel in `dtype`, along a first dim for each shared.
+
+  There is one for every device along its axes. The map is linear; its
+  transpose, by which gradients come back, sums over the copies.
+  """
+  shared = sharing.dims
   if not any(shared):
     return kernel.astype(dtype)
   sizes = jax.sharding.get_abstract_mesh().shape
   # Summed first is where kernels are divided, so that the other sums are of
   # parts; these are taken in one.
-  inside = [a for each in shared for a in each if a in axes.carriers("kernel")]
+  inside = [a for each in shared for a in each if a in sharing.kernel]
   outside = [a for each in shared for a in each if a not in inside]
   groups = [tuple(group) for group in (outside, inside) if group]
   copies = _copies.bind(
@@ -128,7 +151,7 @@ def copy(
     ways=tuple(math.prod(sizes[a] for a in group) for group in groups),
     groups=tuple(groups),
     dtype=jnp.dtype(dtype),
-    back=(kernel.dtype, jnp.dtype(_sums.get())),
+    back=(kernel.dtype, jnp.dtype(sharing.sum_dtype)),
     at=0,
   )
   order = [*outside, *inside]

@@ -148,6 +148,7 @@ def jit_step(run: parts.Parts):
     schedule=optim.schedule(config.optim, config.steps),
     frozen=run.frozen,
     summing=summing,
+    opt_places=parts.shardings_of(run.abstract.opt_state),
   )
   return jax.jit(
     step,

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flowjax.parallel import host
+
 FORMAT = 1
 
 
@@ -115,15 +117,18 @@ def fingerprints(named: dict[str, jax.Array]) -> dict[str, str]:
 
   Addition commutes, so that the order of the shards does not matter; m is a
   bijection, so that a change confined to one word always shows. All of it runs
-  where the shards are, and two numbers per leaf come back.
+  where the shards are, and two numbers per leaf come back. What is kept in the
+  memory of the host is brought to its devices for it, one leaf at a time.
   """
   groups = collections.defaultdict(list)
   for path, array in named.items():
-    groups[_whole(array.sharding)].append(path)
+    alone = path if host.is_there(array.sharding) else ""
+    groups[_whole(array.sharding), alone].append(path)
   prints = {}
-  for sharding, paths in groups.items():
+  for (sharding, _), paths in groups.items():
+    arrays = [host.fetch(named[path], named[path].sharding) for path in paths]
     hash_all = jax.jit(_hash_all, out_shardings=sharding)
-    hashes_N2 = np.asarray(hash_all([named[path] for path in paths]))
+    hashes_N2 = np.asarray(hash_all(arrays))
     for path, (low, high) in zip(paths, hashes_N2.tolist(), strict=True):
       prints[path] = f"{high:08x}{low:08x}"
   return prints

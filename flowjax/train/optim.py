@@ -18,10 +18,11 @@ class OptimConfig:
 
   `weight_decay_rules` are (regex, multiplier) over parameter names; the first
   that matches decides. `accumulate` splits each batch into so many parts
-  whose gradients are summed in float32; `reduce_dtype` is that of the sums over
-  devices. A step whose loss or gradient is not
-  finite is skipped; after `max_skipped` in a row training stops. Parameters
-  whose names a regex in `freeze` matches stay as they are.
+  whose gradients are summed in float32. `reduce_dtype` is that of sums of
+  gradients over devices. `offload` keeps the moments in the memory of the host.
+  A step whose loss or gradient is not finite is skipped; after `max_skipped` in
+  a row training stops. Parameters whose names a regex in `freeze` matches stay
+  as they are.
   """
 
   learning_rate: float = 1e-4
@@ -39,6 +40,7 @@ class OptimConfig:
   clip_norm: float | None = None
   accumulate: int = 1
   reduce_dtype: str = "float32"
+  offload: bool = False
   max_skipped: int = 10
   freeze: tuple[str, ...] = ()
 

@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 
 from flowjax import errors, models
 from flowjax.models import lora
+from flowjax.parallel import host, rules
 from flowjax.parallel import mesh as meshes
-from flowjax.parallel import rules
 from flowjax.train import experiment, freezing, optim
 from flowjax.train import state as states
 
@@ -72,6 +72,7 @@ def build(
   with errors.naming("config.mesh"):
     mesh = meshes.build(config.mesh, devices)
     meshes.check_batch(part, mesh, name)
+  _check_host(config, mesh)
   network = models.build(config.model)
   if config.lora.rank:
     with errors.naming("config.lora"):
@@ -100,9 +101,20 @@ def build(
       leaf.shape, leaf.dtype, sharding=sharding
     ),
     shapes,
-    states.shardings(shapes, table, mesh),
+    states.shardings(shapes, table, mesh, config.optim.offload),
   )
   return Parts(config, mesh, network, optimizer, table, abstract, frozen)
+
+
+def _check_host(config: experiment.Experiment, mesh: Mesh) -> None:
+  """Refuses to keep anything in the host's memory where devices cannot."""
+  remat = getattr(config.model, "remat", "none")
+  if remat in models.OFFLOADING:
+    with errors.naming("config.model"):
+      host.require(mesh, f"remat = {remat!r}")
+  if config.optim.offload:
+    with errors.naming("config.optim"):
+      host.require(mesh, "offload = True")
 
 
 def _patterns(config: experiment.Experiment) -> tuple[str, ...]:

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from flowjax.parallel import host, rules
 from flowjax.parallel import mesh as meshes
-from flowjax.parallel import rules
 from flowjax.train import freezing
 
 
@@ -63,16 +63,23 @@ def averaged(state: TrainState) -> Any:
 
 
 def shardings(
-  abstract: TrainState, parameter_rules: rules.Rules, mesh: Mesh
+  abstract: TrainState,
+  parameter_rules: rules.Rules,
+  mesh: Mesh,
+  offload: bool = False,
 ) -> TrainState:
-  """Returns where each leaf of the state lives: moments as their parameter."""
+  """Returns where each leaf of the state lives: moments as their parameter.
+
+  With `offload` the moments live in the memory of the host.
+  """
   whole = meshes.replicated(mesh)
   params = rules.shardings(parameter_rules, abstract.params, mesh)
+  moments = jax.tree.map(host.sharding, params) if offload else params
   return TrainState(
     whole,
     params,
     rules.shardings(parameter_rules, abstract.ema, mesh),
-    rules.like(abstract.opt_state, abstract.params, params, whole),
+    rules.like(abstract.opt_state, abstract.params, moments, whole),
     whole,
     whole,
   )

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flowjax.parallel import sums
+from flowjax.parallel import host, sums
 from flowjax.train import ema, freezing
 from flowjax.train import state as states
 
@@ -33,6 +33,7 @@ def build(
   schedule: optax.Schedule | None = None,
   frozen: freezing.Names = freezing.NONE,
   summing: sums.Sums = sums.PLAIN,
+  opt_places: Any = None,
 ) -> Step:
   """Returns the pure step of training with `loss` and `optimizer`.
 
@@ -42,6 +43,8 @@ def build(
   optimizer's `schedule`, the learning rate is among the metrics. The parameters
   in `frozen` go into the loss, and come out as they were. `summing` says how
   gradients are summed over devices; with shares the loss takes them.
+  `opt_places` are the shardings of the optimizer's state, where some of it is
+  kept in the memory of the host.
   """
 
   def step(state, batch):
@@ -58,7 +61,8 @@ def build(
       value, grads = gradient(trained, batch, rng)
     norm = optax.global_norm(grads)
 
-    updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+    before = host.fetch(state.opt_state, opt_places)
+    updates, opt_state = optimizer.update(grads, before, trained)
     # An update can be beyond float32 though its gradient is not.
     size = optax.global_norm(updates)
     finite = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(size)
@@ -75,7 +79,7 @@ def build(
       state.step + 1,
       freezing.overlaid(rest, keep(params, trained)),
       keep(average, state.ema),
-      keep(opt_state, state.opt_state),
+      host.stow(keep(opt_state, before), opt_places),
       state.skipped + bad,
       (state.skipped_in_row + bad) * bad,
     )

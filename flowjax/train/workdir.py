@@ -25,6 +25,7 @@ FREE = {
   "config": ("mesh", "log", "checkpoint", "sample"),
   "data": ("workers", "prefetch", "data_dir", "on_corrupt"),
   "model": ("attention", "remat", "scan"),
+  "optim": ("offload",),
 }
 
 
@@ -153,6 +154,6 @@ def _fixed(values: dict) -> dict:
     return {key: item for key, item in group.items() if key not in FREE[name]}
 
   kept = without(values, "config")
-  for name in ("data", "model"):
+  for name in ("data", "model", "optim"):
     kept[name] = without(kept.get(name, {}), name)
   return kept
