@@ -207,10 +207,10 @@ class DiT(nn.Module):
         rows, columns, config.head_size, config.rope_theta
       )
     if config.position == "sincos2d":
-      table_TD = jnp.asarray(positions.sincos2d(rows, columns, config.width))
+      table_TD = positions.sincos2d(rows, columns, config.width)
     else:
       table_TD = layers.Table(rows * columns, config.width, name="pos_embed")()
-    return x_BTD + table_TD.astype(x_BTD.dtype)[None], None
+    return positions.added(x_BTD, table_TD), None
 
 
 def _stacked(config: DiTConfig):

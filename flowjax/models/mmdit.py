@@ -177,8 +177,7 @@ def _place(config: MMDiTConfig, x_BTD, rows: int, columns: int):
     config.position_scale,
     config.position_offset,
   )
-  placed_BTD = x_BTD.astype(jnp.float32) + jnp.asarray(table_TD)[None]
-  return placed_BTD.astype(x_BTD.dtype), None
+  return positions.added(x_BTD, table_TD), None
 
 
 def _blocks(config: MMDiTConfig) -> list[nn.Module]:
