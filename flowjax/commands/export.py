@@ -193,7 +193,6 @@ def _export_lora(args, found: restored.Restored):
 
 def _verify(args, found: restored.Restored, params: dict) -> float:
   """Returns the difference of the outputs, unless it is too large."""
-  check = torch_export if args.format == "torch" else diffusers_check
   if args.dtype != "float32":
     # What is compared is the code; that weights were rounded is known.
     _, dtype = safetensors.DTYPES[args.dtype]
@@ -201,8 +200,13 @@ def _verify(args, found: restored.Restored, params: dict) -> float:
       lambda leaf: np.asarray(leaf).astype(dtype).astype(np.float32), params
     )
   network = models.build(found.config.model)
-  folder = args.out / pipelines.TRANSFORMER if args.pipeline else args.out
-  difference = check.verify(folder, network, params)
+  if args.format == "torch":
+    difference = torch_export.verify(args.out, network, params)
+  else:
+    folder = args.out / pipelines.TRANSFORMER if args.pipeline else args.out
+    difference = diffusers_check.verify(
+      folder, network, params, dtype=args.dtype
+    )
   print(f"Largest difference between JAX and {args.format}: {difference:.2e}")
   # Written so that nan is refused too.
   if not difference <= TOLERANCE[args.format]:

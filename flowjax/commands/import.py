@@ -176,10 +176,17 @@ def _fill(node: ml_collections.ConfigDict, values: dict, where: str) -> None:
         f"Unknown key {where}.{key}: an export of another version of FlowJAX? "
         f"{schema.closest(key, node.keys())}"
       )
-    if isinstance(value, dict):
-      _fill(node[key], value, f"{where}.{key}")
-    else:
-      node[key] = _tuples(value)
+    group = isinstance(node[key], ml_collections.ConfigDict)
+    try:
+      if group and isinstance(value, dict):
+        _fill(node[key], value, f"{where}.{key}")
+      else:
+        node[key] = _tuples(value)
+    except TypeError as error:
+      raise errors.CheckpointError(
+        f"{where}.{key} = {value!r} is of the wrong type: what lies with the "
+        "weights is damaged. Export, or copy, the folder again."
+      ) from error
 
 
 def _tuples(value: Any) -> Any:

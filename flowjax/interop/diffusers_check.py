@@ -6,7 +6,9 @@
 import dataclasses
 import importlib
 import json
+import logging
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -26,15 +28,35 @@ TIMES = np.array([0.0, 0.3, 1.0], np.float32)
 def require(name: str) -> Any:
   """Returns a class of diffusers, or says what is missing."""
   torch_export.require_torch()
+  _hide_unfit_torchvision()
   try:
     return getattr(importlib.import_module("diffusers"), name)
   except (ImportError, RuntimeError) as error:
-    reason = str(error).strip().splitlines()[-1]
+    # It imports when asked, and wraps what went wrong.
+    first: BaseException = error
+    while first.__cause__ is not None:
+      first = first.__cause__
+    reason = str(first).strip().splitlines()[-1]
     raise errors.UserError(
       f"Comparing with diffusers needs its {name}, which cannot be imported "
-      f"here: {reason}. pip install 'diffusers>={diffusers_configs.VERSION}'; "
-      "a torchvision that does not fit torch is to be mended or removed."
+      f"here: {reason}. pip install 'diffusers>={diffusers_configs.VERSION}'."
     ) from error
+
+
+def _hide_unfit_torchvision() -> None:
+  """Hides a torchvision that was built for another torch, and says so.
+
+  No transformer needs it; what looks whether it is there would fail by it.
+  """
+  try:
+    importlib.import_module("torchvision")
+  except ImportError:
+    return  # There is none.
+  except (RuntimeError, OSError, AttributeError) as error:
+    logging.warning(
+      "torchvision does not fit this torch, and is passed over: %s.", error
+    )
+    sys.modules["torchvision"] = None  # type: ignore[assignment]
 
 
 def load(directory: str | pathlib.Path) -> Any:
@@ -55,18 +77,21 @@ def verify(
   network: models.Network,
   params: dict,
   *,
+  dtype: str = "float32",
   seed: int = 0,
 ) -> float:
   """Returns the largest difference between the outputs of diffusers and ours.
 
-  Noise goes through both, in float32, at both ends of time and in between, with
-  conditions and without.
+  `params` are as the export rounded them to `dtype`. Noise goes through both,
+  in float32, at both ends of time and in between, with conditions and without.
   """
   torch, theirs = torch_export.require_torch(), load(directory)
   config = dataclasses.replace(
     network.config, dtype="float32", attention="auto"
   )
   network = models.build(config)
+  if dtype != "float32":
+    _put_constants(theirs, config)
   rng = np.random.default_rng(seed)
   shape = (len(TIMES), *config.image_size, config.channels)
   x_BHWC = rng.standard_normal(shape, np.float32)
@@ -85,6 +110,14 @@ def verify(
       out_BHWC = run(theirs, config, x_BHWC, TIMES, told).numpy()
     difference = max(difference, float(np.abs(out_BHWC - ours_BHWC).max()))
   return difference
+
+
+def _put_constants(theirs: Any, config: Any) -> None:
+  """Gives them what is no parameter, a table of positions, unrounded."""
+  torch = torch_export.require_torch()
+  layout = formats.layout(config, "diffusers")
+  for key, constant in layout.constants.items():
+    theirs.get_buffer(key).copy_(torch.as_tensor(np.asarray(constant)))
 
 
 def run(theirs: Any, config: Any, x_BHWC: Any, t_B: Any, cond: dict) -> Any:

@@ -76,6 +76,10 @@ _FIELDS: dict[str, dict[str, Any]] = {
   "mmdit": _MMDIT,
   "flux": _FLUX,
 }
+# Fields that may be null, of which the default does not tell the type.
+_OPTIONAL = {"out_channels": int, "qk_norm": str}
+# They change nothing of what a trained network says.
+_UNREAD = ("dropout", "norm_num_groups", "upcast_attention")
 
 
 def write(config: Any) -> dict[str, Any]:
@@ -104,6 +108,7 @@ def read(content: dict[str, Any], like: Any = None) -> Any:
   require_known(content)
   kind = CLASSES[content["_class_name"]]
   fields = _FIELDS[kind] | content
+  _require_types(kind, fields)
   own = {"dit": _read_dit, "mmdit": _read_mmdit, "flux": _read_flux}
   changes = own[kind](fields, like)
   with errors.naming("config.json"):
@@ -113,16 +118,48 @@ def read(content: dict[str, Any], like: Any = None) -> Any:
 def require_known(content: dict[str, Any]) -> None:
   """Raises UserError for a class that is no network of ours."""
   name = content.get("_class_name")
-  if name not in CLASSES:
+  if not isinstance(name, str) or name not in CLASSES:
     raise errors.UserError(
       f"_class_name = {name!r} is no network of FlowJAX. "
       f"{schema.closest(str(name), CLASSES)}"
     )
 
 
+def unknown(content: dict[str, Any]) -> list[str]:
+  """Returns the fields that say something, and that the class does not have."""
+  fields = _FIELDS[CLASSES[content["_class_name"]]]
+  return [
+    name
+    for name, value in content.items()
+    if name not in fields and not name.startswith("_") and value
+  ]
+
+
 def kind(content: dict[str, Any]) -> str | None:
   """Returns the name of our network that a config.json is of, if it is."""
-  return CLASSES.get(content.get("_class_name", ""))
+  return CLASSES.get(str(content.get("_class_name")))
+
+
+def _require_types(kind: str, fields: dict[str, Any]) -> None:
+  """Refuses what no class of diffusers could be built with."""
+  for name, default in _FIELDS[kind].items():
+    wanted, value = _OPTIONAL.get(name, type(default)), fields[name]
+    if name in _UNREAD or (name in _OPTIONAL and value is None):
+      continue
+    fits = type(value) is wanted
+    if wanted is float:
+      fits = type(value) in (int, float)
+    elif wanted is tuple:
+      fits = isinstance(value, (tuple, list))
+      fits = fits and all(type(item) is int for item in value)
+    if not fits:
+      what = {tuple: "a list of whole numbers", int: "a whole number"}
+      raise errors.UserError(
+        f"config.json: {name} = {value!r} must be "
+        f"{what.get(wanted, f'of type {wanted.__name__}')}, such as "
+        f"{list(default) if wanted is tuple else default!r}. The file is "
+        "damaged or edited; copy it again."
+      )
 
 
 def _require(fields: dict[str, Any], wanted: dict[str, tuple]) -> None:
@@ -226,6 +263,12 @@ def _read_flux(fields: dict[str, Any], like: Any) -> dict[str, Any]:
     {"patch_size": (1,), "out_channels": (None, fields["in_channels"])},
   )
   patch = (like or models.CONFIGS["flux"]()).patch_size
+  if fields["in_channels"] % patch**2:
+    raise errors.UserError(
+      f"config.json: in_channels = {fields['in_channels']} is no number of "
+      f"channels times {patch}x{patch}, the pixels of a patch. Say how its "
+      "patches are packed by a --config with another config.model.patch_size."
+    )
   return {
     "channels": fields["in_channels"] // patch**2,
     "width": fields["num_attention_heads"] * fields["attention_head_dim"],

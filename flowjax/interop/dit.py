@@ -124,10 +124,12 @@ def original_layout(config: dit.DiTConfig) -> tables.Table:
     ),
     *tables.linear("final/out", "final_layer.linear", "D -> O"),
   ]
-  table_TD = positions.sincos2d(*config.grid, config.width)
-  return tables.Table(
-    tuple(rules), _sizes(config), {"pos_embed": table_TD[None]}
+  rows, columns = config.grid
+  table_1TD = tables.Lazy(
+    (1, rows * columns, config.width),
+    lambda: positions.sincos2d(rows, columns, config.width)[None],
   )
+  return tables.Table(tuple(rules), _sizes(config), {"pos_embed": table_1TD})
 
 
 def _patch_embed(theirs: str) -> tuple[tables.Rule, ...]:

@@ -22,6 +22,8 @@ NETWORKS: dict[str, Any] = {"dit": dit, "mmdit": mmdit, "flux": flux}
 # network's own texts for labels, in a file of their own.
 LABELS = "label_embed"
 LABELS_FILE = "label_embeddings.safetensors"
+# Adapters, by the name that diffusers' `load_lora_weights` looks for.
+ADAPTERS_FILE = "pytorch_lora_weights.safetensors"
 
 # What a config says of computing and training alone.
 COMPUTED = (
@@ -68,12 +70,13 @@ def as_stored(config: Any, tensors: tables.Tensors) -> Any:
 
   That is the grid of an MM-DiT's positions.
   """
-  key = mmdit.POSITIONS_IN_DIFFUSERS
-  if config.name != "mmdit" or key not in tensors:
+  if getattr(config, "position", None) != "sincos2d" or config.name != "mmdit":
     return config
-  if tensors[key].shape != layout(config, "diffusers").keys[key]:
-    return config  # Which will be told with all that does not fit.
-  return dataclasses.replace(config, **mmdit.grid_of(tensors[key]))
+  for key in (mmdit.POSITIONS_IN_DIFFUSERS, mmdit.POSITIONS):
+    # Of another shape, it will be told with all that does not fit.
+    if key in tensors and mmdit.is_grid(tensors[key].shape):
+      return dataclasses.replace(config, **mmdit.grid_of(tensors[key]))
+  return config
 
 
 def held(config: Any) -> list[str]:

@@ -21,8 +21,8 @@ from flowjax.interop import lora_layouts as layouts
 from flowjax.models import lora
 
 FORMAT = "lora"
-# The name that `load_lora_weights` looks for, and the header entry it heeds.
-FILE = "pytorch_lora_weights.safetensors"
+FILE = formats.ADAPTERS_FILE
+# The entry of a header that `load_lora_weights` heeds.
 _METADATA = "lora_adapter_metadata"
 
 
@@ -78,12 +78,9 @@ def read(path: pathlib.Path, config: Any) -> Adapters:
   """
   path = path / FILE if path.is_dir() else path
   tensors, told = _tensors(path), _told(path)
-  ranks = {
-    module: (*tensors[module + layouts.A].shape, 0)[0]
-    for module in layouts.modules(tensors)
-  }
+  ranks = _ranks(path, tensors)
   rank = told.get("r") or layouts.usual(ranks.values())
-  alpha = float(told.get("lora_alpha", rank))
+  alpha = float(told.get("lora_alpha") or rank)
   for module, key in ((m, m + layouts.B) for m in ranks):
     scale = _scale(told, module, alpha, ranks[module])
     if scale != alpha / rank and key in tensors:
@@ -96,9 +93,10 @@ def read(path: pathlib.Path, config: Any) -> Adapters:
     pair = (module + layouts.A, module + layouts.B)
     if not tensors.keys() & set(pair):
       tensors |= {key: np.zeros(table.keys[key], np.float32) for key in pair}
-  leaves = tables.flatten(table.to_ours(tensors))
-  for linear in linears:
-    layouts.part(leaves, linear, rank)
+  with errors.naming(str(path)):
+    leaves = tables.flatten(table.to_ours(tensors))
+    for linear in linears:
+      layouts.part(leaves, linear, rank)
   return Adapters(
     lora.LoraConfig(rank, alpha, tuple(layouts.kernels(leaves))), leaves
   )
@@ -143,9 +141,24 @@ def _tensors(path: pathlib.Path) -> layouts.Leaves:
   if not layouts.modules(tensors):
     raise errors.CheckpointError(
       f"{path} has no key that ends with {layouts.A}: these are no adapters as "
-      f"diffusers and PEFT hold them. It has {safetensors.keys(path)[:3]}."
+      f"diffusers and PEFT hold them. It has {safetensors.keys(path)[:3]}. Of "
+      "another trainer's file diffusers may make such: load_lora_weights, then "
+      "save_lora_weights."
     )
   return tensors
+
+
+def _ranks(path: pathlib.Path, tensors: layouts.Leaves) -> dict[str, int]:
+  """Returns the rank of each module's factors."""
+  ranks = {}
+  for module in layouts.modules(tensors):
+    shape = tensors[module + layouts.A].shape
+    if not shape or not shape[0]:
+      raise errors.CheckpointError(
+        f"{path}: {module}{layouts.A} {list(shape)} has no rank: it is damaged."
+      )
+    ranks[module] = shape[0]
+  return ranks
 
 
 def _described(
@@ -186,11 +199,15 @@ def _told(path: pathlib.Path) -> dict[str, Any]:
     raise errors.CheckpointError(
       f"{path}: its header entry {_METADATA!r} is damaged: {error}."
     ) from error
-  for name in ("r", "lora_alpha"):
-    value = fields.get(name, 1)
-    if not isinstance(value, int | float) or not value > 0:
+  for name, good in (
+    ("r", lambda value: type(value) is int and value > 0),
+    ("lora_alpha", _is_scale),
+    ("alpha_pattern", _are_scales),
+  ):
+    if fields.get(name) is not None and not good(fields[name]):
       raise errors.CheckpointError(
-        f"{path}: {name} = {value!r} in its header must be above 0."
+        f"{path}: {name} = {fields[name]!r} in its header is none that PEFT "
+        "writes: the file is damaged or edited."
       )
   if fields.get("use_dora"):
     raise errors.UserError(
@@ -198,6 +215,20 @@ def _told(path: pathlib.Path) -> dict[str, Any]:
       "LoRA is read. Merge it in diffusers, and import the merged weights."
     )
   return fields
+
+
+def _is_scale(value: Any) -> bool:
+  return type(value) in (int, float) and 0 < value < float("inf")
+
+
+def _are_scales(values: Any) -> bool:
+  """Says whether these are numbers by regexes over names of modules."""
+  try:
+    return all(
+      re.compile(name) and _is_scale(value) for name, value in values.items()
+    )
+  except (AttributeError, TypeError, re.error):
+    return False
 
 
 def _scale(told: dict[str, Any], module: str, alpha: float, rank: int) -> float:

@@ -19,7 +19,7 @@ from flowjax.models import layers, mmdit, positions
 # torch: I values of a patch that goes in, K labels and the one for none, T
 # tokens of the text that is learned for each.
 
-POSITIONS_IN_DIFFUSERS = "pos_embed.pos_embed"
+POSITIONS, POSITIONS_IN_DIFFUSERS = "pos_embed", "pos_embed.pos_embed"
 _QKV = ("q", "k", "v")
 
 # What is theirs to choose in our config, and fixed in the code that will read
@@ -173,7 +173,7 @@ def original_layout(config: mmdit.MMDiTConfig) -> tables.Table:
       if not (like.last and stream == "text"):
         rules += _mlp(like, ours, f"{theirs}.mlp.fc1", f"{theirs}.mlp.fc2")
   return tables.Table(
-    tuple(rules), _sizes(config), {"pos_embed": _position_table(config)}
+    tuple(rules), _sizes(config), {POSITIONS: _position_table(config)}
   )
 
 
@@ -195,6 +195,13 @@ def diffusers_config(config: mmdit.MMDiTConfig) -> dict[str, Any]:
     "dual_attention_layers": list(range(config.dual_layers)),
     "qk_norm": "rms_norm" if config.qk_norm else None,
   }
+
+
+def is_grid(shape: tuple[int, ...]) -> bool:
+  """Says whether a table [1, T, D] of square images can have this shape."""
+  if len(shape) != 3 or shape[0] != 1 or min(shape) == 0 or shape[2] % 4:
+    return False
+  return math.isqrt(shape[1]) ** 2 == shape[1]
 
 
 def grid_of(table_1TD: np.ndarray) -> dict[str, float]:

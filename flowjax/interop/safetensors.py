@@ -24,6 +24,8 @@ DTYPES = {
 }
 _BY_CODE = dict(DTYPES.values())
 _METADATA = "__metadata__"
+# How the files end that PyTorch's `save` writes.
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 def write(
@@ -72,7 +74,8 @@ def _cast(key: str, tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 def metadata(path: pathlib.Path) -> dict[str, str]:
   """Returns what the header of a file says beside its tensors."""
-  return _read_all(path)[0].get(_METADATA) or {}
+  entries = _read_all(path)[0].get(_METADATA)
+  return entries if isinstance(entries, dict) else {}
 
 
 def keys(path: pathlib.Path) -> list[str]:
@@ -153,18 +156,42 @@ def _read_header(path: pathlib.Path) -> tuple[dict, int]:
   return header, start
 
 
-def _read_all(path: pathlib.Path) -> tuple[dict, int]:
+def refuse_pickle(path: pathlib.Path) -> None:
+  """Raises UserError for a file of PyTorch's `save`, by its name or start."""
   with open(path, "rb") as file:
-    prefix = file.read(8)
-    try:
+    start = file.read(9)
+  # A zip of PyTorch, or a pickle of protocol 2 or later. The length with which
+  # a safetensors file begins may be the same bytes; its header comes then.
+  looks_so = start[:4] == b"PK\x03\x04" or start[:1] == b"\x80"
+  if path.suffix in PICKLES or (looks_so and start[8:] != b"{"):
+    raise errors.UserError(
+      f"{path} is a pickle, and is not read: loading one runs whatever code is "
+      "in it. Where you trust it, convert it once, with torch:\n"
+      f'  tensors = torch.load("{path.name}", weights_only=True)\n'
+      '  safetensors.torch.save_file(tensors, "model.safetensors")\n'
+      "(of a training checkpoint, the entry with the weights), and import that."
+    )
+
+
+def _read_all(path: pathlib.Path) -> tuple[dict, int]:
+  try:
+    refuse_pickle(path)
+    with open(path, "rb") as file:
+      prefix = file.read(8)
+      if len(prefix) < 8:
+        raise ValueError(f"it ends after {len(prefix)} bytes")
       (length,) = struct.unpack("<Q", prefix)
       if length > path.stat().st_size:
         raise ValueError("its header is longer than the file")
       header = json.loads(file.read(length))
       if not isinstance(header, dict):
         raise ValueError("its header is not one of names")
-    except (struct.error, ValueError, RecursionError) as error:
-      raise errors.CheckpointError(
-        f"{path} is not a safetensors file: {error}."
-      ) from None
+  except errors.UserError:
+    raise
+  except (ValueError, RecursionError) as error:
+    raise errors.CheckpointError(
+      f"{path} is not a safetensors file: {error}."
+    ) from None
+  except OSError as error:
+    raise errors.CheckpointError(f"{path} cannot be read: {error}.") from error
   return header, 8 + length

@@ -433,7 +433,7 @@ def _require(
       )
   if faults:
     raise errors.CheckpointError(
-      f"{len(faults)} {what} do not fit the model:\n"
+      f"{len(faults)} of the {what} do not fit the model:\n"
       + "\n".join(faults)
       + "\nIs the config the one that these weights were made with?"
     )

@@ -9,6 +9,7 @@ import collections.abc
 import dataclasses
 import itertools
 import json
+import logging
 import mmap
 import pathlib
 from typing import Any
@@ -30,7 +31,6 @@ from flowjax.interop import (
 # Where other parts lie beside the transformer in one file, it has this before
 # its keys.
 PREFIX = "model.diffusion_model."
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 Tensors = collections.abc.Mapping[str, np.ndarray]
 
@@ -55,7 +55,7 @@ class Weights:
   def network(self) -> str | None:
     """The name of the network that these are said to be of."""
     if "model" in self.description:
-      return self.description["model"].get("name")
+      return str(self.description["model"].get("name"))
     return diffusers_configs.kind(self.description)
 
   @property
@@ -63,30 +63,45 @@ class Weights:
     return sum(tensor.nbytes for tensor in self.tensors.values())
 
   def config(self, like: Any = None) -> Any:
-    """Returns the config of the network, where the folder says it.
+    """Returns the config of the network, as the folder or its tensors say it.
 
-    What it does not say is as in `like`. None if it says nothing.
+    What it does not say is as in `like`.
     """
     if "model" in self.description:
       return formats.config_of(self.description["model"], like, self.path)
+    config = like
     if self.format == "diffusers":
       with errors.naming(str(self.path)):
         config = diffusers_configs.read(self.description, like)
-      return formats.as_stored(config, self.tensors)
-    return None
+    return formats.as_stored(config, self.tensors)
 
   def leaves(self, config: Any) -> tuple[list[str], tables.Leaves]:
     """Returns the paths of our leaves, and the leaves as they are read.
 
     Raises CheckpointError, before the first is read, for what does not fit.
     """
+    self._require_as_deep(config)
     table, labels = self._table(config), formats.labels_layout(config)
-    paths, leaves = list(table.paths), table.leaves_of_ours(self.tensors)
-    leaves = _read_ahead(leaves)
-    if labels is None or not self.labels:
-      return paths, leaves
-    both = labels.leaves_of_ours(self.labels)
-    return [*paths, *labels.paths], itertools.chain(leaves, both)
+    with errors.naming(str(self.path)):
+      paths, leaves = list(table.paths), table.leaves_of_ours(self.tensors)
+      leaves = _read_ahead(leaves)
+      if labels is None or not self.labels:
+        return paths, leaves
+      both = labels.leaves_of_ours(self.labels)
+      return [*paths, *labels.paths], itertools.chain(leaves, both)
+
+  def _require_as_deep(self, config: Any) -> None:
+    """Refuses a depth that would be a table without end.
+
+    Each block has tensors of its own.
+    """
+    for name in ("depth", "double_depth", "single_depth"):
+      depth = getattr(config, name, 0)
+      if depth > len(self.tensors):
+        raise errors.CheckpointError(
+          f"{self.path} has {len(self.tensors)} tensors, and {name}={depth} "
+          "would have more. Is the config that of these weights?"
+        )
 
   def _table(self, config: Any) -> tables.Table:
     """Returns the table of the format, or of that whose keys these are."""
@@ -117,7 +132,10 @@ def open(path: pathlib.Path) -> Weights:
   Of a pipeline's folder the transformer is taken. Nothing but headers is read.
   """
   if not path.exists():
-    raise errors.UserError(f"--from={path}: there is no such file or folder.")
+    raise errors.UserError(
+      f"--from={path}: there is no such file or folder. (Nothing is fetched: a "
+      "repository of weights is to be downloaded first.)"
+    )
   if path.is_file():
     return _open_file(path)
   return _open_folder(path)
@@ -127,7 +145,7 @@ def _open_folder(path: pathlib.Path) -> Weights:
   if not (path / "config.json").exists() and (path / "transformer").is_dir():
     path = path / "transformer"
   if files.format_of(path / "config.json") == torch_export.FORMAT:
-    description = _read_json(path / "config.json")
+    description = _described(path / "config.json")
     tensors = shards.read(_find(path, "model"))
     return Weights(path, tensors, {}, "torch", description)
   if (path / "config.json").exists():
@@ -145,6 +163,13 @@ def _open_diffusers(file: pathlib.Path) -> Weights:
   content, ours = _read_json(path / "config.json"), _marker(path)
   with errors.naming(str(path / "config.json")):
     diffusers_configs.require_known(content)
+  if unknown := diffusers_configs.unknown(content):
+    logging.warning(
+      "%s: %s, of which %s knows nothing, is passed over.",
+      path / "config.json",
+      ", ".join(unknown),
+      content["_class_name"],
+    )
   tensors = shards.read(file)
   if ours:
     config = formats.config_of(ours["model"], None, path)
@@ -156,7 +181,6 @@ def _open_diffusers(file: pathlib.Path) -> Weights:
 
 def _open_file(path: pathlib.Path) -> Weights:
   """Opens one file, or the index of several, of which nothing else is known."""
-  _refuse_pickle(path)
   if path.name.startswith(folder_export.STEMS["diffusers"]) and (
     path.with_name("config.json").exists()
   ):
@@ -187,37 +211,55 @@ def _find(folder: pathlib.Path, stem: str) -> pathlib.Path:
   if found:
     names = ", ".join(path.name for path in found)
     raise errors.UserError(f"{folder} holds {names}: name one with --from.")
-  pickles = [p for p in sorted(folder.iterdir()) if p.suffix in PICKLES]
-  for path in pickles:
-    _refuse_pickle(path)
+  for path in sorted(folder.iterdir()):
+    if path.suffix in safetensors.PICKLES:
+      safetensors.refuse_pickle(path)
   raise errors.UserError(
     f"{folder} holds no weights: there is no {stem}.safetensors and no "
-    f"{stem}{shards.INDEX} in it."
+    f"{stem}{shards.INDEX} in it. {_hint(folder, stem)}".strip()
   )
 
 
-def _refuse_pickle(path: pathlib.Path) -> None:
-  with path.open("rb") as file:
-    start = file.read(4)
-  # A zip of PyTorch, or a pickle of protocol 2 or later.
-  if path.suffix in PICKLES or start == b"PK\x03\x04" or start[:1] == b"\x80":
-    raise errors.UserError(
-      f"{path} is a pickle, and is not read: loading one runs whatever code is "
-      "in it. Where you trust it, convert it once, with torch:\n"
-      f'  tensors = torch.load("{path.name}", weights_only=True)\n'
-      '  safetensors.torch.save_file(tensors, "model.safetensors")\n'
-      "(of a training checkpoint, the entry with the weights), and import that."
+def _hint(folder: pathlib.Path, stem: str) -> str:
+  """Says what a folder without weights seems to be."""
+  if next(folder.glob(f"{stem}-*-of-*.safetensors"), None):
+    return "Shards are there without their index: copy it too."
+  if (folder / formats.ADAPTERS_FILE).exists():
+    return (
+      f"In {formats.ADAPTERS_FILE} are adapters: name the weights that they "
+      f"are for with --from, and these with --lora={folder}."
     )
+  return ""
 
 
 def _marker(folder: pathlib.Path) -> dict[str, Any]:
   path = folder / folder_export.MARKER
-  return _read_json(path) if path.exists() else {}
+  return _described(path) if path.exists() else {}
+
+
+def _described(path: pathlib.Path) -> dict[str, Any]:
+  """Reads what an export of ours says of itself."""
+  content = _read_json(path)
+  for name in ("model", "flow", "sample"):
+    absent: dict[str, Any] | None = None if name == "model" else {}
+    if not isinstance(content.get(name, absent), dict):
+      raise errors.CheckpointError(
+        f"{path} is damaged: {name} = {content.get(name)!r} is no group of "
+        "keys. Export, or copy, the folder again."
+      )
+  return content
 
 
 def _labels(folder: pathlib.Path) -> Tensors:
   path = folder / formats.LABELS_FILE
-  return safetensors.read(path) if path.exists() else {}
+  if path.exists():
+    return safetensors.read(path)
+  if path.name in _marker(folder).get(files.LISTED, []):
+    raise errors.CheckpointError(
+      f"{folder} is an export with {path.name}, which is missing: copy it, or "
+      "the folder, again."
+    )
+  return {}
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:

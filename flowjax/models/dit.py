@@ -219,11 +219,10 @@ class DiT(nn.Module):
       )
       return x_BTD, sequences.even_rope(rope)
     if config.position == "sincos2d":
-      table_TD = jnp.asarray(positions.sincos2d(rows, columns, config.width))
+      table_TD = positions.sincos2d(rows, columns, config.width)
     else:
       table_TD = layers.Table(rows * columns, config.width, name="pos_embed")()
-    table_TD = sequences.even(table_TD, 0)
-    return x_BTD + table_TD.astype(x_BTD.dtype)[None], None
+    return positions.added(x_BTD, sequences.even(table_TD, 0)), None
 
 
 def _stacked(config: DiTConfig):

@@ -186,9 +186,7 @@ def _place(config: MMDiTConfig, x_BTD, rows: int, columns: int):
     config.position_scale,
     config.position_offset,
   )
-  even_TD = sequences.even(jnp.asarray(table_TD), 0)
-  placed_BTD = x_BTD.astype(jnp.float32) + even_TD[None]
-  return placed_BTD.astype(x_BTD.dtype), None
+  return positions.added(x_BTD, sequences.even(table_TD, 0)), None
 
 
 def _blocks(config: MMDiTConfig) -> list[nn.Module]:

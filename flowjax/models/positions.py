@@ -39,6 +39,12 @@ def sincos2d_centre(
   return _sincos(places(rows), places(columns), width)
 
 
+def added(x_BTD: jax.Array, table_TD: jax.typing.ArrayLike) -> jax.Array:
+  """Returns the tokens with their positions added to them, in float32."""
+  placed_BTD = x_BTD.astype(jnp.float32) + jnp.asarray(table_TD)[None]
+  return placed_BTD.astype(x_BTD.dtype)
+
+
 def _sincos(row_R: np.ndarray, column_X: np.ndarray, width: int) -> np.ndarray:
   frequency_F = 10000.0 ** -(np.arange(width // 4) / (width // 4))
 

@@ -10,6 +10,7 @@ its part of the image, and nothing moves when the two become one sequence.
 
 import functools
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,9 @@ Rope = tuple[jax.Array, jax.Array]  # cosines and sines [T, H]
 Mask = jax.Array | None  # true where a token is real; None: everywhere
 
 
-def even(x_BT: jax.Array, dim: int = 1) -> jax.Array:
+def even(x_BT: Any, dim: int = 1) -> jax.Array:
   """Returns x with zeros after its tokens, if devices cannot share them."""
-  padded = axes.even(x_BT, "tokens", dim)
+  padded = axes.even(jnp.asarray(x_BT), "tokens", dim)
   if padded.shape != x_BT.shape:
     _say(x_BT.shape[dim], padded.shape[dim], axes.parts("tokens"))
   return padded
@@ -31,8 +32,7 @@ def even(x_BT: jax.Array, dim: int = 1) -> jax.Array:
 
 def even_rope(rope: tuple[np.ndarray, np.ndarray]) -> Rope:
   """Returns cosines and sines for the tokens of an even sequence."""
-  cos_TH, sin_TH = map(jnp.asarray, rope)
-  return even(cos_TH, 0), even(sin_TH, 0)
+  return even(rope[0], 0), even(rope[1], 0)
 
 
 def woven_rope(text: Rope, image: Rope) -> Rope:

@@ -22,7 +22,9 @@ Leaves = collections.abc.Iterable[tuple[str, Any]]
 
 
 def require_new(directory: pathlib.Path) -> None:
-  """Refuses a workdir in which there is a run already."""
+  """Refuses a workdir in which there is a run already, and one that is none."""
+  if directory.exists() and not directory.is_dir():
+    raise errors.UserError(f"--workdir={directory} is a file; name a folder.")
   saved = checkpoint.Checkpoints(directory / "checkpoints", read_only=True)
   try:
     steps = saved.steps()
@@ -86,8 +88,6 @@ def save(
   with lock.WorkdirLock(directory), loop.out_of_memory_advice():
     require_new(directory)
     state = begin(manifest.nested(params))
-    if distributed.is_first():
-      workdir.claim(directory, run.experiment)
     config = run.experiment
     saved = checkpoint.Checkpoints(directory / "checkpoints", config.checkpoint)
     try:
@@ -104,6 +104,9 @@ def save(
         )
     finally:
       saved.close()
+    # Last: a workdir without weights is to be none, or `train` would draw some.
+    if distributed.is_first():
+      workdir.claim(directory, run.experiment)
 
 
 def _is_finite(array: np.ndarray) -> bool:

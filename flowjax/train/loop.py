@@ -289,7 +289,7 @@ class _Session:
     return progress.Progress(
       self.config.steps,
       images,
-      flops_per_step=3 * self.run.network.flops * images,
+      flops_per_step=self.run.flops * images,
       peak_flops=chips.peak_flops(jax.devices()[0]),
       device_count=self.run.mesh.size,
       start_step=first,

@@ -14,7 +14,7 @@ from flowjax import errors, models
 from flowjax.models import lora
 from flowjax.parallel import host, rules
 from flowjax.parallel import mesh as meshes
-from flowjax.train import experiment, freezing, optim
+from flowjax.train import experiment, freezing, manifest, optim
 from flowjax.train import state as states
 
 
@@ -39,6 +39,30 @@ class Parts:
   def parameters(self) -> int:
     """The number of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(self.abstract.params))
+
+  @property
+  def flops(self) -> int:
+    """The arithmetic of a training step per image.
+
+    The gradient with respect to activations costs as much as the pass forward,
+    and that with respect to kernels again as much; of a frozen kernel there is
+    none. What an adapter multiplies is its own. So it is 3 x forward, or
+    forward x (2 + (trained + 3 x adapters) / kernels), in numbers of weights:
+    a little less than it is, as attention has two gradients always.
+    """
+    sizes = {
+      name: leaf.size
+      for name, leaf in manifest.named_leaves(self.abstract.params).items()
+      if leaf.ndim > 1 and name.partition("/")[0] != "uncertainty"
+    }
+    adapters = {name for name in sizes if name.startswith(f"{lora.GROUP}/")}
+    base = sizes.keys() - adapters
+    kernels, trained, beside = (
+      sum(sizes[name] for name in names)
+      for names in (base, base - self.frozen, adapters)
+    )
+    weights = 2 * kernels + trained + 3 * beside
+    return self.network.flops * weights // kernels
 
   def lower_initial(self) -> jax.stages.Lowered:
     """Lowers what makes the first state, each device its own part of it."""

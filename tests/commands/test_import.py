@@ -15,6 +15,7 @@ from flowjax import models
 from flowjax.interop import folder_export, torch_export
 from flowjax.interop import mmdit as layouts
 from flowjax.models import dit, flux, mmdit
+from flowjax.train import checkpoint
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 # The network of a file is that of --config.
@@ -252,6 +253,16 @@ def _rename_in_index(content):
   places["proj_out_9.bias"] = places.pop("proj_out_2.bias")
 
 
+def _config(**changes):
+  """Changes a config.json, from which our own marker is then taken."""
+
+  def change(folder):
+    (folder / folder_export.MARKER).unlink()
+    _edit_json(folder / "config.json", lambda content: content.update(changes))
+
+  return change
+
+
 INDEX = f"{NAME}.safetensors.index.json"
 WHOLE, SHARDS = f"{NAME}.safetensors", dict(max_bytes=40_000)
 BIAS = "proj_out_2.bias"
@@ -326,6 +337,44 @@ DAMAGES = {
     [BIAS, "I64"],
     4,
   ),
+  "no number in a config": (
+    _config(num_layers="2"),
+    {},
+    ["config.json: num_layers = '2' must be a whole number"],
+    2,
+  ),
+  "a null in a config": (
+    _config(attention_head_dim=None), {}, ["attention_head_dim = None"], 2,
+  ),
+  "more layers than could be": (
+    _config(num_layers=10**9), {}, ["44 tensors, and depth=1000000000"], 4,
+  ),
+  "a marker without a network": (
+    lambda f: _edit_json(f / "flowjax.json", lambda c: c.pop("model")),
+    {},
+    ["flowjax.json is damaged: model = None"],
+    4,
+  ),
+  "a marker with a word for a number": (
+    lambda f: _edit_json(
+      f / "flowjax.json", lambda c: c.update(sample={"steps": "many"})
+    ),
+    {},
+    ["sample.steps = 'many' is of the wrong type"],
+    4,
+  ),
+  "a lost index": (
+    lambda f: (f / INDEX).unlink(), SHARDS, ["without their index"], 2,
+  ),
+  "an empty file": (
+    lambda f: (f / WHOLE).write_bytes(b""), {}, ["ends after 0 bytes"], 4,
+  ),
+  "a folder for a file": (
+    lambda f: ((f / WHOLE).unlink(), (f / WHOLE).mkdir()),
+    {},
+    [WHOLE, "cannot be read"],
+    4,
+  ),
   "embedders trained apart": (
     lambda f: _edit_tensors(
       f / WHOLE,
@@ -367,6 +416,8 @@ def test_a_file_that_is_a_pickle_is_refused(tmp_path, capsys, name):
   "words, text",
   [
     (["--from=/nowhere"], "no such file"),
+    (["--from=some-lab/some-model"], "Nothing is fetched"),
+    (["--from={}", f"--workdir={__file__}"], "is a file; name a folder"),
     (["--from={}", f"--config={CONFIGS}/digits_nf.py"], "'coupling'"),
     (["--from={}", "--config.model.width=32"], "mis-shaped"),
     (["--from={}", "--config.model.widht=32"], "'width'"),
@@ -374,9 +425,43 @@ def test_a_file_that_is_a_pickle_is_refused(tmp_path, capsys, name):
 )
 def test_a_mistake_names_the_remedy(tmp_path, capsys, words, text):
   folder = write(tmp_path / "a", "diffusers")
-  words = [word.format(folder) for word in words]
-  assert flowjax("import", *words, f"--workdir={tmp_path}/run") in (2, 4)
+  words = [f"--workdir={tmp_path}/run", *(w.format(folder) for w in words)]
+  assert flowjax("import", *words) in (2, 4)
   assert text in capsys.readouterr().err
+
+
+def test_a_config_says_more_than_its_class_knows(tmp_path, caplog):
+  folder = write(tmp_path / "a", "diffusers")
+  _config(cross_attention_dim=None, attention_type="gated")(folder)
+  assert flowjax("import", f"--from={folder}", f"--workdir={tmp_path}/run") == 0
+  assert "attention_type, of which DiTTransformer2DModel" in caplog.text
+  assert "cross_attention_dim" not in caplog.text
+
+
+def test_an_export_that_lost_its_labels_is_refused(tmp_path, capsys):
+  folder = write(tmp_path / "a", "diffusers", "flux")
+  (folder / "label_embeddings.safetensors").unlink()
+  assert flowjax("import", f"--from={folder}", f"--workdir={tmp_path}/run") == 4
+  assert "label_embeddings.safetensors, which is missing" in (
+    capsys.readouterr().err
+  )
+
+
+def test_what_ends_before_all_is_saved_leaves_no_run(tmp_path, monkeypatch):
+  """Of which `train` would draw the weights that were not imported."""
+  folder, workdir = write(tmp_path / "a", "diffusers"), tmp_path / "run"
+  given = ["import", f"--from={folder}", f"--workdir={workdir}"]
+
+  def killed(*_):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint.Checkpoints, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+      flowjax(*given)
+  assert not (workdir / "config.json").exists()
+  assert flowjax(*given) == 0
+  assert (workdir / "config.json").exists()
 
 
 def test_weights_that_are_not_finite_are_told(tmp_path, caplog):

@@ -1,10 +1,14 @@
 """`--verify` compares what diffusers makes of an export with what we make."""
 
 import dataclasses
+import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from flowjax import models
+from flowjax import errors, models
 from flowjax.interop import diffusers_check, folder_export, tables
 from flowjax.models import flux, mmdit
 
@@ -43,3 +47,46 @@ def test_verify_compares_with_diffusers(draw, tmp_path, name, labels):
   path = "label_embed/text" if labels else "pooled_embed/out/kernel"
   tables.flatten(params)[path][...] += 0.1
   assert diffusers_check.verify(tmp_path, network, params) > 1e-4
+
+
+@pytest.mark.slow
+def test_what_rounding_does_to_positions_is_no_difference(draw, tmp_path):
+  config = dataclasses.replace(CONFIGS["mmdit"], depth=1, dual_layers=0)
+  params = draw(config)
+  folder_export.export(
+    params, config, tmp_path, format="diffusers", dtype="bfloat16"
+  )
+  rounded = jax.tree.map(
+    lambda leaf: np.float32(leaf.astype(jnp.bfloat16)), params
+  )
+  args = (tmp_path, models.build(config), rounded)
+  assert diffusers_check.verify(*args, dtype="bfloat16") <= 2e-5
+  assert diffusers_check.verify(*args) > 1e-4
+
+
+def test_the_first_reason_is_told(monkeypatch):
+  """Their imports are lazy, and say of what failed only that it did."""
+
+  def fail(name):
+    if name != "diffusers":
+      raise ImportError(name)
+    try:
+      raise RuntimeError("operator does not exist")
+    except RuntimeError as error:
+      raise ImportError("look up to see its traceback") from error
+
+  monkeypatch.setattr(diffusers_check.importlib, "import_module", fail)
+  with pytest.raises(errors.UserError, match="here: operator does not exist"):
+    diffusers_check.require("FluxTransformer2DModel")
+
+
+def test_a_torchvision_of_another_torch_is_passed_over(monkeypatch, caplog):
+  def fail(name):
+    assert name == "torchvision"
+    raise RuntimeError("operator torchvision::nms does not exist")
+
+  monkeypatch.setitem(sys.modules, "torchvision", sys)
+  monkeypatch.setattr(diffusers_check.importlib, "import_module", fail)
+  diffusers_check._hide_unfit_torchvision()
+  assert sys.modules["torchvision"] is None
+  assert "is passed over: operator torchvision::nms" in caplog.text

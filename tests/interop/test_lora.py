@@ -236,6 +236,9 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
   def more(tensors):
     return {**tensors, "transformer.a.lora_A.weight": np.ones((3, 2), "f4")}
 
+  def empty(tensors):
+    return {k: v[:0] if k == key else v for k, v in tensors.items()}
+
   def magnitude(tensors):
     name = key.replace("lora_A", "lora_magnitude_vector")
     return {**tensors, name: np.ones(3, "f4")}
@@ -245,17 +248,28 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
     (without, f"missing +{key}"),
     (rows, rf"mis-shaped +{key} \[2, 16\], should be \[3, 16\]"),
     (more, r"unmapped +transformer.a.lora_A.weight"),
+    (empty, rf"{key} \[0, 16\] has no rank"),
     (magnitude, "unmapped .*lora_magnitude_vector"),
     (lambda tensors: {"lora_unet.down": np.ones(2, "f4")}, "no key that ends"),
   ):
     path = rewrite(tmp_path / "out", lambda _, f=change: f(dict(original)))
     with pytest.raises(errors.CheckpointError, match=message):
       adapters.read(path, config)
-  path = rewrite(
-    tmp_path / "out", lambda _: original, told={"transformer.use_dora": True}
-  )
-  with pytest.raises(errors.UserError, match="DoRA"):
-    adapters.read(path, config)
+  for told, message in (
+    ({"use_dora": True}, "DoRA"),
+    ({"r": 2.5}, "r = 2.5 in its header"),
+    ({"lora_alpha": "many"}, "lora_alpha = 'many'"),
+    ({"alpha_pattern": {"(": 2}}, "alpha_pattern = .*in its header"),
+    ({"alpha_pattern": [2]}, "alpha_pattern = "),
+  ):
+    told = {f"transformer.{name}": value for name, value in told.items()}
+    path = rewrite(tmp_path / "out", lambda _: original, told=told)
+    with pytest.raises(errors.UserError, match=message):
+      adapters.read(path, config)
+  pickle = tmp_path / "lora.bin"
+  pickle.write_bytes(b"PK")
+  with pytest.raises(errors.UserError, match="is a pickle"):
+    adapters.read(pickle, config)
   with pytest.raises(errors.UserError, match="no such file"):
     adapters.read(tmp_path / "nothing", config)
 

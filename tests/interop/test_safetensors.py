@@ -137,3 +137,17 @@ def test_what_is_not_wanted_may_be_of_any_type(path):
   safetensors.numpy.save_file({"w": np.ones(2), "steps": np.arange(3)}, path)
   assert sorted(ours.keys(path)) == ["steps", "w"]
   assert ours.read(path, lambda key: False) == {}
+
+
+def test_a_length_that_looks_like_a_pickle_is_none(path):
+  """A header of 640 bytes begins as a pickle of protocol 2: 80 02."""
+  header = {"__metadata__": {"format": "pt"}}
+  header["a"] = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+  text = json.dumps(header).encode().ljust(640)
+  start = struct.pack("<Q", len(text))
+  assert start[:2] == b"\x80\x02"
+  path.write_bytes(start + text + np.float32(0.5).tobytes())
+  assert ours.read(path)["a"] == 0.5
+  path.write_bytes(b"\x80\x02}q\x00X\x01\x00\x00\x00a")
+  with pytest.raises(errors.UserError, match="is a pickle"):
+    ours.read(path)

@@ -87,8 +87,20 @@ def test_of_a_file_alone_the_keys_tell_the_format(
   file = tmp_path / "renamed.safetensors"
   (tmp_path / f"{folder_export.STEMS[format]}.safetensors").rename(file)
   found = weights.open(file)
-  assert found.format is None and found.config() is None
+  assert found.format is None and found.config(config) == config
   assert_same(params, found.leaves(config)[1])
+
+
+@pytest.mark.parametrize("format", ["diffusers", "original"])
+def test_the_grid_of_positions_is_read_off_a_file(draw, tmp_path, format):
+  like = dataclasses.replace(MMDIT, position_table=16)
+  config = dataclasses.replace(like, position_scale=0.5, position_offset=3.0)
+  folder_export.export(draw(config), config, tmp_path, format=format)
+  file = tmp_path / "renamed.safetensors"
+  (tmp_path / f"{folder_export.STEMS[format]}.safetensors").rename(file)
+  assert weights.open(file).config(like) == config
+  turned = dataclasses.replace(like, position="rope2d")
+  assert weights.open(file).config(turned) == turned
 
 
 def test_a_file_in_a_folder_of_diffusers_is_of_that_folder(draw, tmp_path):
@@ -109,6 +121,18 @@ def test_what_diffusers_does_not_say_is_as_in_another_config(config):
   other = type(config)(image_size=(4, 8))
   read = diffusers_configs.read(content, other)
   assert read.image_size == (4, 8) and read.heads == config.heads
+
+
+def test_patches_that_cannot_be_packed_so_are_refused():
+  content = diffusers_configs.write(FLUX) | {"in_channels": 9}
+  with pytest.raises(errors.UserError, match="in_channels = 9 .* 2x2"):
+    diffusers_configs.read(content)
+  assert (
+    diffusers_configs.read(
+      content, dataclasses.replace(FLUX, patch_size=1)
+    ).channels
+    == 9
+  )
 
 
 def test_labels_are_drawn_anew_where_there_are_none(draw, tmp_path):

@@ -189,6 +189,9 @@ def test_identity_attention_is_the_same_on_a_mesh():
     )
 
   wanted = apply("xla")
-  with jax.set_mesh(make_mesh(data=2, context=4)), axes.rules(meshes.ACTIVATIONS):
+  with (
+    jax.set_mesh(make_mesh(data=2, context=4)),
+    axes.rules(meshes.ACTIVATIONS),
+  ):
     found = apply("ring")
   np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())

@@ -1,6 +1,7 @@
 # Shape suffixes: B batch, T tokens, N heads, H head size.
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -119,3 +120,10 @@ def test_rope2d_is_rows_and_columns_as_two_axes():
   ours = positions.rope2d(ROWS, COLUMNS, 16, 100.0)
   wanted = positions.rope_axes(place_TA, (8, 8), 100.0)
   np.testing.assert_array_equal(ours, wanted)
+
+
+def test_positions_are_rounded_with_the_sum_alone():
+  # Rounded before, 0.999 is 1 in bfloat16, and 259 is rounded to 260.
+  x_BTD = jnp.full((2, 3, 4), 258.0, jnp.bfloat16)
+  y_BTD = positions.added(x_BTD, np.full((3, 4), 0.999, np.float32))
+  assert y_BTD.dtype == jnp.bfloat16 and np.all(y_BTD == 258.0)

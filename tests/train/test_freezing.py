@@ -194,6 +194,24 @@ def test_freezing_needs_no_adapters():
     assert same == (name in run.frozen), name
 
 
+def test_of_what_is_frozen_no_gradient_is_counted():
+  run = parts.build(EXPERIMENT, ONE)
+  forward = run.network.flops
+  assert run.flops == 3 * forward
+  sizes = {name: leaf.size for name, leaf in names(run.abstract.params).items()}
+  kernels = sum(n for name, n in sizes.items() if name.endswith("kernel"))
+  mlp = sum(n for name, n in sizes.items() if re.search("mlp/.*kernel", name))
+  frozen = parts.build(tuned(EXPERIMENT, freeze=(r"blocks/mlp/.*",)), ONE)
+  # Tables and stacked biases count a little.
+  assert abs(frozen.flops / forward - (3 - mlp / kernels)) < 0.02
+
+  adapted = parts.build(ADAPTED, ONE)
+  factors = sum(
+    x.size for x in jax.tree.leaves(adapted.abstract.params["lora"])
+  )
+  assert abs(adapted.flops / forward - (2 + 3 * factors / kernels)) < 0.02
+
+
 def test_the_old_state_is_given_away(alone):
   run, *_ = alone
   old = run.initial_state()
