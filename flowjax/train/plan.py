@@ -328,7 +328,7 @@ def expected(
       group = math.prod(shape[axis] for axis in axes)
       moved.append(
         collectives.Collective(
-          kind, dtype, int(size * count), axes, group, trips, source
+          kind, dtype, int(size * count), (), axes, group, trips, source
         )
       )
 
