@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
+from importlib import metadata
 
 # Many tests, and the commands that they start, compile the same programs: the
 # first process makes a place where all of them find what one has compiled.
@@ -27,14 +28,12 @@ sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type]
 os.environ["NPROC"] = "16"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # The tests are small and compile much: unoptimised programs halve their time,
-# and the older code generator, which takes a quarter of the newer one's time
-# for a train step, halves it again.
-os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "")
-  + " --xla_force_host_platform_device_count=8"
-  + " --xla_backend_optimization_level=0"
-  + " --xla_cpu_use_fusion_emitters=false"
-)
+# and the older code generator, which jaxlib had before 0.11, halves it again.
+_flags = ["--xla_force_host_platform_device_count=8"]
+_flags += ["--xla_backend_optimization_level=0"]
+if tuple(map(int, metadata.version("jaxlib").split(".")[:2])) < (0, 11):
+  _flags += ["--xla_cpu_use_fusion_emitters=false"]
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_flags])
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
