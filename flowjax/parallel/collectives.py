@@ -46,9 +46,10 @@ class Collective:
   """One collective operation: what moves among whom, and how often.
 
   `bytes` is what all of a group hold together of what is gathered, or each of
-  it of what is summed; `shapes` are those of what a device receives. `trips` are those of the loops around it, outermost
-  first. `axes` are the mesh axes along which members of a group differ; a group
-  that is only a part of an axis has it with a "?".
+  it of what is summed; `shapes` are those of what a device receives. `axes` are
+  the mesh axes along which members of a group differ; a group that is only a
+  part of an axis has it with a "?". `trips` are those of the loops around it,
+  outermost first.
   """
 
   kind: str

@@ -15,23 +15,19 @@ or "once"; a loop's body counts once. The tests compare those in IN_TESTS.
 import argparse
 import collections
 import json
-import os
 import pathlib
+import runpy
 import sys
 
-if __name__ == "__main__":  # As conftest.py does for the tests.
-  os.environ["NPROC"] = "16"
-  os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 "
-    "--xla_backend_optimization_level=0 "
-    "--xla_cpu_use_fusion_emitters=false"
-  )
-  sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+ROOT = pathlib.Path(__file__).parents[2]
+if __name__ == "__main__":  # The devices and the flags of the tests.
+  sys.path.insert(0, str(ROOT))
+  runpy.run_path(str(ROOT / "tests/conftest.py"))
 
-import jax
+import jax  # noqa: E402
 
-from flowjax.parallel import collectives, topology
-from flowjax.train import experiment, loop, parts
+from flowjax.parallel import collectives, topology  # noqa: E402
+from flowjax.train import experiment, loop, parts  # noqa: E402
 
 TABLE = pathlib.Path(__file__).with_name("goldens.json")
 MESHES = {
