@@ -28,6 +28,9 @@ COUPLINGS = ["scipy>=1.13", "ott-jax>=0.6,<0.7"]
 CLU = "clu>=0.0.12,<0.1"
 DIGITS = ["scikit-learn>=1.5,<2"]
 
+LINUX = "sys_platform == 'linux' and platform_machine == 'x86_64'"
+TPU_AOT = ["jax[tpu]>=0.10,<0.13; " + LINUX]
+
 EXTRAS = {
   "demo": DIGITS,
   "tfds": TFDS,
@@ -39,12 +42,17 @@ EXTRAS = {
   "clu": [CLU, "tensorflow>=2.18", "tensorboard>=2.18"],
   "gpu": ["jax[cuda13]>=0.10,<0.13"],
   "tpu": ["jax[tpu]>=0.10,<0.13"],
+  # To compile for what is not here (`flowjax plan`): libtpu, as jax pins it,
+  # and the CUDA plugin without NVIDIA's own packages.
+  "tpu-aot": TPU_AOT,
+  "gpu-aot": ["jax[cuda13-local]>=0.10,<0.13; " + LINUX],
   "test": [
     *DIGITS,
     *TFDS,
     *ADAPTIVE,
     *COUPLINGS,
     CLU,
+    *TPU_AOT,
     "pytest>=8",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",

@@ -46,14 +46,16 @@ class Collective:
   """One collective operation: what moves among whom, and how often.
 
   `bytes` is what all of a group hold together of what is gathered, or each of
-  it of what is summed. `trips` are those of the loops around it, outermost
-  first. `axes` are the mesh axes along which members of a group differ; a group
-  that is only a part of an axis has it with a "?".
+  it of what is summed; `shapes` are those of what a device receives. `axes` are
+  the mesh axes along which members of a group differ; a group that is only a
+  part of an axis has it with a "?". `trips` are those of the loops around it,
+  outermost first.
   """
 
   kind: str
   dtype: str
   bytes: int
+  shapes: tuple[tuple[int, ...], ...]
   axes: tuple[str, ...]
   group: int
   trips: tuple[int, ...]
@@ -134,7 +136,8 @@ def _trip_count(line: str, condition: list[str]) -> int:
 def _collective(operation, computation, trips, mesh) -> Collective | None:
   result, kind, start, operands, rest = operation.groups()
   shapes = [
-    (dtype, _bytes(dtype, dims)) for dtype, dims in _SHAPE.findall(result)
+    (dtype, tuple(map(int, filter(None, dims.split(",")))))
+    for dtype, dims in _SHAPE.findall(result)
   ]
   members = _members(rest, mesh)
   if kind == "collective-permute":
@@ -155,16 +158,17 @@ def _collective(operation, computation, trips, mesh) -> Collective | None:
     shapes = shapes[:count]
   elif kind == "collective-permute":
     shapes = shapes[:1]
-  elif kind == "reduce-scatter":
-    shapes = [(dtype, size * group) for dtype, size in shapes]
+  sizes = [_bytes(*shape) for shape in shapes]
+  if kind == "reduce-scatter" and not start:
+    sizes = [size * group for size in sizes]
   if kind == "all-reduce" and "all-reduce-scatter" in computation:
     kind = "reduce-scatter"  # How a TPU is told to do so.
   named = re.search(r'op_name="([^"]*)"', rest)
-  largest = max(shapes, key=lambda shape: shape[1])
   return Collective(
     kind,
-    largest[0],
-    sum(size for _, size in shapes),
+    shapes[sizes.index(max(sizes))][0],
+    sum(sizes),
+    tuple(dims for _, dims in shapes),
     axes,
     group,
     trips,
@@ -172,9 +176,9 @@ def _collective(operation, computation, trips, mesh) -> Collective | None:
   )
 
 
-def _bytes(dtype: str, dims: str) -> int:
+def _bytes(dtype: str, dims: tuple[int, ...]) -> int:
   bits = _BITS.get(dtype) or int(re.sub(r"\D", "", dtype) or 0)
-  return math.prod(map(int, filter(None, dims.split(",")))) * bits // 8
+  return math.prod(dims) * bits // 8
 
 
 def _members(rest: str, mesh: Mesh) -> list[list[int]]:

@@ -51,9 +51,11 @@ def count(jaxpr: Any) -> Count:
     if name == "shard_map":
       times *= params["mesh"].size
     inner = [count(body) for body in _bodies(params)]
-    flops += times * sum(each.flops for each in inner)
+    # Of branches one is taken: the longest.
+    add = max if name == "cond" and inner else sum
+    flops += times * add(each.flops for each in inner)
     if "grid_mapping" not in params:
-      scores += times * sum(each.scores for each in inner)
+      scores += times * add(each.scores for each in inner)
   return Count(flops, scores)
 
 

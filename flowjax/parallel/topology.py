@@ -192,10 +192,8 @@ def prepare() -> None:
 
 @functools.cache
 def devices(topology: Topology) -> collections.abc.Sequence[Any]:
-  """Returns the devices of a topology, to compile for.
-
-  After `prepare`, and where `is_installed`.
-  """
+  """Returns the devices of a topology that `is_installed`, to compile for."""
+  prepare()
   from jax.experimental import topologies
 
   if topology.is_gpu:

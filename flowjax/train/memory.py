@@ -53,21 +53,27 @@ class _Ways:
     self.shape = dict(shape)
 
 
-def outline(config: experiment.Experiment) -> Outline:
-  """Traces an experiment; its mesh and the size of its batch do not matter."""
+def outline(config: experiment.Experiment, device: Any = None) -> Outline:
+  """Traces an experiment; its mesh and the size of its batch do not matter.
+
+  For a `device` that is described, or this machine's CPU: what "auto" chooses
+  depends on it.
+  """
   data = dataclasses.replace(config.data, batch_size=config.optim.accumulate)
   alone = meshes.MeshConfig(1, 1, 1, 1)
-  return _outline(dataclasses.replace(config, data=data, mesh=alone))
+  device = device or jax.devices("cpu")[0]
+  return _outline(dataclasses.replace(config, data=data, mesh=alone), device)
 
 
 @functools.lru_cache(maxsize=32)
-def _outline(config: experiment.Experiment) -> Outline:
-  built = parts.build(config, jax.devices("cpu")[:1])
+def _outline(config: experiment.Experiment, device: Any) -> Outline:
+  built = parts.build(config, [device])
   network = built.network
   free = network
   if getattr(config.model, "remat", "none") != "none":
     free = models.build(dataclasses.replace(config.model, remat="none"))
-  return Outline(built, _arithmetic(built), _kept(network), _kept(free))
+  with meshes.use(built.mesh):
+    return Outline(built, _arithmetic(built), _kept(network), _kept(free))
 
 
 def _arithmetic(built: parts.Parts) -> flops.Count:
@@ -206,6 +212,14 @@ def of_scores(found: Outline, shape: Shape) -> int:
   entries = model.heads * tokens(model) ** 2
   entries //= shape["tensor"] * shape["context"]
   return 2 * (4 + found.itemsize) * entries
+
+
+def examples(
+  config: experiment.Experiment, shape: collections.abc.Mapping[str, int]
+) -> int:
+  """Returns how many examples one device sees at a time."""
+  ways = shape["data"] * shape["fsdp"] * config.optim.accumulate
+  return config.data.batch_size // ways
 
 
 def depth(model: Any) -> int:

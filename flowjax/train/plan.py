@@ -5,7 +5,6 @@ reads the program; `modelled` answers from formulas. Neither runs anything:
 times are always a model's.
 """
 
-import collections.abc
 import dataclasses
 import math
 import re
@@ -16,7 +15,7 @@ import jax
 from flowjax import errors
 from flowjax.parallel import collectives, roofline, topology
 from flowjax.parallel import mesh as meshes
-from flowjax.train import experiment, loop, memory, parts
+from flowjax.train import experiment, loop, memory, parts, traffic
 
 # What of the state is counted leaf by leaf.
 STATE = ("parameters", "average", "optimizer")
@@ -103,15 +102,24 @@ def modelled(
   config: experiment.Experiment,
   where: topology.Topology,
   *,
-  fused: bool = False,
+  fused: bool | None = None,
 ) -> Plan:
-  """Answers from formulas; with `fused`, as if attention were one kernel."""
+  """Answers from formulas.
+
+  `fused` says whether attention is one kernel; by default, as "auto" chooses.
+  """
   shape = _shape(config, where)
-  found = memory.outline(config)
+  found = _outline(config, where)
+  if fused is None:
+    # cuDNN cannot be traced without itself; elsewhere the trace says it.
+    fused = where.is_gpu and getattr(config.model, "attention", "xla") in (
+      "auto",
+      "cudnn",
+    )
   if fused:
     counted = dataclasses.replace(found.arithmetic, scores=0)
     found = dataclasses.replace(found, arithmetic=counted)
-  each = examples(config, shape)
+  each = memory.examples(config, shape)
   block = memory.of_activations(found.kept_by_all, found.model, shape)
   kinds = {
     **memory.of_state(found, shape),
@@ -131,7 +139,7 @@ def modelled(
     source="modelled",
     kinds=kinds,
     held=int(MARGIN * sum(kinds.values())),
-    moved=expected(config, found, shape),
+    moved=traffic.over_wires(config, found, shape),
   )
 
 
@@ -184,7 +192,7 @@ def compiled(
     config,
     where,
     guess.shape,
-    memory.outline(config),
+    _outline(config, where),
     source="compiled",
     kinds=kinds,
     held=inputs
@@ -217,7 +225,7 @@ def _plan(
     roofline.layout(shape, where),
     where.chip,
     flops=done / where.size,
-    hbm_bytes=_traffic(config, found, shape),
+    hbm_bytes=traffic.through_memory(config, found, shape),
     layer_depth=layer_depth,
   )
   return Plan(
@@ -236,6 +244,20 @@ def _plan(
     step,
     notes,
   )
+
+
+def _outline(
+  config: experiment.Experiment, where: topology.Topology
+) -> memory.Outline:
+  """Returns the outline for a device of a cluster, if it can be described."""
+  if where.is_gpu:
+    if hasattr(config.model, "attention"):
+      xla = dataclasses.replace(config.model, attention="xla")
+      config = dataclasses.replace(config, model=xla)
+    return memory.outline(config)
+  if topology.is_installed(where):
+    return memory.outline(config, topology.devices(where)[0])
+  return memory.outline(config)
 
 
 def _shape(
@@ -274,98 +296,6 @@ def _divided(model: Any) -> list[tuple[str, str, int]]:
     ("mlp_width", "tensor", model.mlp_width),
     ("tokens", "context", math.prod(model.grid)),
   ]
-
-
-def examples(
-  config: experiment.Experiment, shape: collections.abc.Mapping[str, int]
-) -> int:
-  """Returns how many examples one device sees at a time."""
-  ways = shape["data"] * shape["fsdp"] * config.optim.accumulate
-  return config.data.batch_size // ways
-
-
-def _traffic(
-  config: experiment.Experiment,
-  found: memory.Outline,
-  shape: collections.abc.Mapping[str, int],
-) -> float:
-  """Returns the bytes that a device moves in a step, beside its products'."""
-  model, devices = found.model, math.prod(shape.values())
-  remade = getattr(model, "remat", "none") != "none"
-  trained = memory.of_gradients(found, shape) / 4
-  moved = roofline.OPTIMIZER * trained
-  if hasattr(model, "grid"):
-    # Of a block's values `tensor` divides about half: not the residual stream.
-    whole = 0.5 + 0.5 / shape["tensor"]
-    each = memory.depth(model) * memory.tokens(model) * model.width
-    each *= roofline.ELEMENTWISE * found.itemsize / 2
-    each *= roofline.REMADE if remade else 1.0
-    each = each * whole * shape["tensor"]
-    each += roofline.SCORE * found.arithmetic.scores
-    moved += each * config.data.batch_size / devices
-  return moved
-
-
-def expected(
-  config: experiment.Experiment, found: memory.Outline, shape: dict[str, int]
-) -> list[collectives.Collective]:
-  """Returns what a step has to send: the least that its shardings allow.
-
-  Each divided kernel is gathered for the forward pass and for the gradient, and
-  its gradient summed: scattered over `fsdp`, and over `data`. Activations are
-  summed over `tensor` twice per block in either direction, and again where they
-  are remade; keys and values are gathered over `context`, in either direction,
-  and their gradients scattered.
-  """
-  model, size = found.model, found.itemsize
-  dtype = {2: "bf16", 4: "f32"}[size]
-  outer = (config.optim.accumulate,) * (config.optim.accumulate > 1)
-  moved: list[collectives.Collective] = []
-
-  def add(kind, count, axes, trips, source):
-    axes = tuple(axis for axis in axes if shape[axis] > 1)
-    if axes and count:
-      group = math.prod(shape[axis] for axis in axes)
-      moved.append(
-        collectives.Collective(
-          kind, dtype, int(size * count), axes, group, trips, source
-        )
-      )
-
-  # Stacks of layers, and what stands alone: values of one layer, by whether
-  # `fsdp` divides them.
-  stacks: dict[tuple, float] = {}
-  for name, place in memory.places(found, shape).items():
-    layers = place.shape[:1] if memory.is_stacked(name) else ()
-    count = float(math.prod(place.shape[len(layers) :]))
-    count /= shape["tensor"] if "tensor" in place.spec else 1
-    key = (name.split("/")[0] if layers else "", layers, "fsdp" in place.spec)
-    stacks[key] = stacks.get(key, 0) + count
-  for (name, layers, is_divided), count in stacks.items():
-    trips = (*outer, *layers)
-    if is_divided:
-      for _ in range(2):
-        add("all-gather", count, ("fsdp",), trips, f"parameters {name}")
-      add("reduce-scatter", count, ("fsdp",), trips, f"gradients {name}")
-      add(
-        "all-reduce",
-        count / shape["fsdp"],
-        ("data",),
-        trips,
-        f"gradients {name}",
-      )
-    else:
-      add("all-reduce", count, ("data", "fsdp"), trips, f"gradients {name}")
-  if not hasattr(model, "grid"):
-    return moved
-  trips = (*outer, memory.depth(model))
-  stream = examples(config, shape) * memory.tokens(model) * model.width
-  again = getattr(model, "remat", "none") in ("save_attention", "full")
-  for _ in range(4 + again):
-    add("all-reduce", stream / shape["context"], ("tensor",), trips, "sums")
-  for kind in ("all-gather", "all-gather", "reduce-scatter"):
-    add(kind, 2 * stream / shape["tensor"], ("context",), trips, "keys, values")
-  return moved
 
 
 def _bytes_of(error: Exception, fallback: Plan) -> int:

@@ -9,6 +9,7 @@ import pytest
 
 from flowjax import models
 from flowjax.models import dit
+from flowjax.parallel import flops as counter
 
 # Trainable parameters of the paper's models: 256 latents of 4 channels, mean
 # and variance out. DiT-XL/2 prints 675,129,632 with its fixed position table
@@ -68,22 +69,6 @@ def test_flops_are_the_papers(size, patch):
   )
 
 
-def dot_flops(jaxpr):
-  """Counts multiply-adds of every dot_general, loops times their length."""
-  total = 0
-  for equation in jaxpr.eqns:
-    if equation.primitive.name == "dot_general":
-      (contract, _), _ = equation.params["dimension_numbers"]
-      shape = equation.invars[0].aval.shape
-      depth = math.prod(shape[dim] for dim in contract)
-      total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
-    values = jax.tree.leaves(list(equation.params.values()))
-    bodies = [getattr(value, "jaxpr", value) for value in values]
-    inner = sum(dot_flops(body) for body in bodies if hasattr(body, "eqns"))
-    total += inner * equation.params.get("length", 1)
-  return total
-
-
 @pytest.mark.parametrize(
   "changes",
   [
@@ -104,7 +89,7 @@ def test_flops_are_those_of_the_program(changes):
     jax.ShapeDtypeStruct((batch,), jnp.float32),
     {"label": jax.ShapeDtypeStruct((batch,), np.int32)},
   )
-  assert dot_flops(program.jaxpr) == batch * net.flops
+  assert counter.count(program.jaxpr).flops == batch * net.flops
 
 
 def program_size(**changes):

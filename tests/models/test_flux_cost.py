@@ -9,6 +9,7 @@ import pytest
 
 from flowjax import models
 from flowjax.models import flux
+from flowjax.parallel import flops as counter
 
 PUBLISHED = {"dev": 11_901_408_320, "schnell": 11_891_178_560}
 SMALL = flux.FluxConfig(
@@ -47,22 +48,6 @@ def test_flops_of_the_published(side, tera):
   assert flux.flops(config) == pytest.approx(tera * 1e12, rel=2e-3)
 
 
-def dot_flops(jaxpr):
-  """Counts multiply-adds of every dot_general, loops times their length."""
-  total = 0
-  for equation in jaxpr.eqns:
-    if equation.primitive.name == "dot_general":
-      (contract, _), _ = equation.params["dimension_numbers"]
-      shape = equation.invars[0].aval.shape
-      depth = math.prod(shape[dim] for dim in contract)
-      total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
-    values = jax.tree.leaves(list(equation.params.values()))
-    bodies = [getattr(value, "jaxpr", value) for value in values]
-    inner = sum(dot_flops(body) for body in bodies if hasattr(body, "eqns"))
-    total += inner * equation.params.get("length", 1)
-  return total
-
-
 def shapes_of(network, batch):
   image = (batch, *network.config.image_size, network.config.channels)
   return (
@@ -85,7 +70,7 @@ def shapes_of(network, batch):
 def test_flops_are_those_of_the_program(changes):
   net = models.build(dataclasses.replace(SMALL, **changes))
   program = jax.make_jaxpr(net.apply)(abstract(net), *shapes_of(net, 3))
-  assert dot_flops(program.jaxpr) == 3 * net.flops
+  assert counter.count(program.jaxpr).flops == 3 * net.flops
 
 
 def test_flops_are_what_the_compiler_counts():

@@ -1,8 +1,10 @@
 """What tiny models send over the wires in each mode: a table, and who fills it.
 
-  python tests/parallel/goldens.py            compares all of them with the table
+  python tests/parallel/goldens.py            compares all with the table
   python tests/parallel/goldens.py --update   writes the table anew
-  python tests/parallel/goldens.py --show "cpu dit fsdp"
+  python tests/parallel/goldens.py --show "cpu dit fsdp"   one, in full
+
+Names of entries after them stand for these alone.
 
 The programs are those that `flowjax train` compiles, for 8 virtual devices of a
 CPU and, where libtpu is installed, for slices of TPUs. An entry of the table
@@ -13,22 +15,19 @@ or "once"; a loop's body counts once. The tests compare those in IN_TESTS.
 import argparse
 import collections
 import json
-import os
 import pathlib
+import runpy
 import sys
 
-if __name__ == "__main__":  # As conftest.py does for the tests.
-  os.environ["NPROC"] = "16"
-  os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 "
-    "--xla_backend_optimization_level=0"
-  )
-  sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+ROOT = pathlib.Path(__file__).parents[2]
+if __name__ == "__main__":  # The devices and the flags of the tests.
+  sys.path.insert(0, str(ROOT))
+  runpy.run_path(str(ROOT / "tests/conftest.py"))
 
-import jax
+import jax  # noqa: E402
 
-from flowjax.parallel import collectives, topology
-from flowjax.train import experiment, loop, parts
+from flowjax.parallel import collectives, topology  # noqa: E402
+from flowjax.train import experiment, loop, parts  # noqa: E402
 
 TABLE = pathlib.Path(__file__).with_name("goldens.json")
 MESHES = {
@@ -67,11 +66,19 @@ _COMMON = dict(
   remat="save_attention",
 )
 _TEXT = dict(text_width=16, pooled_width=16, text_tokens=8)
+# Blocks in each stack: no other dim has this size.
+LAYERS = 5
 _SIZES = {
-  "dit": dict(width=32, depth=2, num_classes=10),
-  "mmdit": dict(head_size=8, depth=3, position_table=8, qk_norm=True, **_TEXT),
+  "dit": dict(width=32, depth=LAYERS, num_classes=10),
+  "mmdit": dict(
+    head_size=8, depth=LAYERS + 1, position_table=8, qk_norm=True, **_TEXT
+  ),
   "flux": dict(
-    width=32, double_depth=2, single_depth=2, rope_axes=(2, 2, 4), **_TEXT
+    width=32,
+    double_depth=LAYERS,
+    single_depth=LAYERS,
+    rope_axes=(2, 2, 4),
+    **_TEXT,
   ),
 }
 
@@ -139,16 +146,17 @@ def main() -> int:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--update", action="store_true")
-  parser.add_argument("--show", choices=NAMES)
+  parser.add_argument("--show", action="store_true")
+  parser.add_argument("names", nargs="*", default=NAMES, metavar="NAME")
   flags = parser.parse_args()
   topology.prepare()
-  if flags.show:
-    for one in moved(built(flags.show)):
-      print(one)
-    return 0
   table, wrong = read() if TABLE.exists() else {}, 0
-  for name in filter(is_possible, NAMES):
-    found = entry(moved(built(name)))
+  for name in filter(is_possible, flags.names):
+    sent = moved(built(name))
+    found = entry(sent)
+    if flags.show:
+      print("\n  ".join([name, *map(str, sent)]))
+      continue
     if flags.update:
       table[name] = found
       table["jax"] = jax.__version__

@@ -1,0 +1,99 @@
+"""What compiled steps send: as the table says, and never what no mode needs."""
+
+import functools
+
+import goldens
+import jax
+import pytest
+
+from flowjax.parallel import topology
+
+HOW = """
+If that is meant, or a new compiler does it: look at what it is with
+  python tests/parallel/goldens.py --show "{name}"
+and write the table anew with
+  python tests/parallel/goldens.py --update "{name}"
+"""
+
+
+@functools.cache
+def run_and_moved(name):
+  if not goldens.is_possible(name):
+    pytest.skip("libtpu is not installed (flowjax[tpu-aot])")
+  topology.prepare()
+  run = goldens.built(name)
+  return run, goldens.moved(run)
+
+
+each = pytest.mark.parametrize("name", goldens.IN_TESTS)
+
+
+@each
+def test_collectives_are_those_of_the_table(name):
+  table = goldens.read()
+  _, moved = run_and_moved(name)
+  if jax.__version__ != table["jax"]:
+    pytest.skip(f"the table is of jax {table['jax']}")
+  rows = goldens.differences(name, goldens.entry(moved), table)
+  assert not rows, "\n".join([f"{name} sends other than it did:", *rows]) + (
+    HOW.format(name=name)
+  )
+
+
+@each
+def test_nothing_is_sent_to_all_from_all(name):
+  """Only attention by heads in turn (ulysses) needs that."""
+  _, moved = run_and_moved(name)
+  assert [one for one in moved if one.kind == "all-to-all"] == []
+
+
+@each
+def test_no_stack_of_layers_is_gathered_whole(name):
+  """A stack has a dim of 5 layers, as nothing else has, and more dims."""
+  _, moved = run_and_moved(name)
+  gathered = [
+    one
+    for one in moved
+    if one.kind == "all-gather"
+    for dims in one.shapes
+    if dims[:1] == (goldens.LAYERS,) and len(dims) > 2
+  ]
+  assert gathered == []
+
+
+@each
+def test_layers_are_gathered_in_the_dtype_of_the_compute(name):
+  """On a TPU; a CPU computes, and sends, in float32."""
+  if name.startswith("cpu"):
+    pytest.skip("on a CPU everything is float32")
+  _, moved = run_and_moved(name)
+  inside = {
+    one.dtype for one in moved if one.kind == "all-gather" and one.trips
+  }
+  assert inside <= {"bf16"}
+
+
+# Sums over "tensor" in a block: attention and MLP, of text and of image.
+SUMS = {"dit": 2, "mmdit": 4, "flux": 4 + 2}
+
+
+@each
+def test_a_block_is_summed_over_tensor_twice_in_a_stream(name):
+  run, moved = run_and_moved(name)
+  if run.mesh.shape["tensor"] == 1:
+    pytest.skip("no tensor axis")
+  sums = [
+    one
+    for one in moved
+    if one.kind == "all-reduce"
+    and "tensor" in one.axes
+    and one.trips
+    and "transpose" not in one.source
+  ]
+  most = SUMS[run.experiment.model.name]
+  assert 0 < len(sums) <= most, sums
+
+
+def test_the_table_is_whole():
+  assert set(goldens.IN_TESTS) <= set(goldens.NAMES)
+  assert set(goldens.read()) == {"jax", *goldens.NAMES}

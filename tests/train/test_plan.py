@@ -1,0 +1,185 @@
+"""Plans: what is counted is exact, what is modelled behaves, and a compiler
+agrees where libtpu is installed."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import pytest
+
+from flowjax import __main__ as door
+from flowjax import errors
+from flowjax.parallel import mesh as meshes
+from flowjax.parallel import topology
+from flowjax.train import experiment, memory, parts, plan, search
+
+POD = topology.parse("v5p:2x2x2")
+KEYS = {
+  "fits", "bytes_per_device", "hbm_bytes", "collectives", "flops_per_step",
+  "step_seconds", "mfu", "bound_by", "source",
+}  # fmt: skip
+
+
+def tiny(batch=16, remat="none", accumulate=1, **mesh):
+  config = experiment.defaults("dit")
+  size = dict(image_size=(8, 8), channels=4)
+  config.model.update(
+    width=64, depth=3, heads=4, num_classes=10, dtype="bfloat16", remat=remat
+  )
+  config.model.update(size)
+  config.data.update(source="folder:/none", batch_size=batch, **size)
+  config.optim.accumulate = accumulate
+  config.mesh.update(**mesh)
+  return experiment.build(config)
+
+
+def bytes_of(plan_, *kinds):
+  return sum(plan_.memory[kind] for kind in kinds)
+
+
+@pytest.mark.parametrize(
+  "mesh", [dict(data=8), dict(data=1, fsdp=8), dict(fsdp=2, tensor=2)]
+)
+def test_the_state_is_the_sum_over_its_leaves(mesh):
+  config = tiny(**mesh)
+  abstract = parts.build(config, jax.devices()).abstract
+
+  def here(leaf):
+    shape = leaf.sharding.shard_shape(leaf.shape)
+    return math.prod(shape) * leaf.dtype.itemsize
+
+  found = plan.modelled(config, POD).memory
+  for kind, tree in (
+    ("parameters", abstract.params),
+    ("average", abstract.ema),
+    ("optimizer", abstract.opt_state),
+  ):
+    assert found[kind] == sum(map(here, jax.tree.leaves(tree))), kind
+
+
+def test_memory_follows_the_config():
+  def kept(**changes):
+    return plan.modelled(tiny(**changes), POD).memory["kept activations"]
+
+  by_remat = [kept(remat=remat) for remat in search.REMATS]
+  assert by_remat == sorted(by_remat, reverse=True) and by_remat[-1] > 0
+  assert kept(batch=32) == 2 * kept() == 2 * kept(batch=32, accumulate=2)
+  # The residual stream is whole on each device of a tensor axis.
+  split = kept(data=4, tensor=2)
+  assert kept() < split < 2 * kept()
+  assert kept(data=4, context=2) < 1.2 * kept()
+
+
+def test_flops_are_the_formulas_and_what_is_remade():
+  none, full = (plan.modelled(tiny(remat=r), POD) for r in ("none", "full"))
+  forward = none.flops_per_step / 3 / 16
+  assert none.flops_per_step == full.flops_per_step
+  assert forward == memory.outline(tiny()).built.network.flops
+  assert 1.0 < none.flops_done / none.flops_per_step < 1.1
+  assert 1.2 < full.flops_done / full.flops_per_step < 1.5
+
+
+def test_twice_the_devices_with_twice_the_batch_take_as_long():
+  """Where only sums of gradients go between them, and these are hidden."""
+  small = plan.modelled(tiny(batch=4096), POD)
+  large = plan.modelled(tiny(batch=8192), topology.parse("v5p:2x2x4"))
+  assert large.step.compute == pytest.approx(small.step.compute)
+  assert large.step.memory == pytest.approx(small.step.memory)
+  assert large.mfu == pytest.approx(small.mfu, rel=0.1)
+
+
+@pytest.mark.parametrize(
+  "changes, said",
+  [
+    (dict(batch=12), "Sizes that are: 8, 16"),
+    (dict(batch=24, accumulate=2), "Sizes that are: 16, 32"),
+    (dict(data=1, tensor=8), "does not divide the model's heads = 4"),
+    (dict(data=1, fsdp=16), "Nearest that do"),
+  ],
+)
+def test_what_does_not_divide_says_what_would(changes, said):
+  with pytest.raises(errors.UserError) as caught:
+    plan.modelled(tiny(**changes), POD)
+  assert said in str(caught.value)
+
+
+def test_search_finds_what_fits_the_fastest_first():
+  lines = []
+  found = search.run(tiny(batch=4096), POD, compiles=0, told=lines.append)
+  rates = [one.batch_size / one.step.seconds for one in found]
+  assert rates == sorted(rates, reverse=True) and found[0].fits
+  assert len({str(one.shape) for one in found}) > 1
+  huge = tiny(batch=16)
+  model = dataclasses.replace(huge.model, width=64 * 1024)
+  with pytest.raises(errors.UserError, match="Nothing fits"):
+    search.run(dataclasses.replace(huge, model=model), POD, compiles=0)
+
+
+def test_search_knows_every_kind_of_remat():
+  from flowjax.models import blocks
+
+  assert set(search.REMATS) == set(blocks.REMAT)
+  shapes = search.shapes(tiny(), POD)
+  assert {math.prod(shape.values()) for shape in shapes} == {8}
+  assert all(set(shape) == set(meshes.AXES) for shape in shapes)
+
+
+@pytest.fixture(name="compiled", scope="module")
+def _compiled():
+  if not topology.is_installed(POD):
+    pytest.skip("libtpu is not installed (flowjax[tpu-aot])")
+  topology.prepare()
+  config = tiny(batch=1024, data=2, fsdp=4)
+  return config, plan.compiled(config, POD)[0]
+
+
+def test_a_compiler_finds_the_memory_that_is_modelled(compiled):
+  config, found = compiled
+  guess = plan.modelled(config, POD)
+  inputs = bytes_of(found, *plan.STATE, "batch")
+  assert found.source == "compiled" and found.fits
+  # TPUs pad small arrays; of large ones nothing is left of that.
+  assert bytes_of(guess, *plan.STATE) < inputs
+  assert guess.bytes_per_device == pytest.approx(
+    found.bytes_per_device, rel=0.4
+  )
+  assert KEYS <= set(found.to_json())
+  assert found.to_json()["source"]["bytes_per_device"] == "compiled"
+  kinds = {(one.kind, one.axes) for one in found.moved if one.trips}
+  assert ("all-gather", ("fsdp",)) in kinds
+
+
+def test_what_a_compiler_has_no_room_for_is_a_result(compiled):
+  """Not a crash: it says how much it would need."""
+  config, _ = compiled
+  data = dataclasses.replace(config.data, batch_size=8 * 2**20)
+  found, program = plan.compiled(dataclasses.replace(config, data=data), POD)
+  assert program is None and not found.fits
+  assert found.bytes_per_device > found.hbm_bytes
+  assert "found no room" in found.notes[0]
+
+
+def test_the_command_writes_what_it_prints(tmp_path, capsys):
+  path = tmp_path / "plan.json"
+  code = door.main(
+    [
+      "plan",
+      "--config=configs/imagenet_dit.py:s_2",
+      "--topology=h100:2x8",
+      "--config.mesh.fsdp=8",
+      "--batch=512",
+      "--model_only",
+      f"--json={path}",
+    ]
+  )
+  printed, written = capsys.readouterr().out, json.loads(path.read_text())
+  assert code == 0
+  assert KEYS <= set(written) and written["batch_size"] == 512
+  assert written["mesh"] == dict(data=2, fsdp=8, tensor=1, context=1)
+  assert set(written["source"].values()) == {"modelled", "formula"}
+  assert "images per second" in printed
+  assert f"{100 * written['mfu']:.1f}%" in printed
+  for line in printed.splitlines():
+    if line.startswith(("memory", "step", "MFU", "  compute")):
+      assert line.endswith("modelled"), line
