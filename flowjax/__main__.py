@@ -18,6 +18,7 @@ COMMANDS = {
   "import": "make a workdir of weights from diffusers and others",
   "describe": "show parameters, FLOPs, sharding and memory of a config",
   "bench": "time the training step of a config on this machine",
+  "doctor": "see what works on this machine, or in this job, and what is off",
 }
 
 # Those that all processes of a job run together.

@@ -41,7 +41,7 @@ _LEAVING = peers_lib.GRACE + 3.0
 _ENDING = 24 * 3600.0
 
 _peers: peers_lib.Peers | None = None
-_agreed = 0
+_agreed = _compiled = 0
 
 
 def peers() -> peers_lib.Peers | None:
@@ -139,6 +139,21 @@ def agree(what: str, values: dict[str, Any]) -> None:
     + f"\n(process 0 -> process {others[0]})."
     " Start all processes with the same command, from the same code."
   )
+
+
+def compiled(function: Any, *arguments: Any) -> Any:
+  """Compiles a jitted function, and waits until all processes have done so.
+
+  Whoever is first would wait for the others in a collective of the function,
+  and not every library of collectives has the patience.
+  """
+  if _peers is None:
+    return function
+  global _compiled
+  program = function.lower(*arguments).compile()
+  _compiled += 1
+  _peers.meet(f"compiled/{_compiled}", _ENDING)
+  return program
 
 
 def finish() -> None:

@@ -98,6 +98,13 @@ class Peers:
       self._step = step + 1
       return None
 
+  def hosts(self) -> list[str]:
+    """Returns the host of each process."""
+    return [
+      self._client.blocking_key_value_get(f"flowjax/host/{p}", 10_000)
+      for p in range(self.count)
+    ]
+
   def wait_for_end(self, seconds: float) -> News | None:
     """Waits whether another process ends; returns what is said of it."""
     with self._state:
