@@ -176,25 +176,36 @@ def leave(error: BaseException) -> int:
       raise error
     _say(str(error))
     return code
+  # Whatever happens here, the usual end would be to wait for the others.
+  try:
+    code = _end(_peers, error, code)
+  finally:
+    os._exit(code)
+
+
+def _end(peers: peers_lib.Peers, error: BaseException, code: int) -> int:
+  """Says why this process ends, to the user and to all; returns its code."""
+  known = hasattr(error, "exit_code")
   # What jax raises may be but the echo of another process's end.
-  news = None if known else _peers.wait_for_end(_peers.patience)
+  news = None if known else peers.wait_for_end(peers.patience)
   if news is not None:
     code = news["code"]
     if news["kind"] != "lost":  # That was said when it became known.
       _say(news["text"])
   else:
+    first = (str(error).splitlines() or [""])[0]
+    first = first if known else f"{type(error).__name__}: {first}"
+    with contextlib.suppress(Exception):
+      peers.tell(kind="failed", code=code, text=first)
     if not known:
       traceback.print_exception(error)
-    _say(str(error) if known else f"{type(error).__name__}: {error}")
-    with contextlib.suppress(Exception):
-      first = (str(error).splitlines() or [type(error).__name__])[0]
-      _peers.tell(kind="failed", code=code, text=first)
+    _say(str(error) if known else first)
   arrival.expect_end(code)
-  _peers.meet("leave", _LEAVING)
+  peers.meet("leave", _LEAVING)
   logging.shutdown()
   sys.stdout.flush()
   sys.stderr.flush()
-  os._exit(code)
+  return code
 
 
 def _say(text: str) -> None:

@@ -1,4 +1,4 @@
-"""How fast devices add up what each of them holds, along an axis of the mesh."""
+"""How fast devices add up what each of them holds, along a mesh axis."""
 
 import time
 

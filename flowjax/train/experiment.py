@@ -30,8 +30,8 @@ def _group(kind: Any) -> Any:
 class LogConfig:
   """How often what is seen, in steps; 0 is never, but for metrics.
 
-  After `hung_after` seconds without a step the run ends and says where it hangs;
-  0: it never does.
+  After `hung_after` seconds without a step the run ends, and says where it
+  hangs; 0: it never does.
   `backend` writes TensorBoard: "tensorboardX", or "clu", which needs tensorflow
   and tensorboard.
   """

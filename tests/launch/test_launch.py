@@ -1,4 +1,4 @@
-"""The scripts that start several processes, as far as one machine shows them."""
+"""The scripts that start processes, as far as one machine shows them."""
 
 import os
 import pathlib

@@ -126,6 +126,14 @@ def test_a_silent_process_is_named_and_the_others_leave(job, capfd):
   assert "Lost process 1 (host h1), not heard of" in capfd.readouterr().err
 
 
+def test_the_silence_of_process_0_is_heard_too(job):
+  _, made = job(3, timeout=0.6)
+  made[0][0].close()
+  for one, leave in made[1:]:
+    assert leave.done.wait(5) and leave.code == 6
+    assert one.wait_for_end(0)["lost"] == [0]
+
+
 def test_those_that_speak_are_not_lost(job):
   _, made = job(3, timeout=0.5)
   time.sleep(1.5)
