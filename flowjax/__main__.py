@@ -19,6 +19,7 @@ COMMANDS = {
   "describe": "show parameters, FLOPs, sharding and memory of a config",
   "bench": "time the training step of a config on this machine",
   "plan": "see whether a config fits a cluster, and how fast it would be",
+  "doctor": "see what works on this machine, or in this job, and what is off",
 }
 
 # Those that all processes of a job run together.

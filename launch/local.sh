@@ -68,7 +68,7 @@ start() {
       export JAX_LOCAL_DEVICE_IDS
     fi
     FLOWJAX_PROCESS=$p PYTHONUNBUFFERED=1 "$@" \
-      > >(sed -u "/^\[Gloo\]/d;s/^/[$p] /") 2>&1 &
+      > >(sed -u "/peer ranks/d;s/^/[$p] /") 2>&1 &
     process_of[$!]=$p
   done
 }

@@ -17,7 +17,7 @@ import numpy as np
 
 from flowjax import __version__, errors
 from flowjax.commands import configs, flags
-from flowjax.parallel import chips, distributed, placing
+from flowjax.parallel import chips, compiler_flags, distributed, placing
 from flowjax.train import loop, parts, workdir
 
 
@@ -28,6 +28,7 @@ def add_flags(parser) -> None:
     "--seconds", type=float, default=20.0, help="how long to step, about"
   )
   parser.add_argument("--json", type=flags.path, help="where to keep it")
+  flags.add_compiler_flags(parser)
 
 
 def run(args) -> None:
@@ -35,6 +36,8 @@ def run(args) -> None:
   if not args.seconds > 0:
     raise errors.UserError(f"--seconds={args.seconds} must be above 0.")
   config = configs.load(args.config, args.overrides)
+  if args.compiler_flags:
+    print(compiler_flags.apply())
   if args.json:
     workdir.require_writable(args.json, "--json")
   built = parts.build(config)

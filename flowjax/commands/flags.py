@@ -73,6 +73,16 @@ def numbers(text: str) -> tuple[float, ...]:
   return found
 
 
+def add_compiler_flags(parser) -> None:
+  """Adds the flag that leaves the compiler as it is."""
+  parser.add_argument(
+    "--compiler_flags",
+    action=argparse.BooleanOptionalAction,
+    default=True,
+    help="those of flowjax/parallel/compiler_flags.py, or none but your own",
+  )
+
+
 class Parser(argparse.ArgumentParser):
   """A parser of one command that names the closest flag to a mistyped one.
 

@@ -16,7 +16,7 @@ from flowjax.commands import configs, drawing, flags
 from flowjax.data import loader, sources
 from flowjax.evaluate import pictures, validation
 from flowjax.flow import losses
-from flowjax.parallel import distributed, placing
+from flowjax.parallel import compiler_flags, distributed, placing
 from flowjax.parallel import mesh as meshes
 from flowjax.train import loop, parts
 from flowjax.train import state as states
@@ -36,11 +36,14 @@ def add_flags(parser) -> None:
     action="store_true",
     help="go on in a workdir that was made with another config",
   )
+  flags.add_compiler_flags(parser)
 
 
 def run(args) -> None:
   """Trains, and prints where the results are."""
   config = configs.load(args.config, args.overrides)
+  if args.compiler_flags:
+    print(compiler_flags.apply())
   distributed.agree("config", schema.to_dict(config))
   result = loop.train(
     config,

@@ -21,7 +21,7 @@ def batches(
   config: config_lib.DataConfig,
   *,
   start_step: int = 0,
-  rows: Sequence[int] | None = None,
+  rows: Sequence[int] | np.ndarray | None = None,
 ) -> Iterator[Batch]:
   """Iterates over the batches from `start_step` on; there is no end.
 
@@ -64,7 +64,7 @@ def epoch_batches(
   source: sources.Source,
   batch_size: int,
   *,
-  rows: Sequence[int] | None = None,
+  rows: Sequence[int] | np.ndarray | None = None,
   on_corrupt: str = "skip",
 ) -> Iterator[Batch]:
   """Yields every record once, in order; of each batch the `rows`, if given.
@@ -176,7 +176,9 @@ def check_state(
     )
 
 
-def _rows(rows: Sequence[int] | None, batch_size: int) -> np.ndarray:
+def _rows(
+  rows: Sequence[int] | np.ndarray | None, batch_size: int
+) -> np.ndarray:
   row_B = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
   assert (np.diff(row_B) > 0).all() and 0 <= row_B[0] <= row_B[-1] < batch_size
   return row_B

@@ -38,8 +38,7 @@ def initialize(
   global _met
   from jax._src import distributed
 
-  where = given["coordinator_address"] if given else "the first"
-  logging.info("Meeting the other processes at %s.", where)
+  logging.info("Waiting for the other processes.")
   real = distributed._jax
   distributed._jax = _Jaxlib(real, timeout)  # type: ignore[assignment]
   try:

@@ -41,7 +41,7 @@ _LEAVING = peers_lib.GRACE + 3.0
 _ENDING = 24 * 3600.0
 
 _peers: peers_lib.Peers | None = None
-_agreed = 0
+_agreed = _compiled = 0
 
 
 def peers() -> peers_lib.Peers | None:
@@ -141,6 +141,21 @@ def agree(what: str, values: dict[str, Any]) -> None:
   )
 
 
+def compiled(function: Any, *arguments: Any) -> Any:
+  """Compiles a jitted function, and waits until all processes have done so.
+
+  Whoever is first would wait for the others in a collective of the function,
+  and not every library of collectives has the patience.
+  """
+  if _peers is None:
+    return function
+  global _compiled
+  program = function.lower(*arguments).compile()
+  _compiled += 1
+  _peers.meet(f"compiled/{_compiled}", _ENDING)
+  return program
+
+
 def finish() -> None:
   """Ends a command that is done, together with the other processes."""
   if _peers is not None:
@@ -161,25 +176,36 @@ def leave(error: BaseException) -> int:
       raise error
     _say(str(error))
     return code
+  # Whatever happens here, the usual end would be to wait for the others.
+  try:
+    code = _end(_peers, error, code)
+  finally:
+    os._exit(code)
+
+
+def _end(peers: peers_lib.Peers, error: BaseException, code: int) -> int:
+  """Says why this process ends, to the user and to all; returns its code."""
+  known = hasattr(error, "exit_code")
   # What jax raises may be but the echo of another process's end.
-  news = None if known else _peers.wait_for_end(_peers.patience)
+  news = None if known else peers.wait_for_end(peers.patience)
   if news is not None:
     code = news["code"]
     if news["kind"] != "lost":  # That was said when it became known.
       _say(news["text"])
   else:
+    first = (str(error).splitlines() or [""])[0]
+    first = first if known else f"{type(error).__name__}: {first}"
+    with contextlib.suppress(Exception):
+      peers.tell(kind="failed", code=code, text=first)
     if not known:
       traceback.print_exception(error)
-    _say(str(error) if known else f"{type(error).__name__}: {error}")
-    with contextlib.suppress(Exception):
-      first = (str(error).splitlines() or [type(error).__name__])[0]
-      _peers.tell(kind="failed", code=code, text=first)
+    _say(str(error) if known else first)
   arrival.expect_end(code)
-  _peers.meet("leave", _LEAVING)
+  peers.meet("leave", _LEAVING)
   logging.shutdown()
   sys.stdout.flush()
   sys.stderr.flush()
-  os._exit(code)
+  return code
 
 
 def _say(text: str) -> None:

@@ -7,12 +7,13 @@ lives in process 0:
   beat/P                a number that process P raises while it lives
   step/P                the step that P is in, when all are to stop
 
-A thread of each process waits for news. When a process has failed, or is not
-heard of for `timeout` seconds, the others end: in a collective that waits for
-it they would be until the end of time.
+A thread of each process waits for news, and says that it lives. When a process
+has failed, or is not heard of for `timeout` seconds, the others end: in a
+collective that waits for it they would be until the end of time.
 """
 
 import collections.abc
+import contextlib
 import json
 import logging
 import os
@@ -98,6 +99,13 @@ class Peers:
       self._step = step + 1
       return None
 
+  def hosts(self) -> list[str]:
+    """Returns the host of each process."""
+    return [
+      self._client.blocking_key_value_get(f"flowjax/host/{p}", 10_000)
+      for p in range(self.count)
+    ]
+
   def wait_for_end(self, seconds: float) -> News | None:
     """Waits whether another process ends; returns what is said of it."""
     with self._state:
@@ -136,7 +144,7 @@ class Peers:
           self.lost([0], "where all processes meet")
           return
         self._beat()
-      if self.index == 0:
+      with contextlib.suppress(Exception):  # Process 0 may not have begun.
         self._look_for_silence()
 
   def _beat(self) -> None:
@@ -149,8 +157,12 @@ class Peers:
       pass  # The next wait for news says so.
 
   def _look_for_silence(self) -> None:
-    now = time.monotonic()
-    found = dict(self._client.key_value_dir_get("flowjax/beat/"))
+    """Tells all if one is silent: process 0 hears all others, and they it."""
+    now, seen = time.monotonic(), "flowjax/beat/"
+    if self.index == 0:
+      found = dict(self._client.key_value_dir_get(seen))
+    else:
+      found = {"0": self._client.key_value_try_get(f"{seen}0")}
     beats = {int(key.rpartition("/")[2]): beat for key, beat in found.items()}
     for process, beat in beats.items():
       if self._heard.get(process, ("", 0.0))[0] != beat:
@@ -195,7 +207,8 @@ class Peers:
     names = ", ".join(f"{p}{self._host(p)}" for p in processes)
     text = lost_text(names, why)
     print(f"flowjax: {text}", file=sys.stderr, flush=True)
-    self._end_too({"kind": "lost"}, text, errors.Lost.exit_code)
+    news = {"kind": "lost", "lost": processes}
+    self._end_too(news, text, errors.Lost.exit_code)
 
   def _host(self, process: int) -> str:
     if process == 0:

@@ -30,6 +30,8 @@ def _group(kind: Any) -> Any:
 class LogConfig:
   """How often what is seen, in steps; 0 is never, but for metrics.
 
+  After `hung_after` seconds without a step the run ends, and says where it
+  hangs; 0: it never does.
   `backend` writes TensorBoard: "tensorboardX", or "clu", which needs tensorflow
   and tensorboard.
   """
@@ -40,10 +42,11 @@ class LogConfig:
   sample_count: int = 64
   tensorboard: bool = True
   backend: str = "tensorboardX"
+  hung_after: int = 1800
 
   def __post_init__(self):
     _above_zero(self, "metrics_every", "sample_count")
-    for name in ("validation_every", "samples_every"):
+    for name in ("validation_every", "samples_every", "hung_after"):
       if getattr(self, name) < 0:
         raise ValueError(
           f"{name} = {getattr(self, name)} is below 0; 0: never."

@@ -26,6 +26,7 @@ from flowjax.train import (
   parts,
   progress,
   signals,
+  watchdog,
   workdir,
 )
 from flowjax.train import state as states
@@ -242,6 +243,7 @@ class _Session:
     self.behind = metrics.Behind()
     self.first, self.bar = first, self._progress(first)
     self.corrupt, self.skipped_in_row = before["corrupt"], 0
+    self.watchdog = watchdog.Watchdog(run.experiment.log.hung_after)
     self._sum = jax.jit(jnp.sum, out_shardings=meshes.replicated(run.mesh))
 
   @property
@@ -259,13 +261,17 @@ class _Session:
       signals.watch(self.first) as stop,
       self._batches(self.first) as batches,
       self.bar,
+      self.watchdog,
     ):
       for number in range(self.first + 1, self.config.steps + 1):
         batch, skipped = next(batches)
+        if number == self.first + 1:
+          step = distributed.compiled(step, state, batch)
         state, values = step(state, batch)
         if skipped is not None:
           self.corrupt = self.corrupt + self._sum(skipped)
         self._report(number, {**values, "corrupt_records": self.corrupt})
+        self.watchdog.beat()
         last = number == self.config.steps
         if last:
           self._catch_up()
@@ -359,7 +365,7 @@ class _Session:
       alone = jax.process_count() == 1
       lenient = outlived if alone else contextlib.nullcontext
       with lenient(f"AN EVALUATION AT STEP {number} FAILED"):
-        with self.bar.paused():
+        with self.bar.paused(), self.watchdog.paused():
           scalars, images = evaluator.run(state)
         if scalars:
           self.writer.write_scalars(number, scalars)
@@ -379,7 +385,9 @@ class _Session:
 
   def _save_for_good(self, number: int, state: states.TrainState) -> None:
     """Saves what must not be lost, and waits until it is on disk."""
-    if not (self._save(number, state) and self.saved.wait()):
+    with self.watchdog.paused():  # A save has a time limit of its own.
+      saved = self._save(number, state) and self.saved.wait()
+    if not saved:
       raise errors.CheckpointError(
         f"The state of step {number} could not be saved, for the reason above. "
         f"The checkpoints {self.saved.steps()} stand; mend the disk and run "
