@@ -154,6 +154,7 @@ def test_auto_chooses_by_platform_and_shape(
     )
   monkeypatch.setattr(attention.xla, "attend", attention._ALONE["xla"])
   monkeypatch.setattr(jax, "devices", lambda: [device(platform)])
+  monkeypatch.setattr(attention.cudnn, "_missing", lambda: None)
   attention._say.cache_clear()
   q, k, v, _ = draw(keys=keys, dtype=dtype)
   with caplog.at_level("INFO"):
@@ -199,6 +200,21 @@ def test_what_keeps_a_body_from_running(
 ):
   found = device(platform, capability)
   monkeypatch.setattr(jax, "devices", lambda: [found])
+  monkeypatch.setattr(attention.cudnn, "_missing", lambda: None)
   queries = jax.ShapeDtypeStruct((1, 4, 2, head_size), dtype)
   said = attention.obstacle(body, queries)
   assert (said is None) if obstacle is None else (obstacle in said)
+
+
+def test_what_is_compiled_for_a_gpu_elsewhere_needs_its_library(monkeypatch):
+
+  def missing(*_, implementation):
+    raise RuntimeError("cuDNN is not detected.")
+
+  monkeypatch.setattr(jax, "devices", lambda: [device("gpu")])
+  monkeypatch.setattr(jax.nn, "dot_product_attention", missing)
+  queries = jax.ShapeDtypeStruct((1, 4, 2, 64), jnp.bfloat16)
+  said = attention.obstacle("cudnn", queries)
+  assert said == (
+    "its library is not on this machine (cuDNN is not detected.)."
+  )

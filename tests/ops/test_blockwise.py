@@ -69,7 +69,7 @@ def run(derivative, body, qkv, mask):
     (gradient, 5, 3, False),
     (gradient, 32, 48, False),
     (gradient, 37, 50, True),
-    (tangent, 37, 50, True),
+    (tangent, 37, 49, False),
     (gradient_of_tangent, 20, 33, True),
     (tangent_of_gradient, 20, 33, True),
   ],

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 
 from flowjax.ops import attention, axes
 from flowjax.ops.attention import cudnn, splash
@@ -132,6 +133,34 @@ def test_splash_is_asked_for_shares_of_a_mesh():
   # One example of two, two heads of four, and 100 queries of 200.
   assert "f32[1,2,128,8]" in str(program)
   assert "f32[1,2,256,8]" in str(program)
+
+
+@pytest.mark.slow
+def test_splash_compiles_for_a_mesh_of_tpus(monkeypatch):
+  """Forwards and for the gradient; it needs the compiler, and no TPU."""
+  pytest.importorskip("libtpu")
+  for name, value in {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+  }.items():
+    monkeypatch.setenv(name, value)
+  found = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
+  mesh = meshes.build(
+    meshes.MeshConfig(data=2, tensor=2, context=2), found.devices
+  )
+  batch = meshes.batch_sharding(mesh)
+  x = jax.ShapeDtypeStruct((2, 300, 4, 72), jnp.bfloat16, sharding=batch)
+  mask = jax.ShapeDtypeStruct((2, 300), bool, sharding=batch)
+
+  def attend(q, k, v, mask):
+    return attention.attention(q, k, v, body="splash", mask_BS=mask)
+
+  with meshes.use(mesh):
+    program = both.lower(attend, x, x, x, mask).compile()
+  kernels = program.as_text().count('custom_call_target="tpu_custom_call"')
+  assert kernels == 3  # y; dq; dk and dv
 
 
 @pytest.mark.parametrize(

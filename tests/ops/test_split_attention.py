@@ -184,6 +184,30 @@ def test_keys_are_sent_on_before_they_are_used():
   assert steps == 2  # forwards, and for the gradient
 
 
+def test_a_policy_of_remat_can_spare_the_ring_a_turn():
+  """Kept are a query's answer and sum, by the name of what is returned."""
+  q, k, v, _ = draw()
+
+  def sent(wrap):
+    attend = wrap(functools.partial(attention.attention, body="ring"))
+    program = jax.make_jaxpr(functools.partial(_slope, attend))(q, k, v)
+    return str(program).count("ppermute[")
+
+  def remade(policy):
+    return functools.partial(jax.checkpoint, policy=policy)
+
+  named = jax.checkpoint_policies.save_only_these_names("attention")
+  with meshes.use(meshes.build(meshes.MeshConfig(data=4, context=2))):
+    kept = sent(lambda attend: attend)
+    assert sent(remade(named)) == kept
+    # A turn sends keys, values and their mask.
+    assert sent(remade(None)) == kept + 3
+
+
+def _slope(attend, *qkv):
+  return jax.grad(lambda qkv: jnp.sum(jnp.sin(attend(*qkv))))(qkv)
+
+
 def _is_variable(atom):
   return not hasattr(atom, "val")
 

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 
 BLOCK = 512
+# What policies of remat call that which attention returns.
+NAME = "attention"
 
 _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 

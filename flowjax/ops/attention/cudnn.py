@@ -2,6 +2,8 @@
 
 # Shape suffixes: B batch, T queries, S keys, N heads, H head size.
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -58,4 +60,20 @@ def obstacle(q_BTNH: jax.Array) -> str | None:
       f"it takes head sizes that are multiples of 8 up to {largest} on this "
       f"GPU, not {head_size}."
     )
+  return _missing()
+
+
+def _missing() -> str | None:
+  """Says what of the kernel's library is not on this machine.
+
+  What is compiled for a GPU that is elsewhere needs it here as well.
+  """
+  x = jax.ShapeDtypeStruct((1, 8, 1, 8), jnp.bfloat16)
+  kernel = functools.partial(
+    jax.nn.dot_product_attention, implementation="cudnn"
+  )
+  try:
+    jax.eval_shape(kernel, x, x, x)
+  except RuntimeError as error:
+    return f"its library is not on this machine ({error})."
   return None

@@ -23,6 +23,7 @@ import math
 import typing
 
 import jax
+import jax.ad_checkpoint
 import jax.numpy as jnp
 
 from flowjax.ops.attention import blockwise
@@ -86,7 +87,11 @@ def _forward(q_CBNTH, keys, ring):
 
 
 def _keep(q_CBNTH, keys, ring):
-  y_CBNTH, log_total_CBNT1 = _forward(q_CBNTH, keys, ring)
+  # By its name a policy of remat may keep this, and spare the ring a turn.
+  y_CBNTH, log_total_CBNT1 = (
+    jax.ad_checkpoint.checkpoint_name(x, blockwise.NAME)
+    for x in _forward(q_CBNTH, keys, ring)
+  )
   return y_CBNTH, (q_CBNTH, keys, y_CBNTH, log_total_CBNT1)
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from flowjax.ops import axes
+from flowjax.ops.attention import blockwise
 
 # A tile is a multiple of the lanes of a vector unit, and fits its memory.
 _LANES, _TILE = 128, 512
@@ -90,6 +91,7 @@ def _kernel(heads_queries, keys, tile_q, tile_k, interpret):
     block_sizes=sizes,
     head_shards=1,
     q_seq_shards=1,
+    residual_checkpoint_name=blockwise.NAME,
     interpret=interpret,
   )
 
