@@ -56,7 +56,7 @@ def product(
   lead, inner = x.shape[:-contract], x.shape[-contract:]
   features = kernel.shape[contract:]
   names = names[: len(lead)]
-  axes.check(lead, names)
+  axes.check(lead[: len(names)], names)
   sharing = _sharing(names)
   if not any(sharing.dims) and terms == 1:
     # One row per token makes the gradient of the kernel a plain matmul, which a

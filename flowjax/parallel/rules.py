@@ -21,28 +21,30 @@ Rules = collections.abc.Sequence[tuple[str, tuple[str | None, ...]]]
 # columns going in, rows coming out, so that a block pays one all-reduce after
 # attention and one after the MLP. `fsdp` divides the other dim (ZeRO-3,
 # arXiv:1910.02054). The leading None of a block is its layer.
-DIT: Rules = (
+_DIT: Rules = (
   (r"patch_embed/kernel", (None, "fsdp")),
-  (r"(time_embed/\w+)/kernel", (None, "fsdp")),
-  (r"label_embed/embedding", (None, "fsdp")),
-  (r"pos_embed/embedding", (None, "fsdp")),
+  (r"time_embed/\w+/kernel", (None, "fsdp")),
+  (r"(label|pos)_embed/embedding", (None, "fsdp")),
   (r"blocks/modulation/kernel", (None, "fsdp", None, None)),
   (r"blocks/attention/qkv/kernel", (None, "fsdp", None, "tensor", None)),
   (r"blocks/attention/qkv/bias", (None, None, "tensor", None)),
   (r"blocks/attention/out/kernel", (None, "tensor", None, "fsdp")),
-  (r"blocks/mlp/in/kernel", (None, "fsdp", "tensor")),
-  (r"blocks/mlp/in/bias", (None, "tensor")),
   (r"blocks/mlp/out/kernel", (None, "tensor", "fsdp")),
   (r"final/modulation/kernel", ("fsdp", None, None)),
   (r"final/out/kernel", ("fsdp", None)),
-  # Biases and scales are small: every device holds them whole.
-  (r".*/(bias|scale)|uncertainty/kernel", ()),
+  # Other biases and scales are small: every device holds them whole.
+  (r".*(?<!/qkv)(?<!/mlp/in)/bias|.*/scale|uncertainty/kernel", ()),
 )
-
+DIT: Rules = (
+  (r"blocks/mlp/in/kernel", (None, "fsdp", "tensor")),
+  (r"blocks/mlp/in/bias", (None, "tensor")),
+  *_DIT,
+)
 # SwiGLU keeps its two parts on a dim of their own.
 SWIGLU: Rules = (
   (r"blocks/mlp/in/kernel", (None, "fsdp", None, "tensor")),
   (r"blocks/mlp/in/bias", (None, None, "tensor")),
+  *_DIT,
 )
 
 
@@ -66,16 +68,19 @@ _STREAM: Rules = (
   (r"mlp/in/bias", ("tensor",)),
   (r"mlp/out/kernel", ("tensor", "fsdp")),
 )
-MMDIT: Rules = (
+_ENDS: Rules = (
   (r"(patch|text)_embed/kernel", (None, "fsdp")),
   (r"(time|pooled)_embed/\w+/kernel", (None, "fsdp")),
   (r"label_embed/text", (None, None, "fsdp")),
   (r"label_embed/pooled", (None, "fsdp")),
-  *((rf"(dual_)?blocks/\w+/{name}", (None, *dims)) for name, dims in _STREAM),
-  *((rf"last_block/\w+/{name}", dims) for name, dims in _STREAM),
   (r"final/modulation/kernel", ("fsdp", None, None)),
   (r"final/out/kernel", ("fsdp", None)),
   (r".*(?<!/qkv)(?<!/mlp/in)/bias|.*/scale|uncertainty/kernel", ()),
+)
+MMDIT: Rules = (
+  *((rf"(dual_)?blocks/\w+/{name}", (None, *dims)) for name, dims in _STREAM),
+  *((rf"last_block/\w+/{name}", dims) for name, dims in _STREAM),
+  *_ENDS,
 )
 
 # As an MM-DiT's; blocks of one stream are divided as those of two.
@@ -85,7 +90,7 @@ FLUX: Rules = (
     (rf"(double_blocks/\w+|single_blocks)/{name}", (None, *dims))
     for name, dims in _STREAM
   ),
-  *MMDIT,
+  *_ENDS,
 )
 
 
@@ -97,7 +102,7 @@ def for_model(config: Any) -> Rules:
     return FLUX
   if config.name == "mmdit":
     return MMDIT
-  return (*SWIGLU, *DIT) if config.mlp == "swiglu" else DIT
+  return SWIGLU if config.mlp == "swiglu" else DIT
 
 
 def of_factors(

@@ -1,12 +1,18 @@
 """Every parameter is placed by exactly one rule, the one that is meant."""
 
+import collections
+import functools
+import pathlib
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from flowjax import models
-from flowjax.models import dit
+from flowjax.commands import configs
+from flowjax.models import coupling, dit, flux, mmdit
 from flowjax.parallel import mesh as meshes
 from flowjax.parallel import rules
 
@@ -21,6 +27,72 @@ def _params(**options):
   config = dit.DiTConfig(width=64, depth=2, heads=4, num_classes=7, **options)
   network = models.build(config)
   return config, jax.eval_shape(network.init, jax.random.key(0))
+
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+FILES = [
+  f"{path}{variant}"
+  for path in sorted(CONFIGS.rglob("*.py"))
+  for variant in {
+    "digits_nf.py": ("", ":additive"),
+    "digits_mmdit.py": ("", ":sd3.5"),
+    "sd3.py": (":medium", ":3.5_medium", ":3.5_large"),
+    "imagenet_dit.py": (":s_8", ":xl_2"),
+  }.get(path.name, ("",))
+]
+SMALL = dict(width=64, heads=4, num_classes=7)
+KINDS = [
+  *(dit.DiTConfig(depth=2, **SMALL, **options) for options in OPTIONS),
+  mmdit.MMDiTConfig(depth=2, heads=2, num_classes=3),
+  mmdit.MMDiTConfig(depth=3, heads=2, dual_layers=1, qk_norm=True),
+  flux.FluxConfig(rope_axes=(4, 6, 6), double_depth=1, single_depth=1, **SMALL),
+  coupling.CouplingConfig(),
+]
+
+
+def _of(config):
+  """Returns the rules of a model, and its parameters in the abstract."""
+  network = models.build(config)
+  if network.forward is None:
+    network = models.with_uncertainty(network)
+  params = jax.eval_shape(network.init, jax.random.key(0))
+  return rules.for_model(config), params
+
+
+def _matching(table, params):
+  """Returns the patterns that match each parameter, by name."""
+  names = map(rules.name_of, dict(jax.tree.leaves_with_path(params)))
+  return {
+    name: [pattern for pattern, _ in table if re.fullmatch(pattern, name)]
+    for name in names
+  }
+
+
+@functools.cache
+def _model(file):
+  return configs.load(file, []).model
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.rpartition("/")[2])
+def test_every_parameter_of_a_config_is_matched_exactly_once(file, mesh):
+  table, params = _of(_model(file))
+  found = _matching(table, params)
+  assert {name for name, rows in found.items() if len(rows) != 1} == set()
+  rules.places(table, params, mesh)
+
+
+def test_no_rule_is_without_a_parameter():
+  """Over the configs, and the options of each kind of model."""
+  used, tables = collections.defaultdict(set), {}
+  for config in [*KINDS, *map(_model, FILES)]:
+    table, params = _of(config)
+    tables[id(table)] = table
+    for rows in _matching(table, params).values():
+      used[id(table)].update(rows)
+      assert len(rows) == 1
+  assert len(tables) == 5
+  for key, table in tables.items():
+    assert {pattern for pattern, _ in table} == used[key]
 
 
 @pytest.fixture(name="mesh")

@@ -4,9 +4,13 @@ Tiny networks in float32: losses over ten steps agree to 1e-5, and the gradients
 of the first to 1e-5 of the largest of their parameter.
 """
 
+import collections
+import dataclasses
 import functools
+import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -64,23 +68,32 @@ def _batch(step):
   }
 
 
-def _run(config, devices):
+@functools.cache
+def _first(name):
+  """Returns the first state, which is drawn on one device."""
+  run = parts.build(_experiment(name, {}), jax.devices()[:1])
+  return jax.device_get(run.initial_state())
+
+
+def _run(name, mesh, devices, **options):
   """Returns the losses, the first gradients by name, and the last state."""
-  run = parts.build(config, devices)
-  state, losses, gradients = run.initial_state(), [], None
+  run = parts.build(_experiment(name, mesh, **options), devices)
+  state = jax.device_put(_first(name), parts.shardings_of(run.abstract))
+  losses, gradients = [], {}
   with meshes.use(run.mesh):
     step, put = loop.jit_step(run), loop.put_batch(run.mesh)
     for i in range(STEPS):
       state, values = step(state, put(_batch(i)))
       losses.append(float(values["loss"]))
-      if gradients is None:
-        gradients = jax.device_get(manifest.named_leaves(state.opt_state[1].mu))
-  return losses, gradients, state
+      if not gradients:
+        moments = manifest.named_leaves(state.opt_state[1].mu)
+        gradients = jax.device_get(moments)
+  return losses, gradients, manifest.named_leaves(state)
 
 
-@functools.lru_cache
+@functools.cache
 def _alone(name, **options):
-  return _run(_experiment(name, {}, **options), jax.devices()[:1])
+  return _run(name, {}, jax.devices()[:1], **options)
 
 
 def _same(found, wanted):
@@ -98,21 +111,90 @@ def _same(found, wanted):
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_eight_devices_train_as_one_does(name, mesh):
-  config = _experiment(name, mesh)
-  found = _run(config, jax.devices())
+  found = _run(name, mesh, jax.devices())
   _same(found, _alone(name))
   # It was really shared out, all that the optimizer and the average hold too.
   ways = mesh.get("fsdp", 1) * mesh.get("tensor", 1)
-  state = found[2]
-  largest = max(jax.tree.leaves(state.params), key=lambda leaf: leaf.size)
   copies = [
-    leaf
-    for leaf in jax.tree.leaves((state.params, state.ema, state.opt_state))
-    if leaf.shape == largest.shape
+    leaf for name, leaf in found[2].items() if name.endswith("mlp/in/kernel")
   ]
   assert len(copies) >= 4
   for leaf in copies:
     assert leaf.addressable_shards[0].data.size * ways == leaf.size
+
+
+# Deep enough for one layer to be little of the whole.
+DEEP = {
+  "dit": dict(width=128, depth=8),
+  "mmdit": dict(head_size=16, depth=9),
+  "flux": dict(width=128, rope_axes=(4, 6, 6), double_depth=8, single_depth=8),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_state_is_born_divided(name):
+  """Each device holds its share, and draws one layer of a kernel at most."""
+  config = _experiment(name, dict(data=1, fsdp=8))
+  model = dataclasses.replace(config.model, **DEEP[name])
+  run = parts.build(dataclasses.replace(config, model=model))
+  share, layer = 0, 0
+  for path, leaf in manifest.named_leaves(run.abstract).items():
+    size = leaf.dtype.itemsize * leaf.size
+    share += leaf.dtype.itemsize * math.prod(
+      leaf.sharding.shard_shape(leaf.shape)
+    )
+    if leaf.ndim:
+      layers = leaf.shape[0] if "blocks/" in path else 1
+      layer = max(layer, size // layers)
+  memory = run.lower_initial().compile().memory_analysis()
+  assert memory.output_size_in_bytes < 1.01 * share
+  assert memory.temp_size_in_bytes <= layer
+  whole = sum(4 * leaf.size for leaf in jax.tree.leaves(run.abstract))
+  assert share + layer < whole / 6
+
+
+def _draws(mesh, devices, accumulate=1):
+  """Returns what training draws for each example, seen by a network of zeros.
+
+  Times, the loss, which is that of the noise, and the labels that are left.
+  """
+  config = _experiment("dit", mesh, accumulate=accumulate)
+  run = parts.build(config, devices)
+  seen = {}
+
+  def apply(params, x_BHWC, t_B, cond, rng):
+    seen["label"] = run.network.dropped(cond, rng)["label"]
+    return jnp.zeros_like(x_BHWC)
+
+  loss = config.flow.loss(dataclasses.replace(run.network, apply=apply))
+
+  def draw(batch):
+    metrics = loss({}, batch, jax.random.key(0))[1]
+    return metrics["t"], seen.pop("label"), metrics["loss_by_example"]
+
+  with meshes.use(run.mesh):
+    batch = loop.put_batch(run.mesh)(_batch(0))
+    return jax.device_get(jax.jit(draw)(batch))
+
+
+@pytest.mark.parametrize(
+  "mesh",
+  [
+    dict(data=2),
+    dict(data=2, tensor=2),
+    dict(data=1, fsdp=2, context=2),
+    dict(data=8),
+    dict(data=2, fsdp=4),
+  ],
+  ids=str,
+)
+def test_what_is_drawn_for_an_example_does_not_depend_on_the_mesh(mesh):
+  time, label, loss = _draws(mesh, jax.devices()[: math.prod(mesh.values())])
+  alone = _draws({}, jax.devices()[:1])
+  np.testing.assert_array_equal(time, alone[0])
+  np.testing.assert_array_equal(label, alone[1])
+  np.testing.assert_allclose(loss, alone[2], rtol=1e-6)
+  assert (label == 10).any() and len(set(time)) == 32
 
 
 @pytest.mark.slow
@@ -120,21 +202,18 @@ def test_eight_devices_train_as_one_does(name, mesh):
   "mesh", [dict(data=8), dict(data=2, fsdp=2, tensor=2)], ids=str
 )
 def test_an_accumulated_batch_trains_as_on_one_device(mesh):
-  found = _run(_experiment("dit", mesh, accumulate=4), jax.devices())
+  found = _run("dit", mesh, jax.devices(), accumulate=4)
   _same(found, _alone("dit", accumulate=4))
 
 
 @pytest.mark.slow
 def test_moments_in_the_memory_of_the_host_change_nothing():
-  options = dict(data=2, fsdp=4)
-  losses, gradients, state = _run(
-    _experiment("dit", options, offload=True), jax.devices()
-  )
-  _same((losses, gradients), _alone("dit"))
-  moments = manifest.named_leaves(
-    (state.opt_state[1].mu, state.opt_state[1].nu)
-  )
-  assert {leaf.sharding.memory_kind for leaf in moments.values()} == {
-    "pinned_host"
-  }
-  assert state.params["final"]["out"]["kernel"].sharding.memory_kind == "device"
+  mesh = dict(data=2, fsdp=4)
+  found = _run("dit", mesh, jax.devices(), offload=True)
+  _same(found, _alone("dit"))
+  kinds = collections.defaultdict(set)
+  for name, leaf in found[2].items():
+    if leaf.ndim:
+      kinds[name.partition("/")[0]].add(leaf.sharding.memory_kind)
+  assert kinds.pop("opt_state") == {"pinned_host"}
+  assert set(map(frozenset, kinds.values())) == {frozenset({"device"})}
