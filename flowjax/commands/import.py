@@ -24,7 +24,7 @@ import numpy as np
 
 from flowjax import errors, models, schema
 from flowjax.commands import configs, flags, restored
-from flowjax.interop import lora, tables, weights
+from flowjax.interop import lazy, lora, tables, weights
 from flowjax.models import lora as adapters
 from flowjax.parallel import placing
 from flowjax.train import begin, experiment, manifest, parts
@@ -79,7 +79,7 @@ def run(args) -> None:
 class _Run(weights.Weights):
   """The averaged weights of a run of ours, with its adapters merged."""
 
-  def leaves(self, config: Any) -> tuple[list[str], tables.Leaves]:
+  def leaves(self, config: Any) -> tuple[list[str], lazy.Leaves]:
     abstract = jax.eval_shape(models.build(config).init, jax.random.key(0))
     shapes = {p: leaf.shape for p, leaf in tables.flatten(abstract).items()}
     if shapes != {path: leaf.shape for path, leaf in self.tensors.items()}:
@@ -90,12 +90,12 @@ class _Run(weights.Weights):
     return list(shapes), _leaves(self.tensors)
 
 
-def _leaves(arrays: collections.abc.Mapping[str, Any]) -> tables.Leaves:
+def _leaves(arrays: collections.abc.Mapping[str, Any]) -> lazy.Leaves:
   """Yields arrays that are leaves of ours as they are."""
   for path, array in arrays.items():
     shape, order = array.shape, tuple(range(array.ndim))
     whole: dict[tables.Shape, np.ndarray] = {(): placing.fetch(array)}
-    yield path, tables.Leaf(shape, shape, order, (), whole)
+    yield path, lazy.Leaf(shape, shape, order, (), whole)
 
 
 def _open(args) -> weights.Weights:
@@ -193,7 +193,7 @@ def _tuples(value: Any) -> Any:
   return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def _shown(leaves: tables.Leaves, count: int) -> tables.Leaves:
+def _shown(leaves: lazy.Leaves, count: int) -> lazy.Leaves:
   """Yields the leaves, and says now and then how far they are."""
   shown = time.monotonic()
   for done, (path, leaf) in enumerate(leaves):

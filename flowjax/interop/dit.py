@@ -3,7 +3,7 @@
 from typing import Any
 
 from flowjax import errors
-from flowjax.interop import tables
+from flowjax.interop import lazy, tables
 from flowjax.models import dit, layers, positions
 
 # L layers; D width and E the same where both sides have it; N heads, H head
@@ -125,7 +125,7 @@ def original_layout(config: dit.DiTConfig) -> tables.Table:
     *tables.linear("final/out", "final_layer.linear", "D -> O"),
   ]
   rows, columns = config.grid
-  table_1TD = tables.Lazy(
+  table_1TD = lazy.Array(
     (1, rows * columns, config.width),
     lambda: positions.sincos2d(rows, columns, config.width)[None],
   )

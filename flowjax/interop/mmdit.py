@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from flowjax import errors
-from flowjax.interop import tables
+from flowjax.interop import lazy, tables
 from flowjax.models import layers, mmdit, positions
 
 # M dual layers, L like ones after them; D width and E the same where both
@@ -314,7 +314,7 @@ def _patch_embed(theirs: str) -> tuple[tables.Rule, ...]:
   )
 
 
-def _position_table(config: mmdit.MMDiTConfig) -> tables.Lazy:
+def _position_table(config: mmdit.MMDiTConfig) -> lazy.Array:
   """Returns their buffer [1, T, D]: a whole table, of which ours is the cut."""
   side = config.position_table
 
@@ -324,7 +324,7 @@ def _position_table(config: mmdit.MMDiTConfig) -> tables.Lazy:
       None
     ]
 
-  return tables.Lazy((1, side * side, config.width), make)
+  return lazy.Array((1, side * side, config.width), make)
 
 
 def _require_fixed(config: mmdit.MMDiTConfig, target: str) -> None:

@@ -7,7 +7,6 @@ is complete: what it does not name on either side is an error that lists it.
 """
 
 import collections.abc
-import concurrent.futures
 import dataclasses
 import functools
 import itertools
@@ -20,57 +19,10 @@ import ml_dtypes
 import numpy as np
 
 from flowjax import errors
+from flowjax.interop import lazy
 
-Shape = tuple[int, ...]
+Shape = lazy.Shape
 Tensors = collections.abc.Mapping[str, np.ndarray]
-
-_THREADS = 8
-_ROWS = 16  # of float32 in a line of a cache
-_PART = 2**20  # numbers that are one thread's to copy at a time
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Lazy:
-  """An array that is made when it is asked for."""
-
-  shape: Shape
-  make: collections.abc.Callable[[], np.ndarray]
-
-  def __array__(self, dtype=None, copy=None) -> np.ndarray:
-    return np.asarray(self.make(), dtype)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Leaf:
-  """A leaf of ours in tensors of theirs, which are read when it is asked for.
-
-  `tensors` have the axes `order` of ours, but for the leading axes that their
-  index in the mapping stands for.
-  """
-
-  shape: Shape
-  axes: Shape  # the shape, with the axes of theirs apart
-  order: tuple[int, ...]
-  flip: tuple[int, ...]
-  tensors: collections.abc.Mapping[Shape, np.ndarray]
-
-  @property
-  def dtype(self) -> np.dtype:
-    return next(iter(self.tensors.values())).dtype
-
-  def __array__(self, dtype=None, copy=None) -> np.ndarray:
-    out = _empty(self.shape, np.dtype(dtype or self.dtype))
-    turned = np.flip(out.reshape(self.axes), self.flip).transpose(self.order)
-    parts = itertools.chain.from_iterable(
-      _divided(*_merged(turned[index], tensor))
-      for index, tensor in self.tensors.items()
-    )
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-      list(pool.map(_copy, *zip(*parts, strict=True)))
-    return out
-
-
-Leaves = collections.abc.Iterator[tuple[str, Leaf]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,12 +108,12 @@ class Table:
 
   `constants` are tensors of theirs that the config determines, such as a table
   of positions: they are written, and what is read must be equal to them. Large
-  ones are `Lazy`.
+  ones are `lazy.Array`.
   """
 
   rules: tuple[Rule, ...]
   sizes: dict[str, int]
-  constants: collections.abc.Mapping[str, np.ndarray | Lazy] = (
+  constants: collections.abc.Mapping[str, np.ndarray | lazy.Array] = (
     dataclasses.field(default_factory=dict)
   )
 
@@ -206,7 +158,7 @@ class Table:
     leaves = self.leaves_of_ours(tensors)
     return unflatten({path: np.asarray(leaf) for path, leaf in leaves})
 
-  def leaves_of_ours(self, tensors: Tensors) -> Leaves:
+  def leaves_of_ours(self, tensors: Tensors) -> lazy.Leaves:
     """Yields (path, leaf) of our tree; a leaf is read when it is asked for.
 
     Raises CheckpointError before the first, unless keys and shapes are those of
@@ -219,7 +171,7 @@ class Table:
       self._split(rules, tensors) for rules in self._groups
     )
 
-  def _split(self, rules: tuple[Rule, ...], tensors: Any) -> Leaves:
+  def _split(self, rules: tuple[Rule, ...], tensors: Any) -> lazy.Leaves:
     along, start = rules[0].along, 0
     for rule in rules:
       size = self._inner_shape(rule)[along] if len(rules) > 1 else None
@@ -249,7 +201,9 @@ class Table:
     sizes = {axis: self.sizes[axis] for axis in named}
     return einops.repeat(tensor, rule.pattern, **sizes)
 
-  def _turned_back(self, rule: Rule, tensors: dict[str, np.ndarray]) -> Leaf:
+  def _turned_back(
+    self, rule: Rule, tensors: dict[str, np.ndarray]
+  ) -> lazy.Leaf:
     if rule.copies:
       tensors = _one_of(tensors)
     ours, theirs = (re.findall(r"\w+", x) for x in (rule.left, rule.right))
@@ -257,7 +211,7 @@ class Table:
     stacks = [axis for axis in rule.stacks if axis not in rule.copies]
     inner = [self.sizes[axis] for axis in theirs[len(stacks) :]]
     indices = np.ndindex(*(self.sizes[axis] for axis in stacks))
-    return Leaf(
+    return lazy.Leaf(
       self._shape(rule.left),
       tuple(self.sizes[axis] for axis in ours),
       tuple(ours.index(axis) for axis in theirs),
@@ -320,59 +274,6 @@ def _flipped(leaf: np.ndarray, axes: str, flip: str) -> np.ndarray:
   """Returns the leaf with the axes in `flip` running the other way."""
   dims = re.findall(r"\([^)]*\)|\w+", axes)
   return np.flip(leaf, tuple(dims.index(axis) for axis in flip.split()))
-
-
-def _empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
-  """Returns an array that JAX need not copy on a CPU: at 64 bytes' multiple."""
-  size = math.prod(shape) * dtype.itemsize
-  memory = np.empty(size + 64, np.uint8)
-  start = -memory.ctypes.data % 64
-  return memory[start : start + size].view(dtype).reshape(shape)
-
-
-def _copy(out: np.ndarray, tensor: np.ndarray) -> None:
-  """Copies a tensor whose axes may lie in memory in another order.
-
-  As many of its rows at a time as there are numbers in a line of a cache, so
-  that each line is read, and written, once.
-  """
-  if tensor.strides[-1] == tensor.itemsize:  # Their rows are rows of ours.
-    out[...] = tensor
-    return
-  for i in range(0, out.shape[-1], _ROWS):
-    rows = tensor[..., i : i + _ROWS]
-    out[..., i : i + _ROWS] = rows.astype(out.dtype, copy=False)
-
-
-def _divided(
-  out: np.ndarray, tensor: np.ndarray
-) -> collections.abc.Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Yields parts of both, cut across the rows of theirs, of a size to copy."""
-  axis = 0 if tensor.strides[-1] == tensor.itemsize else -1
-  out, tensor = np.moveaxis(out, axis, 0), np.moveaxis(tensor, axis, 0)
-  rows = math.ceil(_PART * len(out) / out.size / _ROWS) * _ROWS
-  for i in range(0, len(out), rows):
-    yield (
-      np.moveaxis(out[i : i + rows], 0, axis),
-      np.moveaxis(tensor[i : i + rows], 0, axis),
-    )
-
-
-def _merged(
-  out: np.ndarray, tensor: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the same with few axes, in the order in which those of out lie."""
-  order = sorted(range(out.ndim), key=lambda i: -abs(out.strides[i]))
-  pair = [np.squeeze(array.transpose(order)) for array in (out, tensor)]
-  shape: list[int] = []
-  for i, size in enumerate(pair[0].shape):
-    if i and all(a.strides[i - 1] == size * a.strides[i] for a in pair):
-      shape[-1] *= size
-    else:
-      shape.append(size)
-  merged = [array.reshape(shape or 1) for array in pair]
-  assert np.may_share_memory(merged[0], out)
-  return merged[0], merged[1]
 
 
 def _joined(parts: list[np.ndarray], along: int) -> np.ndarray:

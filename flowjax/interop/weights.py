@@ -22,6 +22,7 @@ from flowjax.interop import (
   files,
   folder_export,
   formats,
+  lazy,
   safetensors,
   shards,
   tables,
@@ -75,7 +76,7 @@ class Weights:
         config = diffusers_configs.read(self.description, like)
     return formats.as_stored(config, self.tensors)
 
-  def leaves(self, config: Any) -> tuple[list[str], tables.Leaves]:
+  def leaves(self, config: Any) -> tuple[list[str], lazy.Leaves]:
     """Returns the paths of our leaves, and the leaves as they are read.
 
     Raises CheckpointError, before the first is read, for what does not fit.
@@ -272,7 +273,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
   return content
 
 
-def _read_ahead(leaves: tables.Leaves) -> tables.Leaves:
+def _read_ahead(leaves: lazy.Leaves) -> lazy.Leaves:
   """Yields leaves while the next is read; of the last, no page is kept."""
   ending = itertools.chain(leaves, [("", None)])
   for (path, leaf), (_, following) in itertools.pairwise(ending):
@@ -283,7 +284,7 @@ def _read_ahead(leaves: tables.Leaves) -> tables.Leaves:
     _advise(leaf, "MADV_DONTNEED")
 
 
-def _advise(leaf: tables.Leaf, advice: str) -> None:
+def _advise(leaf: lazy.Leaf, advice: str) -> None:
   """Tells the system what becomes of the pages of the files of a leaf."""
   if not hasattr(mmap, advice):
     return

@@ -146,14 +146,10 @@ def without_layers(
   """Returns `apply` of the network without some of its blocks.
 
   Skip-layer guidance pushes away from what such a network says. Raises
-  ValueError for a block that is not there.
+  ValueError for a block that is not there, or must stay.
   """
   module = _degradable(network, layers, "without_layers")
-  if len(set(layers)) >= network.config.depth:
-    raise ValueError(
-      f"blocks {tuple(layers)}: at least one of the {network.config.depth} of "
-      "this network must stay."
-    )
+  module.check_layers(network.config, layers)
 
   def apply(params, *inputs):
     shallow = module.without_layers(network.config, network.own(params), layers)

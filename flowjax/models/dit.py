@@ -299,6 +299,17 @@ def dropped(
   return {**cond, "label": jnp.where(drop_B, config.num_classes, label_B)}
 
 
+def check_layers(
+  config: DiTConfig, layers: collections.abc.Collection[int]
+) -> None:
+  """Raises ValueError for blocks that the network cannot be without."""
+  if len(set(layers)) >= config.depth:
+    raise ValueError(
+      f"blocks {tuple(layers)}: at least one of the {config.depth} of this "
+      "network must stay."
+    )
+
+
 def without_layers(
   config: DiTConfig,
   params: dict[str, Any],

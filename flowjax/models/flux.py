@@ -10,6 +10,7 @@ here are those of the released weights.
 # tokens, T image tokens, S = L + T, E width of the text, P one flattened patch,
 # D width, K parts of a modulation, N heads, H head size, A axes.
 
+import collections.abc
 import dataclasses
 import functools
 import typing
@@ -101,6 +102,11 @@ class FluxConfig:
     """Rows and columns of patches."""
     height, width = self.image_size
     return height // self.patch_size, width // self.patch_size
+
+  @property
+  def depth(self) -> int:
+    """How many blocks there are of both kinds."""
+    return self.double_depth + self.single_depth
 
 
 class Attention(joint.Attention):
@@ -296,6 +302,40 @@ def apply(
 unconditional = conditions.unconditional
 example = conditions.example
 dropped = conditions.dropped
+
+
+def check_layers(
+  config: FluxConfig, layers: collections.abc.Collection[int]
+) -> None:
+  """Raises ValueError for blocks that the network cannot be without."""
+  for name, numbers in _numbers(config).items():
+    if set(numbers) <= set(layers):
+      raise ValueError(
+        f"blocks {tuple(layers)} are all {name}, {numbers[0]} to {numbers[-1]}:"
+        " one of them must stay."
+      )
+
+
+def without_layers(
+  config: FluxConfig,
+  params: dict[str, Any],
+  layers: collections.abc.Collection[int],
+) -> tuple[FluxConfig, dict[str, Any]]:
+  """Returns the config and the parameters of a network without some blocks."""
+  groups = _numbers(config)
+  shallow, (double, single) = joint.without(params, groups, layers)
+  changed = dataclasses.replace(
+    config, double_depth=double, single_depth=single
+  )
+  return changed, shallow
+
+
+def _numbers(config: FluxConfig) -> dict[str, range]:
+  """Returns the numbers of the blocks, from 0, the double ones first."""
+  return {
+    "double_blocks": range(config.double_depth),
+    "single_blocks": range(config.double_depth, config.depth),
+  }
 
 
 def flops(config: FluxConfig) -> int:

@@ -8,12 +8,14 @@ tokens of both are one sequence, text first.
 # stream), S = L + T, D width, K parts of a fused map, N heads, H head size,
 # F hidden width of the MLP.
 
+import collections.abc
 import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flowjax.models import blocks, layers, positions, sequences
 from flowjax.ops import attention, axes
@@ -223,6 +225,26 @@ class JointBlock(nn.Module):
     if not self.last:
       text_BLD = text.end(text_BLD, y_BLNH, text_parts, text_rope, masks[0])
     return (text_BLD, image_BTD), None
+
+
+def without(
+  params: dict[str, Any],
+  groups: dict[str, range],
+  layers: collections.abc.Collection[int],
+) -> tuple[dict[str, Any], list[int]]:
+  """Returns the parameters without some blocks, and how many each group keeps.
+
+  `groups` are the numbers of the blocks in each stack. An empty one is left
+  out.
+  """
+  left = {key: params[key] for key in params if key not in groups}
+  counts = []
+  for name, numbers in groups.items():
+    kept = np.array([i for i, n in enumerate(numbers) if n not in layers], int)
+    counts.append(len(kept))
+    if len(kept):
+      left[name] = jax.tree.map(lambda leaf, k=kept: leaf[k], params[name])
+  return left, counts
 
 
 def repeated(block: Any, length: int, *, scan: bool, remat: str) -> Any:

@@ -17,7 +17,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from flowjax.models import (
   blocks,
@@ -249,6 +248,17 @@ example = conditions.example
 dropped = conditions.dropped
 
 
+def check_layers(
+  config: MMDiTConfig, layers: collections.abc.Collection[int]
+) -> None:
+  """Raises ValueError for blocks that the network cannot be without."""
+  if config.depth - 1 in layers:
+    raise ValueError(
+      f"blocks {tuple(layers)}: the last of an MM-DiT, {config.depth - 1}, has "
+      "parameters of another kind, and must stay."
+    )
+
+
 def without_layers(
   config: MMDiTConfig,
   params: dict[str, Any],
@@ -256,25 +266,13 @@ def without_layers(
 ) -> tuple[MMDiTConfig, dict[str, Any]]:
   """Returns the config and the parameters of a network without some blocks.
 
-  Blocks count from 0, the dual ones first. Raises ValueError for the last.
+  Blocks count from 0, the dual ones first.
   """
-  if config.depth - 1 in layers:
-    raise ValueError(
-      f"blocks {tuple(layers)}: the last of an MM-DiT, {config.depth - 1}, has "
-      "parameters of another kind, and must stay."
-    )
   groups = {
     "dual_blocks": range(config.dual_layers),
     "blocks": range(config.dual_layers, config.depth - 1),
   }
-  shallow = {key: params[key] for key in params if key not in groups}
-  counts = []
-  for name, numbers in groups.items():
-    kept = np.array([i for i, n in enumerate(numbers) if n not in layers], int)
-    counts.append(len(kept))
-    if len(kept):
-      shallow[name] = jax.tree.map(lambda leaf, k=kept: leaf[k], params[name])
-  dual, like = counts
+  shallow, (dual, like) = joint.without(params, groups, layers)
   changed = dataclasses.replace(config, dual_layers=dual, depth=dual + like + 1)
   return changed, shallow
 

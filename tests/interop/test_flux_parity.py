@@ -189,6 +189,26 @@ def test_our_weights_in_their_network(name, draw):
   assert_same_forward(config, params, theirs, draw_inputs(config, length))
 
 
+def test_without_some_blocks_it_is_theirs_without_them():
+  config, length = VARIANTS["dev"]
+  theirs, inputs = build_theirs(config), draw_inputs(config, length)
+  params = layouts.diffusers_layout(config).to_ours(state_of(theirs))
+  shallow = FluxTransformer2DModel.from_config(
+    theirs.config, num_layers=1, num_single_layers=1
+  )
+  shallow.load_state_dict(theirs.state_dict(), strict=False)
+  double, single = theirs.transformer_blocks, theirs.single_transformer_blocks
+  shallow.transformer_blocks[0].load_state_dict(double[1].state_dict())
+  shallow.single_transformer_blocks[0].load_state_dict(single[0].state_dict())
+  with torch.no_grad():
+    wanted = run_theirs(shallow, config, *as_torch(inputs)).numpy()
+  net = models.build(config)
+  v_BHWC = jax.jit(models.without_layers(net, (0, 3)))(params, *inputs)
+  np.testing.assert_allclose(v_BHWC, wanted, atol=2e-5, rtol=0)
+  with pytest.raises(ValueError, match="all single_blocks, 2 to 3: one"):
+    models.without_layers(net, (2, 3))
+
+
 def test_hidden_text_is_hidden_as_in_theirs():
   config, _ = VARIANTS["dev"]
   theirs = build_theirs(config)

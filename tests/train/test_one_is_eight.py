@@ -17,6 +17,7 @@ import pytest
 from flowjax.data import config as data_config
 from flowjax.models import dit, flux, mmdit
 from flowjax.parallel import mesh as meshes
+from flowjax.parallel import placing
 from flowjax.train import experiment, loop, manifest, optim, parts
 
 COMMON = dict(image_size=(8, 8), channels=1, heads=8, num_classes=10)
@@ -81,7 +82,7 @@ def _run(name, mesh, devices, **options):
   state = jax.device_put(_first(name), parts.shardings_of(run.abstract))
   losses, gradients = [], {}
   with meshes.use(run.mesh):
-    step, put = loop.jit_step(run), loop.put_batch(run.mesh)
+    step, put = loop.jit_step(run), placing.put_whole(run.mesh)
     for i in range(STEPS):
       state, values = step(state, put(_batch(i)))
       losses.append(float(values["loss"]))
@@ -173,7 +174,7 @@ def _draws(mesh, devices, accumulate=1):
     return metrics["t"], seen.pop("label"), metrics["loss_by_example"]
 
   with meshes.use(run.mesh):
-    batch = loop.put_batch(run.mesh)(_batch(0))
+    batch = placing.put_whole(run.mesh)(_batch(0))
     return jax.device_get(jax.jit(draw)(batch))
 
 
