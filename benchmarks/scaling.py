@@ -51,7 +51,7 @@ TABLE_SIZES = (8, 64, 256, 1024, 4096)
 # What is compiled, to see how far the model is from a compiler.
 ANCHORS = (
   ("imagenet_dit.py:xl_2", "v5e:16x16", "none", dict(data=32, fsdp=8), 8192),
-  ("imagenet_dit.py:xl_2", "v5p:4x4x4", "full", dict(data=8, fsdp=8), 4096),
+  ("imagenet_dit.py:xl_2", "v5p:4x4x4", "full", dict(data=4, fsdp=16), 4096),
   ("imagenet_dit.py:xl_2", "h100:8x8", "full", dict(data=8, fsdp=8), 1024),
   ("flux_dev.py", "v5p:8x8x8", "save_attention", dict(data=8, fsdp=64), 1024),
 )
