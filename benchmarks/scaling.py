@@ -1,7 +1,8 @@
 """Projects how training scales, from 8 to 4,096 devices: a model, not a run.
 
   python benchmarks/scaling.py            projects; half a minute on one core
-  python benchmarks/scaling.py --anchors  also compiles a few, to compare with
+  python benchmarks/scaling.py --anchors  also compiles a few, to compare with;
+                                          --anchors 0 2: of them the named
 
 Writes benchmarks/results/scaling.json, docs/scaling.png, and the tables in
 docs/scaling.md. The mathematics is flowjax/parallel/roofline.py's; each device
@@ -51,7 +52,7 @@ TABLE_SIZES = (8, 64, 256, 1024, 4096)
 # What is compiled, to see how far the model is from a compiler.
 ANCHORS = (
   ("imagenet_dit.py:xl_2", "v5e:16x16", "none", dict(data=32, fsdp=8), 8192),
-  ("imagenet_dit.py:xl_2", "v5p:4x4x4", "full", dict(data=8, fsdp=8), 4096),
+  ("imagenet_dit.py:xl_2", "v5p:4x4x4", "full", dict(data=4, fsdp=16), 4096),
   ("imagenet_dit.py:xl_2", "h100:8x8", "full", dict(data=8, fsdp=8), 1024),
   ("flux_dev.py", "v5p:8x8x8", "save_attention", dict(data=8, fsdp=64), 1024),
 )
@@ -130,35 +131,41 @@ def projections() -> list[dict]:
   return rows
 
 
-def anchors() -> list[dict]:
-  """Compiles a few, and returns what the model says of the same."""
-  rows = []
-  for file, name, remat, mesh, batch in ANCHORS:
+def anchors(known: dict, numbers: list[int]) -> dict:
+  """Compiles some of ANCHORS, and adds what the model says of the same."""
+  rows = dict(known)
+  for number in numbers:
+    file, name, remat, mesh, batch = ANCHORS[number]
     where = topology.parse(name)
     if not topology.is_installed(where):
       print(f"{name} is left out: flowjax[{where.extra}] is not installed.")
       continue
     config = config_of(file, remat, batch, mesh)
     found, _ = plan.compiled(config, where)
-    if where.is_gpu:  # Compiled without cuDNN: the same is modelled.
-      xla = dataclasses.replace(config.model, attention="xla")
-      config = dataclasses.replace(config, model=xla)
-    guess = plan.modelled(config, where)
-    rows.append(
-      {
-        "config": file,
-        "topology": name,
-        "mesh": mesh,
-        "remat": remat,
-        "batch_size": batch,
-        "compiled_bytes": found.bytes_per_device,
-        "modelled_bytes": guess.bytes_per_device,
-        "compiled_communication_seconds": found.step.wires,
-        "modelled_communication_seconds": guess.step.wires,
-      }
-    )
-    print(rows[-1], flush=True)
+    rows[f"{file} {name}"] = beside(number, found)
+    print(rows[f"{file} {name}"], flush=True)
   return rows
+
+
+def beside(number: int, found: plan.Plan) -> dict:
+  """Returns a row of what was compiled and what the model says."""
+  file, name, remat, mesh, batch = ANCHORS[number]
+  config, where = config_of(file, remat, batch, mesh), found.topology
+  if where.is_gpu:  # Compiled without cuDNN: the same is modelled.
+    xla = dataclasses.replace(config.model, attention="xla")
+    config = dataclasses.replace(config, model=xla)
+  guess = plan.modelled(config, where)
+  return {
+    "config": file,
+    "topology": name,
+    "mesh": mesh,
+    "remat": remat,
+    "batch_size": batch,
+    "compiled_bytes": found.bytes_per_device,
+    "modelled_bytes": guess.bytes_per_device,
+    "compiled_communication_seconds": found.step.wires,
+    "modelled_communication_seconds": guess.step.wires,
+  }
 
 
 def tables(results: dict) -> str:
@@ -195,7 +202,7 @@ def tables(results: dict) -> str:
     "| wires: compiled, modelled |",
     "| --- | --- | --- | --- | --- | --- | --- |",
   ]
-  for row in results["anchors"]:
+  for row in results["anchors"].values():
     held = [row[f"{how}_bytes"] / 2**30 for how in ("compiled", "modelled")]
     sent = [
       1000 * row[f"{how}_communication_seconds"]
@@ -253,7 +260,7 @@ def write_page(results: dict) -> None:
 def main() -> None:
   """Projects, draws and writes."""
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("--anchors", action="store_true")
+  parser.add_argument("--anchors", type=int, nargs="*")
   flags = parser.parse_args()
   before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
   results = {
@@ -276,8 +283,11 @@ def main() -> None:
       for chip, clusters in CLUSTERS.items()
     },
     "projections": projections(),
-    "anchors": anchors() if flags.anchors else before.get("anchors", []),
+    "anchors": before.get("anchors", {}),
   }
+  if flags.anchors is not None:
+    numbers = flags.anchors or list(range(len(ANCHORS)))
+    results["anchors"] = anchors(results["anchors"], numbers)
   RESULTS.write_text(json.dumps(results, indent=1) + "\n")
   draw(results)
   write_page(results)

@@ -105,17 +105,17 @@ def _search(
     told=lambda line: print(line, flush=True),
   )
   table = rich.table.Table(title="what fits, the fastest first")
-  for name in ("mesh", "batch", "remat", "memory", "images/s", "MFU", "source"):
+  for name in ("mesh", "batch", "remat", "memory", "images/s", "MFU"):
     table.add_column(name, no_wrap=True)
   for one in found:
+    split = {axis: n for axis, n in one.shape.items() if n > 1}
     table.add_row(
-      _mesh(one),
+      " ".join(f"{axis}={n}" for axis, n in split.items()) or "one device",
       f"{one.batch_size:,}",
       one.remat,
-      f"{_gib(one.bytes_per_device)} {one.source}",
-      f"{one.batch_size / one.step.seconds:,.0f}",
+      f"{_gib(one.bytes_per_device)}, {one.source}",
+      f"{one.batch_size / one.step.seconds:,.0f}, modelled",
       f"{100 * one.mfu:.1f}%",
-      "modelled time",
     )
   rich.console.Console(width=WIDTH).print(table)
   best = found[0]

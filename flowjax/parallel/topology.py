@@ -214,3 +214,9 @@ def devices(topology: Topology) -> collections.abc.Sequence[Any]:
     platform="tpu", topology_name=topology.name, **options
   )
   return described.devices
+
+
+def device_like(topology: Topology) -> Any:
+  """Returns one device of its kind, the same for every size of a cluster."""
+  smallest = (2, 2, 1)[: topology.chip.axes] or (1, 1)
+  return devices(Topology(topology.generation, smallest))[0]

@@ -84,7 +84,7 @@ def _arithmetic(built: parts.Parts) -> flops.Count:
   batch = {"image": x, **cond}
   if config.data.pair_source is not None:
     batch["source"] = x
-  params = jax.eval_shape(network.init, jax.random.key(0))
+  params = jax.eval_shape(lambda: network.init(jax.random.key(0)))
   rng = jax.eval_shape(lambda: jax.random.key(0))
   return flops.of(
     jax.grad(lambda *inputs: loss(*inputs)[0]), params, batch, rng
@@ -103,7 +103,7 @@ def _inputs(network: models.Network, count: int) -> tuple[Any, Any, Any]:
 
 def _kept(network: models.Network) -> Kept:
   """Returns what waits for the gradient: what grows from one example to two."""
-  params = jax.eval_shape(network.init, jax.random.key(0))
+  params = jax.eval_shape(lambda: network.init(jax.random.key(0)))
 
   def pull(params, x, t, cond):
     if network.forward is not None:
@@ -194,10 +194,18 @@ def of_activations(kept: Kept, model: Any, shape: Shape) -> int:
     heads = (getattr(model, "heads", 0), getattr(model, "head_size", 0))
     if dims[-2:] == heads or dims[-1] == getattr(model, "mlp_width", 0):
       size //= shape["tensor"]
-    if hasattr(model, "grid") and math.prod(model.grid) in dims:
+    if not _along_tokens(model).isdisjoint(dims):
       size //= shape["context"]
     total += size
   return total
+
+
+def _along_tokens(model: Any) -> set[int]:
+  """Returns the sizes of dims of tokens, of one example and of two as one."""
+  if not hasattr(model, "grid"):
+    return set()
+  sizes = {math.prod(model.grid), tokens(model)}
+  return sizes | {2 * size for size in sizes}
 
 
 def of_scores(found: Outline, shape: Shape) -> int:

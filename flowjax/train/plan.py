@@ -256,7 +256,7 @@ def _outline(
       config = dataclasses.replace(config, model=xla)
     return memory.outline(config)
   if topology.is_installed(where):
-    return memory.outline(config, topology.devices(where)[0])
+    return memory.outline(config, topology.device_like(where))
   return memory.outline(config)
 
 

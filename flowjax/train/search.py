@@ -8,7 +8,6 @@ import dataclasses
 import math
 
 from flowjax import errors
-from flowjax.models import blocks
 from flowjax.parallel import mesh as meshes
 from flowjax.parallel import topology
 from flowjax.train import experiment, plan
@@ -35,7 +34,6 @@ def run(
   For each mesh and remat the largest batch of 2^k per device that fits, up to
   what `config` has in all.
   """
-  assert set(REMATS) == set(blocks.REMAT)
   found: list[plan.Plan] = []
   smallest = math.inf
   for shape in shapes(config, where):
