@@ -31,7 +31,13 @@ from flowjax.models import dit
 from flowjax.train import experiment, presets
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = ("README.md", "docs/flow.md", "docs/house.md", "docs/interop.md")
+PAGES = (
+  "README.md",
+  "docs/flow.md",
+  "docs/house.md",
+  "docs/interop.md",
+  "docs/launch.md",
+)
 DIGITS = str(ROOT / "configs/digits_dit.py")
 TEXT = (ROOT / "docs/flow.md").read_text()
 TABLES = {
