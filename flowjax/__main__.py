@@ -7,7 +7,6 @@ import sys
 import flowjax
 from flowjax import errors, schema
 from flowjax.commands import flags
-from flowjax.parallel import distributed
 
 COMMANDS = {
   "train": "train a network from a config, or continue a workdir",
@@ -22,9 +21,8 @@ COMMANDS = {
   "doctor": "see what works on this machine, or in this job, and what is off",
 }
 
-# Those that all processes of a job run together.
-ON_DEVICES = {"train", "sample", "evaluate", "compare", "export", "import",
-              "bench", "doctor"}  # fmt: skip
+# All others are run by all processes of a job together.
+ALONE = ("describe", "plan")
 
 
 def main(words: list[str] | None = None) -> int:
@@ -35,8 +33,9 @@ def main(words: list[str] | None = None) -> int:
     logging.getLogger(name).setLevel(logging.WARNING)
   try:
     return _run(words)
-  except (Exception, KeyboardInterrupt) as error:
-    return distributed.leave(error)
+  except errors.KNOWN as error:
+    print(f"flowjax: {error}", file=sys.stderr)
+    return error.exit_code
 
 
 def _run(words: list[str]) -> int:
@@ -55,11 +54,14 @@ def _run(words: list[str]) -> int:
   parser = flags.Parser(name, description=command.__doc__)
   command.add_flags(parser)
   args = parser.read(words[1:])
-  if name in ON_DEVICES:
-    distributed.start()
-    distributed.agree("flags", vars(args))
-  command.run(args)
-  distributed.finish()
+  if name in ALONE:
+    command.run(args)
+    return 0
+  # Not before: it imports jax, and help comes at once.
+  from flowjax.parallel import distributed
+
+  with distributed.job(vars(args)):
+    command.run(args)
   return 0
 
 

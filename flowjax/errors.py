@@ -44,6 +44,9 @@ class Preempted(RuntimeError):
   exit_code = 42
 
 
+KNOWN = (UserError, NumericError, Lost, Preempted)
+
+
 @contextlib.contextmanager
 def naming(where: str):
   """Turns what is wrong with a value into a UserError that says where it is.

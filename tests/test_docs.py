@@ -36,7 +36,9 @@ PAGES = (
   "docs/flow.md",
   "docs/house.md",
   "docs/interop.md",
+  "docs/launch.md",
   "docs/parallel.md",
+  "docs/scaling.md",
 )
 DIGITS = str(ROOT / "configs/digits_dit.py")
 TEXT = (ROOT / "docs/flow.md").read_text()

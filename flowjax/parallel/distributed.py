@@ -54,6 +54,20 @@ def is_first() -> bool:
   return jax.process_index() == 0
 
 
+@contextlib.contextmanager
+def job(flags: dict[str, Any]):
+  """Does what is within in all processes of the job, which end together."""
+  try:
+    start()
+    agree("flags", flags)
+    yield
+    finish()
+  except (Exception, KeyboardInterrupt) as error:
+    if _peers is not None:
+      leave(error)
+    raise
+
+
 def start() -> None:
   """Meets the other processes, if there are any, before a device is touched.
 
@@ -163,20 +177,14 @@ def finish() -> None:
     _peers.close()
 
 
-def leave(error: BaseException) -> int:
-  """Ends a command that has failed, and with it the other processes.
+def leave(error: BaseException) -> None:
+  """Ends this process, which has failed, and with it the others: says why.
 
-  Says why. Returns the exit code where there is but one process; of several
-  it does not return, as they would wait for each other at the exit.
+  It does not return, whatever happens: at the usual exit processes wait for
+  each other.
   """
-  known = hasattr(error, "exit_code")
+  assert _peers is not None
   code = getattr(error, "exit_code", 1)
-  if _peers is None:
-    if not known:
-      raise error
-    _say(str(error))
-    return code
-  # Whatever happens here, the usual end would be to wait for the others.
   try:
     code = _end(_peers, error, code)
   finally:
@@ -185,7 +193,7 @@ def leave(error: BaseException) -> int:
 
 def _end(peers: peers_lib.Peers, error: BaseException, code: int) -> int:
   """Says why this process ends, to the user and to all; returns its code."""
-  known = hasattr(error, "exit_code")
+  known = isinstance(error, errors.KNOWN)
   # What jax raises may be but the echo of another process's end.
   news = None if known else peers.wait_for_end(peers.patience)
   if news is not None:
@@ -209,8 +217,8 @@ def _end(peers: peers_lib.Peers, error: BaseException, code: int) -> int:
 
 
 def _say(text: str) -> None:
-  name = f" process {_peers.index}:" if _peers is not None else ""
-  print(f"flowjax:{name} {text}", file=sys.stderr, flush=True)
+  index = arrival.state().process_id
+  print(f"flowjax: process {index}: {text}", file=sys.stderr, flush=True)
 
 
 def _explicit() -> dict[str, Any] | None:
