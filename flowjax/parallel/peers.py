@@ -32,6 +32,12 @@ GRACE = 5.0
 News = dict[str, Any]
 
 
+def leave(code: int) -> None:
+  """Ends this process at once, whatever its threads wait for."""
+  logging.shutdown()
+  os._exit(code)
+
+
 class Peers:
   """The processes of a job, seen from one of them."""
 
@@ -43,7 +49,7 @@ class Peers:
     *,
     timeout: float,
     host: str,
-    leave: collections.abc.Callable[[int], None] = os._exit,
+    leave: collections.abc.Callable[[int], None] = leave,
   ):
     self.index, self.count, self._timeout = index, count, timeout
     self._client, self._leave = client, leave
@@ -229,7 +235,6 @@ class Peers:
     # The main thread still waits for others, or it would have ended us.
     if news["kind"] != "lost":
       print(f"flowjax: {text}", file=sys.stderr, flush=True)
-    logging.shutdown()
     self._leave(code)
 
 
