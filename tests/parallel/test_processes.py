@@ -285,18 +285,21 @@ def test_a_run_moves_from_8_devices_to_4_processes_and_to_2_devices(
   assert len({mark for step in rows[:6] for mark in step.values()}) == 96
   assert ended.rows[:4] == rows[2:6]
 
-  _back_to(4, tmp_path / "four", tmp_path / "small")
-  mesh = ["--config.mesh.tensor=1"]
+  # On two devices, and from there back to eight.
+  _back_to(2, one, tmp_path / "small")
   (tmp_path / "again").mkdir()
-  words = _train(config, tmp_path / "small", *mesh)
+  words = _train(config, tmp_path / "small", "--config.mesh.tensor=1")
   ended = _local(tmp_path / "again", 1, 2, *words)
   assert ended.code == 0, ended.text
-  assert "step 4/6  compiling" in ended.text
-  losses = _losses(tmp_path / "small")
-  np.testing.assert_allclose(
-    list(losses.values()), list(straight.values()), rtol=1e-5
-  )
-  assert ended.rows[:2] == rows[4:6]
+  assert ended.rows[:4] == rows[2:6]
+  for before in ("four", "small"):
+    _back_to(4, tmp_path / before, tmp_path / f"{before}_then_one")
+    assert door.main(_train(config, tmp_path / f"{before}_then_one")) == 0
+  for name in ("small", "small_then_one", "four_then_one"):
+    losses = _losses(tmp_path / name)
+    np.testing.assert_allclose(
+      list(losses.values()), list(straight.values()), rtol=1e-5
+    )
 
 
 @pytest.mark.slow
