@@ -14,7 +14,8 @@ from flowjax.train import experiment, plan
 
 # How many the compiler looks at, and how many are shown.
 COMPILED, SHOWN = 3, 8
-# From the lightest on, which computes least again.
+# From the lightest on, which computes least again. What is kept in the memory
+# of the host waits for its bus, which the model does not know.
 REMATS = ("none", "matmuls", "dots", "save_attention", "full")
 # Heads and hidden width are divided within a node; tokens no further either.
 LARGEST_TENSOR, LARGEST_CONTEXT = 8, 8
@@ -98,7 +99,7 @@ def shapes(
       rest = where.size // (tensor * context)
       for fsdp in _powers(rest):
         if rest % fsdp == 0 and fsdp * tensor * context <= where.domain:
-          sizes = (rest // fsdp, fsdp, tensor, context)
+          sizes = (rest // fsdp, fsdp, tensor, context, 1)
           found.append(dict(zip(meshes.AXES, sizes, strict=True)))
   return found
 

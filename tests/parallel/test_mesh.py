@@ -99,7 +99,7 @@ def test_slices_are_found_whatever_the_order_of_the_devices():
   chips = [_Chip(i % 2) for i in range(8)]
   assert meshes.slice_count(chips) == 2
   where = _grid(chips, data=2, fsdp=4)
-  assert (where == np.arange(2)[:, None, None, None]).all()
+  assert (where == np.arange(2).reshape(2, 1, 1, 1, 1)).all()
   with pytest.raises(ValueError, match="2 slices of 4 devices"):
     _grid(chips, data=1, fsdp=8)
   with pytest.raises(ValueError, match="of one size"):

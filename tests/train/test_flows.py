@@ -31,6 +31,7 @@ def network(apply, **more):
     init=lambda rng: {"scale": jnp.ones(())},
     apply=lambda params, x, t, cond, rng=None: apply(params["scale"], x, t),
     unconditional=lambda cond: cond,
+    dropped=lambda cond, rng: cond,
     flops=0,
     example=lambda batch: {},
     **more,
