@@ -47,7 +47,7 @@ EXTRAS = {
     CLU,
     "pytest>=8",
     "pytest-timeout>=2.3",
-    "pytest-xdist>=3.6",
+    "pytest-xdist>=3.8",
     "ruff==0.17.*",
     "mypy>=1.15,<3",
   ],
