@@ -55,7 +55,7 @@ EXTRAS = {
     *TPU_AOT,
     "pytest>=8",
     "pytest-timeout>=2.3",
-    "pytest-xdist>=3.6",
+    "pytest-xdist>=3.8",
     "ruff==0.17.*",
     "mypy>=1.15,<3",
   ],

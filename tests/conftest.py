@@ -5,6 +5,7 @@ devices its collectives can wait for each other for ever.
 """
 
 import atexit
+import collections
 import gc
 import os
 import shutil
@@ -26,6 +27,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 # break the imports of those that look for it: diffusers, transformers.
 sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type]
 
+# torch and numpy divide even the smallest array among all cores, and one of two
+# workers has but one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["NPROC"] = "16"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # The tests are small and compile much: unoptimised programs halve their time,
@@ -48,3 +52,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def _what_is_old_stays():
   """Keeps the collector from searching all that earlier modules left."""
   gc.freeze()
+
+
+def pytest_collection_modifyitems(items):
+  """Puts the longest files first, so that no worker is left alone with one."""
+  weight = collections.Counter()
+  for item in items:
+    weight[item.path] += 10 if item.get_closest_marker("slow") else 1
+  items.sort(key=lambda item: -weight[item.path])

@@ -30,8 +30,12 @@ from flowjax.models import dit
 ROOT = pathlib.Path(__file__).parents[2]
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 TINY = workload.Workload(size="tiny", batch=4, threads=1)
-# Compiles fast; what is compiled stays the same.
-QUICK = "--xla_backend_optimization_level=0"
+# Compiles fast, as these tests do; what is compiled stays the same.
+QUICK = " ".join(
+  flag
+  for flag in os.environ["XLA_FLAGS"].split()
+  if not flag.startswith("--xla_force_host_platform_device_count")
+)
 # What a machine for benchmarks need not have.
 NOT_THERE = (
   *("ml_collections", "grain", "clu", "tensorboardX", "tensorflow"),
