@@ -1,7 +1,6 @@
-"""The same function on one device and on eight."""
+"""What one DiT sends between eight devices, and what it refuses."""
 
 import collections
-import functools
 import re
 
 import jax
@@ -56,11 +55,6 @@ def step(params, x_BHWC, t_B, label_B):
   return v_BHWC, gradient
 
 
-@functools.lru_cache
-def on_one_device():
-  return jax.jit(step)(*inputs())
-
-
 def lay_out(params, mesh):
   """Splits heads and the MLP over "tensor", inputs over "fsdp"."""
   specs = jax.tree.map(lambda _: P(), params)
@@ -84,36 +78,6 @@ def lay_out(params, mesh):
       is_leaf=lambda spec: isinstance(spec, P),
     ),
   )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-  "sizes",
-  [
-    dict(data=2, fsdp=2, tensor=2),
-    dict(tensor=4, context=2),
-  ],
-  ids=str,
-)
-def test_eight_devices_compute_what_one_does(sizes):
-  mesh = make_mesh(**sizes)
-  params, *rest = inputs()
-  with jax.set_mesh(mesh), axes.rules(meshes.ACTIVATIONS):
-    params = lay_out(params, mesh)
-    program = jax.jit(step).lower(params, *rest).compile()
-    v_BHWC, gradient = program(params, *rest)
-  wanted_v, wanted = on_one_device()
-  np.testing.assert_allclose(
-    v_BHWC, wanted_v, atol=1e-5 * np.abs(wanted_v).max()
-  )
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max()),
-    gradient,
-    wanted,
-  )
-  # It was really shared out: each device has its part of the result.
-  rows = 8 // (sizes.get("data", 1) * sizes.get("fsdp", 1))
-  assert v_BHWC.addressable_shards[0].data.shape[0] == rows
 
 
 def moves(function, mesh, by_batch):
