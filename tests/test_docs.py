@@ -27,7 +27,7 @@ from flowjax.flow import (
 )
 from flowjax.flow.solvers import sde
 from flowjax.interop import diffusers_configs, formats
-from flowjax.models import dit
+from flowjax.models import blocks, dit
 from flowjax.train import experiment, presets
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -260,6 +260,12 @@ def test_links_lead_somewhere(page):
   file = ROOT / page
   for link in re.findall(r"\]\((?!https?:)([^)#]+)", file.read_text()):
     assert (file.parent / link).exists(), link
+
+
+def test_what_remat_can_be():
+  text = (ROOT / "docs/parallel.md").read_text()
+  rows = [names(row["`remat`"])[0] for row in tables(text)["`remat`"]]
+  assert rows == list(blocks.REMAT)
 
 
 INTEROP = tables((ROOT / "docs/interop.md").read_text())
