@@ -4,7 +4,10 @@
     --config.data.source=embedded:/data/latents --config.mesh.fsdp=8
 
 The source is a folder of `.npz` files: latents of 1024x1024 images, scaled and
-shifted as the VAE's config says, with T5's embedded text and CLIP's pooled one.
+shifted as the VAE's config says (`image` [H, W, C]), with T5's embedded text
+(`text` [L, E]) and CLIP's pooled one (`pooled` [P]); where some tokens are
+padding also `text_mask` [L].
+
 Made for 8 GPUs or TPU chips of 80 GB or more; the settings are a fine-tuner's,
 not those of the original training, and not measured by us.
 """

@@ -5,9 +5,12 @@
 
 The argument: medium (2.03 billion parameters), 3.5_medium (2.24) or 3.5_large
 (8.06). The source is a folder of `.npz` files: latents of 1024x1024 images,
-scaled and shifted as the VAE's config says, with the embedded text of CLIP and
-T5 and the pooled text. Made for 8 GPUs or TPU chips or more; the settings are a
-fine-tuner's, not those of the original training, and not measured by us.
+scaled and shifted as the VAE's config says (`image` [H, W, C]), with the
+embedded text of CLIP and T5 (`text` [L, E]) and the pooled text (`pooled` [P]);
+where some tokens are padding also `text_mask` [L].
+
+Made for 8 GPUs or TPU chips or more; the settings are a fine-tuner's, not those
+of the original training, and not measured by us.
 """
 
 from flowjax.models import mmdit

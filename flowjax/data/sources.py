@@ -90,6 +90,8 @@ def check(
   num_classes: int,
   channels: int,
   image_size: tuple[int, int],
+  text_width: int | None = None,
+  pooled_width: int | None = None,
 ) -> None:
   """Refuses a source that a model of these sizes cannot be trained on."""
   if (source.num_classes == 0) != (num_classes == 0):
@@ -123,3 +125,10 @@ def check(
       f"takes {image_size[0]}x{image_size[1]}x{channels}: make image_size and "
       "channels of config.data and config.model the same."
     )
+  for key, wide in (("text", text_width), ("pooled", pooled_width)):
+    blank = getattr(source, "blank", {})
+    if wide and key in blank and blank[key].shape[-1] != wide:
+      raise errors.UserError(
+        f"{source.name}: {key!r} is {blank[key].shape[-1]} wide, and "
+        f"config.model.{key}_width={wide}: make them the same."
+      )

@@ -78,6 +78,8 @@ def train(
     num_classes=config.model.num_classes,
     channels=config.model.channels,
     image_size=config.model.image_size,
+    text_width=getattr(config.model, "text_width", None),
+    pooled_width=getattr(config.model, "pooled_width", None),
   )
   run = parts.build(config)
   looks = evaluators(run)

@@ -149,3 +149,8 @@ def test_texts_and_labels_are_not_taken_for_each_other(tmp_path):
   sources.check(source, num_classes=0, **sizes)
   with pytest.raises(errors.UserError, match="has texts"):
     sources.check(source, num_classes=10, **sizes)
+  widths = {key: source.blank[key].shape[-1] for key in ("text", "pooled")}
+  for key, width in widths.items():
+    sources.check(source, num_classes=0, **sizes, **{f"{key}_width": width})
+    with pytest.raises(errors.UserError, match=f"'{key}' is {width} wide"):
+      sources.check(source, num_classes=0, **sizes, **{f"{key}_width": 99})
