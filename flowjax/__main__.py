@@ -6,7 +6,7 @@ import sys
 
 import flowjax
 from flowjax import errors, schema
-from flowjax.commands import flags
+from flowjax.commands import flags, quiet
 
 COMMANDS = {
   "train": "train a network from a config, or continue a workdir",
@@ -28,6 +28,7 @@ ALONE = ("describe", "plan")
 def main(words: list[str] | None = None) -> int:
   """Runs one command and returns its exit code."""
   words = sys.argv[1:] if words is None else words
+  quiet.without_tpu()
   logging.basicConfig(level=logging.INFO, format="%(message)s")
   for name in ("absl", "orbax", "jax", "grain"):
     logging.getLogger(name).setLevel(logging.WARNING)
