@@ -84,7 +84,7 @@ def test_all_stop_after_the_furthest_step_that_any_is_in(job, where):
         return
 
   threads = [
-    threading.Thread(target=train, args=(one, first))
+    threading.Thread(target=train, args=(one, first), daemon=True)
     for (one, _), first in zip(made, where, strict=True)
   ]
   for thread in threads:
