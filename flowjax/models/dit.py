@@ -182,13 +182,13 @@ class DiT(nn.Module):
     patch = config.patch_size
     rows, columns = (size // patch for size in x_BHWC.shape[1:3])
 
-    x_BTP = patches.patchify(x_BHWC, patch)
+    x_BTP = sequences.even(patches.patchify(x_BHWC, patch))
     x_BTD = layers.Dense(
       (config.width,), dtype=blocks.DTYPES[config.dtype], name="patch_embed"
     )(x_BTP)
     x_BTD, rope = self._place(x_BTD, rows, columns)
-    batch, tokens = x_BTD.shape[:2]
-    x_BTD = axes.name(sequences.even(x_BTD), "batch", "tokens", "width")
+    x_BTD = axes.name(x_BTD, "batch", "tokens", "width")
+    batch, tokens = x_BTD.shape[0], rows * columns
 
     time_BD = layers.TimeEmbed(
       config.width, config.frequency_shift, name="time_embed"
@@ -219,6 +219,7 @@ class DiT(nn.Module):
       table_TD = jnp.asarray(positions.sincos2d(rows, columns, config.width))
     else:
       table_TD = layers.Table(rows * columns, config.width, name="pos_embed")()
+    table_TD = sequences.even(table_TD, 0)
     return x_BTD + table_TD.astype(x_BTD.dtype)[None], None
 
 

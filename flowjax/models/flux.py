@@ -173,15 +173,15 @@ class Flux(nn.Module):
     text_BLE, pooled_BP, text_mask_BL = conditions.read(config, cond)
 
     embed = functools.partial(layers.Dense, (config.width,), dtype=dtype)
-    x_BTP = patches.patchify(x_BHWC, patch)
+    (batch, length), tokens = text_BLE.shape[:2], rows * columns
+    x_BTP = sequences.even(patches.patchify(x_BHWC, patch))
     streams = tuple(
-      axes.name(sequences.even(stream), "batch", "tokens", "width")
+      axes.name(stream, "batch", "tokens", "width")
       for stream in (
-        embed(name="text_embed")(text_BLE),
+        embed(name="text_embed")(sequences.even(text_BLE)),
         embed(name="patch_embed")(x_BTP),
       )
     )
-    (batch, length), tokens = text_BLE.shape[:2], rows * columns
     masks = (
       sequences.seen(text_mask_BL, batch, length),
       sequences.seen(None, batch, tokens),

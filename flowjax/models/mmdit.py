@@ -138,14 +138,14 @@ class MMDiT(nn.Module):
     embed = functools.partial(
       layers.Dense, (config.width,), dtype=blocks.DTYPES[config.dtype]
     )
-    x_BTP = patches.patchify(x_BHWC, patch)
+    (batch, length), tokens = text_BLE.shape[:2], rows * columns
+    x_BTP = sequences.even(patches.patchify(x_BHWC, patch))
     x_BTD, rope = _place(
       config, embed(name="patch_embed")(x_BTP), rows, columns
     )
-    text_BLD = embed(name="text_embed")(text_BLE)
-    (batch, length), tokens = text_BLD.shape[:2], rows * columns
+    text_BLD = embed(name="text_embed")(sequences.even(text_BLE))
     streams = tuple(
-      axes.name(sequences.even(stream), "batch", "tokens", "width")
+      axes.name(stream, "batch", "tokens", "width")
       for stream in (text_BLD, x_BTD)
     )
     masks = (
@@ -183,7 +183,8 @@ def _place(config: MMDiTConfig, x_BTD, rows: int, columns: int):
     config.position_scale,
     config.position_offset,
   )
-  placed_BTD = x_BTD.astype(jnp.float32) + jnp.asarray(table_TD)[None]
+  even_TD = sequences.even(jnp.asarray(table_TD), 0)
+  placed_BTD = x_BTD.astype(jnp.float32) + even_TD[None]
   return placed_BTD.astype(x_BTD.dtype), None
 
 
