@@ -188,12 +188,12 @@ class Flux(nn.Module):
     embed = functools.partial(
       layers.Dense, (config.width,), dtype=dtype, tokens="tokens"
     )
-    x_BTP = patches.patchify(x_BHWC, patch)
+    x_BTP = sequences.even(patches.patchify(x_BHWC, patch))
     streams = tuple(
       axes.name(stream, "batch", "tokens", "width")
       for stream in (
         embed(name="text_embed")(sequences.even(text_BLE)),
-        embed(name="patch_embed")(sequences.even(x_BTP)),
+        embed(name="patch_embed")(x_BTP),
       )
     )
     (batch, length), tokens = text_BLE.shape[:2], rows * columns
