@@ -10,9 +10,7 @@ V5P, H100 = chips.CHIPS["v5p"], chips.CHIPS["h100"]
 
 
 def moved(kind, size, axes, group, trips=()):
-  return collectives.Collective(
-    kind, "bf16", size, (), axes, group, trips, ""
-  )
+  return collectives.Collective(kind, "bf16", size, (), axes, group, trips, "")
 
 
 def layout(name, slices=1, **shape):
