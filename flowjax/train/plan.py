@@ -239,7 +239,7 @@ def _plan(
     int(where.chip.hbm_bytes),
     moved,
     layer_depth,
-    3.0 * found.built.network.flops * batch,
+    float(found.built.flops * batch),
     done,
     step,
     notes,
@@ -265,7 +265,10 @@ def _shape(
 ) -> dict[str, int]:
   """Returns the mesh on a cluster, which divides the batch and the model."""
   with errors.naming("config.mesh"):
-    sizes = config.mesh.shape(where.size)
+    given = config.mesh.slices
+    sizes = config.mesh.shape(
+      where.size, where.slices if given == -1 else given
+    )
   shape = dict(zip(meshes.AXES, sizes, strict=True))
   ways, times = shape["data"] * shape["fsdp"], config.optim.accumulate
   part = config.data.batch_size // times
@@ -289,12 +292,11 @@ def _shape(
 
 def _divided(model: Any) -> list[tuple[str, str, int]]:
   """Returns what mesh axes have to divide: its name, the axis, its size."""
-  if not hasattr(model, "grid"):
+  if not hasattr(model, "heads"):
     return []
   return [
     ("heads", "tensor", model.heads),
     ("mlp_width", "tensor", model.mlp_width),
-    ("tokens", "context", math.prod(model.grid)),
   ]
 
 
