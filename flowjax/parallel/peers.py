@@ -43,10 +43,10 @@ class Peers:
     *,
     timeout: float,
     host: str,
-    leave: collections.abc.Callable[[int], None] = os._exit,
+    leave: collections.abc.Callable[[int], None] | None = None,
   ):
     self.index, self.count, self._timeout = index, count, timeout
-    self._client, self._leave = client, leave
+    self._client, self._leave = client, leave or _exit
     self._period = timeout / BEATS
     self._beats = 0
     self._heard: dict[int, tuple[str, float]] = {}
@@ -229,8 +229,12 @@ class Peers:
     # The main thread still waits for others, or it would have ended us.
     if news["kind"] != "lost":
       print(f"flowjax: {text}", file=sys.stderr, flush=True)
-    logging.shutdown()
     self._leave(code)
+
+
+def _exit(code: int) -> None:
+  logging.shutdown()
+  os._exit(code)
 
 
 def lost_text(names: str, why: str) -> str:
