@@ -32,12 +32,6 @@ GRACE = 5.0
 News = dict[str, Any]
 
 
-def leave(code: int) -> None:
-  """Ends this process at once, whatever its threads wait for."""
-  logging.shutdown()
-  os._exit(code)
-
-
 class Peers:
   """The processes of a job, seen from one of them."""
 
@@ -49,10 +43,10 @@ class Peers:
     *,
     timeout: float,
     host: str,
-    leave: collections.abc.Callable[[int], None] = leave,
+    leave: collections.abc.Callable[[int], None] | None = None,
   ):
     self.index, self.count, self._timeout = index, count, timeout
-    self._client, self._leave = client, leave
+    self._client, self._leave = client, leave or _exit
     self._period = timeout / BEATS
     self._beats = 0
     self._heard: dict[int, tuple[str, float]] = {}
@@ -236,6 +230,11 @@ class Peers:
     if news["kind"] != "lost":
       print(f"flowjax: {text}", file=sys.stderr, flush=True)
     self._leave(code)
+
+
+def _exit(code: int) -> None:
+  logging.shutdown()
+  os._exit(code)
 
 
 def lost_text(names: str, why: str) -> str:

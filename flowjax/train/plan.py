@@ -6,7 +6,6 @@ times are always a model's.
 """
 
 import dataclasses
-import math
 import re
 from typing import Any
 

@@ -26,12 +26,8 @@ CONFIG = dit.DiTConfig(
 )
 
 
-def make_mesh(data=1, fsdp=1, tensor=1, context=1):
-  return jax.make_mesh(
-    (data, fsdp, tensor, context),
-    ("data", "fsdp", "tensor", "context"),
-    axis_types=(jax.sharding.AxisType.Auto,) * 4,
-  )
+def make_mesh(**sizes):
+  return meshes.build(meshes.MeshConfig(**{"data": 1, **sizes}))
 
 
 def inputs():
