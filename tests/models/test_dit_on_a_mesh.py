@@ -164,7 +164,8 @@ def test_split_tokens_are_never_merged_with_the_batch():
 def test_tokens_that_do_not_divide_are_filled_up_and_the_log_says_so(caplog):
   given = inputs()
   sequences._say.cache_clear()
-  with jax.set_mesh(make_mesh(context=4)), axes.rules(meshes.ACTIVATIONS):
+  mesh = make_mesh(data=2, context=4)
+  with jax.set_mesh(mesh), axes.rules(meshes.ACTIVATIONS):
     with caplog.at_level("INFO"):
       v_BHWC, _ = jax.eval_shape(step, *given)
   assert v_BHWC.shape == (8, 6, 10, 4)

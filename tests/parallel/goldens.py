@@ -43,8 +43,8 @@ PLACES = {"cpu": None, "v5p": "v5p:2x2x2", "v5e": "v5e:2x4"}
 MODELS = ("dit", "mmdit", "flux")
 NAMES = (
   *(f"cpu {model} {mode}" for model in MODELS for mode in MESHES),
-  *(f"v5p dit {mode}" for mode in ("data", "fsdp", "tensor", "context")),
-  "v5e dit fsdp x tensor",
+  *(f"{place} dit {mode}" for place in ("v5p", "v5e") for mode in MESHES),
+  *(f"v5p {model} fsdp x tensor" for model in ("mmdit", "flux")),
 )
 # Each takes 6 to 15 s of one core to compile: those of which a mistake in the
 # models or the rules leaves none as it was.
