@@ -101,16 +101,25 @@ def _walk(bodies, name, trips, mesh, found) -> None:
     if operation:
       one = _collective(operation, name, trips, mesh)
       if one is not None:
-        # What a program overlaps with several others it prints in each.
-        channel = re.search(r"channel_id=(\d+)", line)
-        key = (one.kind, channel.group(1) if channel else line, trips)
-        found.setdefault(key, one)
+        found.setdefault((one.kind, _identity(line, name), trips), one)
       continue
     called = _CALLED.findall(line)
     for branches in _BRANCHES.findall(line):
       called += [word.strip().lstrip("%") for word in branches.split(",")]
     for other in called:
       _walk(bodies, other, trips, mesh, found)
+
+
+def _identity(line: str, computation: str) -> str:
+  """Returns what tells an operation from others, and not from itself.
+
+  What a program overlaps with several others it prints in each: there the
+  channel is the same. All that `jax.shard_map` sends has one channel in common.
+  """
+  channel = re.search(r"channel_id=(\d+)", line)
+  if channel is None or (channel.group(1) == "1" and "shard_map" in line):
+    return f"{computation}: {line}"
+  return channel.group(1)
 
 
 def _trip_count(line: str, condition: list[str]) -> int:

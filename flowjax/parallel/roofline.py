@@ -169,5 +169,12 @@ def step(
 
 
 def is_of_parameters(one: collectives.Collective) -> bool:
-  """Tells, by its axes, whether parameters or gradients move."""
-  return {axis.rstrip("?") for axis in one.axes} <= {"data", "fsdp"}
+  """Tells, by its axes, whether parameters or gradients move.
+
+  No activation goes along `data` or `fsdp`; and over those that split tokens
+  only gradients are summed on all.
+  """
+  axes = {axis.rstrip("?") for axis in one.axes}
+  if axes & {"data", "fsdp"}:
+    return True
+  return one.kind == "all-reduce" and axes <= {"context", "ulysses"}

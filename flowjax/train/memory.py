@@ -187,7 +187,7 @@ def of_activations(kept: Kept, model: Any, shape: Shape) -> int:
   """Returns the bytes per example of what one device keeps.
 
   Heads and the hidden width of the MLP are divided over `tensor`, tokens of the
-  image over `context`: they are known by their sizes.
+  image over `context` and `ulysses`: they are known by their sizes.
   """
   total = 0
   for dims, size in kept:
@@ -195,7 +195,7 @@ def of_activations(kept: Kept, model: Any, shape: Shape) -> int:
     if dims[-2:] == heads or dims[-1] == getattr(model, "mlp_width", 0):
       size //= shape["tensor"]
     if not _along_tokens(model).isdisjoint(dims):
-      size //= shape["context"]
+      size //= shape["context"] * shape["ulysses"]
     total += size
   return total
 
@@ -218,7 +218,7 @@ def of_scores(found: Outline, shape: Shape) -> int:
     return 0
   model = found.model
   entries = model.heads * tokens(model) ** 2
-  entries //= shape["tensor"] * shape["context"]
+  entries //= shape["tensor"] * shape["context"] * shape["ulysses"]
   return 2 * (4 + found.itemsize) * entries
 
 

@@ -104,3 +104,29 @@ def test_a_loop_may_say_its_trips():
     text.replace("GROUPS", "[2,4]<=[8]"), mesh(data=2, fsdp=4)
   )
   assert found[0].trips == (5,)
+
+
+EXCHANGED = """
+%body (p: bf16[4]) -> bf16[4] {
+  %q = bf16[4]{0} all-to-all(%p), channel_id=1, replica_groups=[1,4]<=[4], metadata={op_name="f/shard_map/all_to_all"}
+  %k = bf16[4]{0} all-to-all(%q), channel_id=1, replica_groups=[1,4]<=[4], metadata={op_name="f/shard_map/all_to_all"}
+}
+
+%condition (p: bf16[4]) -> pred[] {
+  %n = s32[] constant(28)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (p: bf16[4]) -> bf16[4] {
+  %forward = bf16[4] while(%p), condition=%condition, body=%body
+  %back = bf16[4] while(%p), condition=%condition, body=%body.2
+}
+"""
+
+
+def test_what_shard_map_sends_is_counted_each_time():
+  """Though it all has one channel, in both loops."""
+  body = EXCHANGED[: EXCHANGED.index("%condition")]
+  text = body.replace("%body", "%body.2") + EXCHANGED
+  found = collectives.read(text, mesh(context=4))
+  assert len(found) == 4 and sum(one.count for one in found) == 4 * 28
