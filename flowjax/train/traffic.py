@@ -4,10 +4,10 @@ import collections.abc
 import math
 
 from flowjax.parallel import collectives, roofline
-from flowjax.parallel import mesh as meshes
 from flowjax.train import experiment, memory
 
-_TOKENS = meshes.ACTIVATIONS["tokens"]
+# The axes that split tokens: keys travel, if they do, round all but the last.
+_TOKENS = ("context", "ulysses")
 _SHORT = {"float32": "f32", "bfloat16": "bf16"}
 _ITEMSIZE = {"f32": 4, "bf16": 2}
 
