@@ -165,17 +165,23 @@ def of_gradients(found: Outline, shape: Shape) -> int:
 
 
 def of_layers(found: Outline, shape: Shape) -> int:
-  """Returns the bytes of two gathered layers: one at work, one arriving."""
+  """Returns the bytes of layers that are whole for a moment.
+
+  Two that are gathered, one at work and one arriving, and the gradient of one,
+  before each device has its part of the sum.
+  """
   if shape["fsdp"] == 1:
     return 0
   stacks: dict[str, int] = {}
+  dtype = found.built.experiment.optim.reduce_dtype
+  summed = jnp.dtype(dtype).itemsize
   for name, place in places(found, shape).items():
     if is_stacked(name):
-      layer = found.itemsize * math.prod(place.shape[1:])
+      layer = (2 * found.itemsize + summed) * math.prod(place.shape[1:])
       layer //= shape["tensor"] if "tensor" in place.spec else 1
       stack = name.split("/")[0]
       stacks[stack] = stacks.get(stack, 0) + layer
-  return 2 * max(stacks.values(), default=0)
+  return max(stacks.values(), default=0)
 
 
 def is_stacked(name: str) -> bool:
