@@ -125,6 +125,8 @@ def wire_seconds(
   if any(axis.endswith("?") for axis in one.axes):
     inner = min(inner, one.group)
     outer = max(1, one.group // inner)
+  if one.across:
+    inner, outer = 1, one.group
   rings = sum(each.rings for each in along if each.inner > 1) or 1
   closed = all(each.closed for each in along)
   link = chip.link * (rings if chip.axes else 1) * LINK_EFFICIENCY

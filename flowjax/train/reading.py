@@ -287,8 +287,8 @@ def _require_same(numbers: list[int], directory: pathlib.Path) -> None:
   if others.size:
     other = int(others[0])
     raise errors.CheckpointError(
-      f"Process {other} sees {seen[other, 0]} checkpoints in {directory}, up to "
-      f"step {seen[other, 1]}, and process 0 sees {seen[0, 0]}, up to step "
+      f"Process {other} sees {seen[other, 0]} checkpoints in {directory}, up "
+      f"to step {seen[other, 1]}, and process 0 sees {seen[0, 0]}, up to step "
       f"{seen[0, 1]}. A workdir lies on a disk that all processes share. If it "
       "does, that disk lags: run the same command again."
     )
