@@ -83,7 +83,7 @@ def project(file: str, where: topology.Topology, images: int):
         continue
       mesh = dataclasses.replace(start.mesh, **shape)
       config = dataclasses.replace(start, mesh=mesh)
-      one = plan.modelled(config, where, fused=True)
+      one = plan.modelled(config, where)
       if one.fits and (best is None or one.step.seconds < best.step.seconds):
         best = one
   return best
