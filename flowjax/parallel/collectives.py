@@ -28,6 +28,11 @@ _OPERATION = re.compile(
   rf"^\s*(?:ROOT )?%[\w.\-]+ = (.*?) ({'|'.join(KINDS)})(-start)?"
   r"\(([^)]*)\)(.*)"
 )
+# How TPUs of several slices talk: through the network of their hosts.
+_ACROSS = re.compile(
+  r"^\s*(?:ROOT )?%[\w.\-]+ = \((.*?), u32\[\]\S*, token\[\]\) send\("
+  r".*_xla_megascale_transfer_type=\"(\w+)\"(.*)"
+)
 _SHAPE = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 _CALLED = re.compile(
   r"\b(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
@@ -49,7 +54,7 @@ class Collective:
   it of what is summed; `shapes` are those of what a device receives. `axes` are
   the mesh axes along which members of a group differ; a group that is only a
   part of an axis has it with a "?". `trips` are those of the loops around it,
-  outermost first.
+  outermost first. `across` slices each device sends its own over the network.
   """
 
   kind: str
@@ -60,6 +65,7 @@ class Collective:
   group: int
   trips: tuple[int, ...]
   source: str
+  across: bool = False
 
   @property
   def count(self) -> int:
@@ -101,16 +107,29 @@ def _walk(bodies, name, trips, mesh, found) -> None:
     if operation:
       one = _collective(operation, name, trips, mesh)
       if one is not None:
-        # What a program overlaps with several others it prints in each.
-        channel = re.search(r"channel_id=(\d+)", line)
-        key = (one.kind, channel.group(1) if channel else line, trips)
-        found.setdefault(key, one)
+        found.setdefault((one.kind, _identity(line, name), trips), one)
+      continue
+    sent = _ACROSS.match(line)
+    if sent:
+      found[_identity(line, name), trips] = _between(sent, trips, mesh)
       continue
     called = _CALLED.findall(line)
     for branches in _BRANCHES.findall(line):
       called += [word.strip().lstrip("%") for word in branches.split(",")]
     for other in called:
       _walk(bodies, other, trips, mesh, found)
+
+
+def _identity(line: str, computation: str) -> str:
+  """Returns what tells an operation from others, and not from itself.
+
+  What a program overlaps with several others it prints in each: there the
+  channel is the same. All that `jax.shard_map` sends has one channel in common.
+  """
+  channel = re.search(r"channel_id=(\d+)", line)
+  if channel is None or (channel.group(1) == "1" and "shard_map" in line):
+    return f"{computation}: {line}"
+  return channel.group(1)
 
 
 def _trip_count(line: str, condition: list[str]) -> int:
@@ -173,6 +192,36 @@ def _collective(operation, computation, trips, mesh) -> Collective | None:
     group,
     trips,
     named.group(1) if named else "",
+  )
+
+
+def _between(sent, trips, mesh) -> Collective:
+  """Returns what goes between slices: sums, in all that FlowJAX does."""
+  result, kind, rest = sent.groups()
+  kind = kind.lower().replace("_", "-")
+  shapes = [
+    (dtype, tuple(map(int, filter(None, dims.split(",")))))
+    for dtype, dims in _SHAPE.findall(result)
+  ]
+  slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+  count = len(np.unique(slices))
+  names = [
+    (name, size)
+    for i, (name, size) in enumerate(mesh.shape.items())
+    if (slices != slices.take([0], axis=i)).any()
+  ]
+  part = math.prod(size for _, size in names) != count
+  named = re.search(r'op_name="([^"]*)"', rest)
+  return Collective(
+    kind if kind in KINDS else "collective-permute",
+    shapes[0][0],
+    sum(_bytes(*shape) for shape in shapes),
+    tuple(dims for _, dims in shapes),
+    tuple(name + "?" * part for name, _ in names),
+    count,
+    trips,
+    named.group(1) if named else "",
+    across=True,
   )
 
 

@@ -125,6 +125,8 @@ def wire_seconds(
   if any(axis.endswith("?") for axis in one.axes):
     inner = min(inner, one.group)
     outer = max(1, one.group // inner)
+  if one.across:
+    inner, outer = 1, one.group
   rings = sum(each.rings for each in along if each.inner > 1) or 1
   closed = all(each.closed for each in along)
   link = chip.link * (rings if chip.axes else 1) * LINK_EFFICIENCY
@@ -169,5 +171,12 @@ def step(
 
 
 def is_of_parameters(one: collectives.Collective) -> bool:
-  """Tells, by its axes, whether parameters or gradients move."""
-  return {axis.rstrip("?") for axis in one.axes} <= {"data", "fsdp"}
+  """Tells, by its axes, whether parameters or gradients move.
+
+  No activation goes along `data` or `fsdp`; and over those that split tokens
+  only gradients are summed on all.
+  """
+  axes = {axis.rstrip("?") for axis in one.axes}
+  if axes & {"data", "fsdp"}:
+    return True
+  return one.kind == "all-reduce" and axes <= {"context", "ulysses"}

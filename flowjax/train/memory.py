@@ -165,17 +165,23 @@ def of_gradients(found: Outline, shape: Shape) -> int:
 
 
 def of_layers(found: Outline, shape: Shape) -> int:
-  """Returns the bytes of two gathered layers: one at work, one arriving."""
+  """Returns the bytes of layers that are whole for a moment.
+
+  Two that are gathered, one at work and one arriving, and the gradient of one,
+  before each device has its part of the sum.
+  """
   if shape["fsdp"] == 1:
     return 0
   stacks: dict[str, int] = {}
+  dtype = found.built.experiment.optim.reduce_dtype
+  summed = jnp.dtype(dtype).itemsize
   for name, place in places(found, shape).items():
     if is_stacked(name):
-      layer = found.itemsize * math.prod(place.shape[1:])
+      layer = (2 * found.itemsize + summed) * math.prod(place.shape[1:])
       layer //= shape["tensor"] if "tensor" in place.spec else 1
       stack = name.split("/")[0]
       stacks[stack] = stacks.get(stack, 0) + layer
-  return 2 * max(stacks.values(), default=0)
+  return max(stacks.values(), default=0)
 
 
 def is_stacked(name: str) -> bool:
@@ -187,7 +193,7 @@ def of_activations(kept: Kept, model: Any, shape: Shape) -> int:
   """Returns the bytes per example of what one device keeps.
 
   Heads and the hidden width of the MLP are divided over `tensor`, tokens of the
-  image over `context`: they are known by their sizes.
+  image over `context` and `ulysses`: they are known by their sizes.
   """
   total = 0
   for dims, size in kept:
@@ -195,7 +201,7 @@ def of_activations(kept: Kept, model: Any, shape: Shape) -> int:
     if dims[-2:] == heads or dims[-1] == getattr(model, "mlp_width", 0):
       size //= shape["tensor"]
     if not _along_tokens(model).isdisjoint(dims):
-      size //= shape["context"]
+      size //= shape["context"] * shape["ulysses"]
     total += size
   return total
 
@@ -218,7 +224,7 @@ def of_scores(found: Outline, shape: Shape) -> int:
     return 0
   model = found.model
   entries = model.heads * tokens(model) ** 2
-  entries //= shape["tensor"] * shape["context"]
+  entries //= shape["tensor"] * shape["context"] * shape["ulysses"]
   return 2 * (4 + found.itemsize) * entries
 
 

@@ -14,6 +14,7 @@ import logging
 import os
 import pathlib
 import re
+import zlib
 from typing import Any
 
 import jax
@@ -94,6 +95,7 @@ class Reader:
         numbers = self._folders()
     except (_Unsound, _Unreadable) as reason:
       raise self._not_now("What is", reason) from reason
+    _require_same(numbers, self.directory)
     if step is not None and step not in numbers:
       raise errors.CheckpointError(
         f"There is no checkpoint of step {step} in {self.directory}. There "
@@ -268,6 +270,28 @@ def _agreement(folder: pathlib.Path | None = None):
       reason = kind(f"process {verdicts.argmax()} cannot read it")
   if reason is not None:
     raise reason
+
+
+def _require_same(numbers: list[int], directory: pathlib.Path) -> None:
+  """Refuses to restore where processes see other steps in their folders.
+
+  Each would take its own newest, and a state would be of two steps.
+  """
+  if jax.process_count() == 1:
+    return
+  newest, digest = max(numbers, default=0), zlib.crc32(repr(numbers).encode())
+  seen = multihost_utils.process_allgather(
+    np.array([len(numbers), newest, digest], np.uint32)
+  )
+  others = np.flatnonzero((seen != seen[0]).any(axis=1))
+  if others.size:
+    other = int(others[0])
+    raise errors.CheckpointError(
+      f"Process {other} sees {seen[other, 0]} checkpoints in {directory}, up "
+      f"to step {seen[other, 1]}, and process 0 sees {seen[0, 0]}, up to step "
+      f"{seen[0, 1]}. A workdir lies on a disk that all processes share. If it "
+      "does, that disk lags: run the same command again."
+    )
 
 
 def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

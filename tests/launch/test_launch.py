@@ -8,6 +8,8 @@ import textwrap
 import pytest
 import yaml
 
+from flowjax.commands import configs
+
 ROOT = pathlib.Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 SCRIPTS = ("local.sh", "slurm.sbatch", "tpu_pod.sh")
@@ -170,3 +172,19 @@ def test_each_machine_is_told_which_it_is(jobsets):
   ]
   assert "jobset.sigs.k8s.io/coordinator" in fields[0]
   assert "job-completion-index" in fields[1]
+
+
+def test_the_commands_of_the_manifest_fit_its_devices(jobsets):
+  kinds = ("google.com/tpu", "nvidia.com/gpu")
+  for jobset, slices in zip(jobsets, (2, 1), strict=True):
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    limits = container["resources"]["limits"]
+    (each,) = (limits[kind] for kind in kinds if kind in limits)
+    count = replicated["replicas"] * job["completions"] * each
+    _, _, path, _, *overrides = container["command"]
+    config = configs.load(str(ROOT / path.removeprefix("--config=")), overrides)
+    data, fsdp, *_ = config.mesh.shape(count, slices)
+    assert data * fsdp == count
+    assert config.data.batch_size % count == 0

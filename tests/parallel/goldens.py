@@ -35,6 +35,7 @@ MESHES = {
   "fsdp": dict(data=1, fsdp=8),
   "tensor": dict(data=2, tensor=4),
   "context": dict(data=2, context=4),
+  "context x ulysses": dict(data=2, context=2, ulysses=2),
   "data x fsdp": dict(data=2, fsdp=4),
   "fsdp x tensor": dict(data=1, fsdp=2, tensor=4),
   "all": dict(data=1, fsdp=2, tensor=2, context=2),

@@ -6,7 +6,7 @@ import types
 import numpy as np
 import pytest
 
-from flowjax.parallel import collectives
+from flowjax.parallel import collectives, roofline, topology
 
 
 def mesh(**shape):
@@ -104,3 +104,57 @@ def test_a_loop_may_say_its_trips():
     text.replace("GROUPS", "[2,4]<=[8]"), mesh(data=2, fsdp=4)
   )
   assert found[0].trips == (5,)
+
+
+EXCHANGED = """
+%body (p: bf16[4]) -> bf16[4] {
+  %q = bf16[4]{0} all-to-all(%p), channel_id=1, replica_groups=[1,4]<=[4], metadata={op_name="f/shard_map/all_to_all"}
+  %k = bf16[4]{0} all-to-all(%q), channel_id=1, replica_groups=[1,4]<=[4], metadata={op_name="f/shard_map/all_to_all"}
+}
+
+%condition (p: bf16[4]) -> pred[] {
+  %n = s32[] constant(28)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (p: bf16[4]) -> bf16[4] {
+  %forward = bf16[4] while(%p), condition=%condition, body=%body
+  %back = bf16[4] while(%p), condition=%condition, body=%body.2
+}
+"""
+
+
+def test_what_shard_map_sends_is_counted_each_time():
+  """Though it all has one channel, in both loops."""
+  body = EXCHANGED[: EXCHANGED.index("%condition")]
+  text = body.replace("%body", "%body.2") + EXCHANGED
+  found = collectives.read(text, mesh(context=4))
+  assert len(found) == 4 and sum(one.count for one in found) == 4 * 28
+
+
+ACROSS = """
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %send = (f32[5,8,128]{2,1,0:T(8,128)}, u32[], token[]) send(%p, %t), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.94_0",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (f32[5,8,128]{2,1,0:T(8,128)}, u32[], token[]) recv(%t), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+}
+"""
+
+
+@pytest.mark.parametrize("data, axes", [(2, ("data",)), (4, ("data?",))])
+def test_what_goes_between_slices_is_seen(data, axes):
+  """There a TPU's program sends to its host, and has no collective."""
+  where = mesh(data=data, fsdp=4)
+  numbers = np.arange(4 * data).reshape(data, 4) // (2 * data)
+  where.devices = np.vectorize(
+    lambda i: types.SimpleNamespace(slice_index=i), otypes=[object]
+  )(numbers)
+  (one,) = collectives.read(ACROSS, where)
+  assert (one.kind, one.dtype, one.axes) == ("all-reduce", "f32", axes)
+  assert (one.bytes, one.group, one.across) == (4 * 5 * 8 * 128, 2, True)
+  slices = topology.parse("v5e:2x2", 2)
+  if data == 2:
+    wires = roofline.layout(where.shape, slices)
+    assert roofline.wire_seconds(one, wires, slices.chip) == pytest.approx(
+      one.bytes / (slices.chip.network * roofline.LINK_EFFICIENCY)
+      + 2 * roofline.NETWORK_HOP
+    )

@@ -75,5 +75,13 @@ def test_parameters_hide_behind_compute_and_activations_do_not():
   assert step(dataclasses.replace(gather, trips=())).exposed > 0
   sums = moved("all-reduce", 10**8, ("tensor",), 2, (28,))
   assert step(sums).exposed == step(sums).wires > 0
+  wires["context"] = wires["tensor"]
+  for kind, axes, hides in (
+    ("all-reduce", ("data", "context"), True),
+    ("all-reduce", ("context",), True),
+    ("all-to-all", ("context",), False),
+  ):
+    one = moved(kind, 10**6, axes, 2, (28,))
+    assert (step(one).exposed == 0.0) == hides
   assert step(flops=1e15).bound_by == "compute"
   assert step(sums, flops=1e9).bound_by == "communication"

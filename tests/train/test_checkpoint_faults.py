@@ -677,3 +677,19 @@ def test_two_processes_agree_on_what_is_sound(tmp_path):
   restored = alone.restore({"w": whole})
   expected = np.random.default_rng(3).normal(size=(512, 64)).astype(np.float32)
   assert np.array_equal(restored.state["w"], expected)
+
+
+def test_processes_that_see_other_steps_do_not_restore(monkeypatch):
+  """As in folders that are not shared: each would take its own newest."""
+  told: list[np.ndarray] = []
+  gather = lambda mine: told.append(mine) or np.stack(told)  # noqa: E731
+  monkeypatch.setattr(reading.jax, "process_count", lambda: 3)
+  monkeypatch.setattr(reading.multihost_utils, "process_allgather", gather)
+  folder = pathlib.Path("/runs/checkpoints")
+  for _ in range(2):
+    reading._require_same([1, 2, 3], folder)
+  with pytest.raises(errors.CheckpointError) as caught:
+    reading._require_same([], folder)
+  said = str(caught.value)
+  assert "Process 2 sees 0 checkpoints in /runs/checkpoints" in said
+  assert "process 0 sees 3, up to step 3" in said

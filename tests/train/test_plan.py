@@ -1,6 +1,7 @@
 """Plans: what is counted is exact, what is modelled behaves, and a compiler
 agrees where libtpu is installed."""
 
+import collections
 import dataclasses
 import json
 import math
@@ -10,6 +11,7 @@ import pytest
 
 from flowjax import __main__ as door
 from flowjax import errors
+from flowjax.parallel import collectives as moves
 from flowjax.parallel import mesh as meshes
 from flowjax.parallel import topology
 from flowjax.train import experiment, memory, parts, plan, search
@@ -87,6 +89,62 @@ def test_twice_the_devices_with_twice_the_batch_take_as_long():
   assert large.step.compute == pytest.approx(small.step.compute)
   assert large.step.memory == pytest.approx(small.step.memory)
   assert large.mfu == pytest.approx(small.mfu, rel=0.1)
+
+
+def sent(config):
+  """Returns the bytes of a step by kind, dtype, axes, and in the layers."""
+  found, step = {}, plan.modelled(config, POD)
+  for row in moves.table(step.moved, step.layer_depth):
+    key = row["kind"], row["dtype"], row["axis"], row["in_layer_loop"]
+    found[key] = row["bytes_per_step"]
+  return found
+
+
+def test_sums_of_gradients_have_the_dtype_and_place_of_the_config():
+  whole = sent(tiny(data=2, fsdp=4))
+  scattered = whole["reduce-scatter", "f32", "fsdp", True]
+  gathered = whole["all-gather", "bf16", "fsdp", True]
+  assert scattered == gathered  # Twice two bytes, and once four.
+  assert whole["all-reduce", "f32", "data", True] == scattered // 4
+
+  half = tiny(data=2, fsdp=4)
+  optim = dataclasses.replace(half.optim, reduce_dtype="bfloat16")
+  half = sent(dataclasses.replace(half, optim=optim))
+  assert half["reduce-scatter", "bf16", "fsdp", True] == scattered // 2
+
+  parts = sent(tiny(data=2, fsdp=4, accumulate=2))
+  assert parts["reduce-scatter", "f32", "fsdp", True] == 2 * scattered
+  assert not any(key[2:] == ("data", True) for key in parts)
+  once = whole["all-reduce", "f32", "data", True]
+  assert once < parts["all-reduce", "f32", "data", False] < 3 * once
+
+
+def test_where_tokens_are_split_the_body_says_what_they_send():
+  """4 heads of 16 tokens: each device has 2 or 1 of them."""
+
+  def count(attention="auto", **mesh):
+    config = tiny(data=2, **mesh)
+    model = dataclasses.replace(config.model, attention=attention)
+    moved = plan.modelled(dataclasses.replace(config, model=model), POD).moved
+    found = collections.Counter()
+    for one in moved:
+      if "gradients" not in one.source:
+        found[one.kind, one.axes] += one.count
+    return dict(found)
+
+  one, both = dict(context=4), dict(context=2, ulysses=2)
+  assert count(**one) == {("all-to-all", ("context",)): 3 * 8}
+  # There, there and back; and sums of gradients, a step behind.
+  ring = {("collective-permute", ("context",)): 3 * (3 + 3 + 4)}
+  assert count("ring", **one) == ring
+  assert count(**both) == {
+    ("all-to-all", ("ulysses",)): 3 * 8,
+    ("collective-permute", ("context",)): 3 * (1 + 1 + 2),
+  }
+  tokens = ("context", "ulysses")
+  assert count("xla", **both) == {
+    ("all-gather", tokens): 3 * 2, ("reduce-scatter", tokens): 3,
+  }  # fmt: skip
 
 
 @pytest.mark.parametrize(
