@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from flowjax.models import blocks, coupling, dit, flux, lora, mmdit, uncertainty
+from flowjax.ops import attention
 
 CONFIGS: dict[str, Any] = {
   "dit": dit.DiTConfig,
@@ -24,6 +25,9 @@ _MODULES: dict[str, Any] = {
   "mmdit": mmdit,
   "flux": flux,
 }
+
+# Within it, a network has derivatives in forward mode (`jax.jvp`) as well.
+forward_mode = attention.forward_mode
 
 # Values of `remat` that need the memory of the host.
 OFFLOADING = blocks.OFFLOADING

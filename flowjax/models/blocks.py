@@ -7,7 +7,9 @@ What is worth saving for the gradient has a name here ("qkv", "attention",
 # Shape suffixes: B batch, T tokens, D width, K parts of a fused map, N heads,
 # H head size, F hidden width of the MLP.
 
+import dataclasses
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -59,6 +61,11 @@ REMAT = {
 }
 OFFLOADING = ("offload_matmuls", "offload")
 saved = jax.ad_checkpoint.checkpoint_name
+
+
+def anywhere(config: Any) -> Any:
+  """Returns a config of the same parameters, which any device can draw."""
+  return dataclasses.replace(config, attention="xla")
 
 
 class Attention(nn.Module):

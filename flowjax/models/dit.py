@@ -247,7 +247,7 @@ def init(config: DiTConfig, rng: jax.Array) -> dict[str, Any]:
   """Draws the parameters, float32."""
   x_BHWC = jnp.zeros((1, *config.image_size, config.channels), jnp.float32)
   t_B, label_B = jnp.zeros(1, jnp.float32), jnp.zeros(1, jnp.int32)
-  return DiT(config).init(rng, x_BHWC, t_B, label_B)["params"]
+  return DiT(blocks.anywhere(config)).init(rng, x_BHWC, t_B, label_B)["params"]
 
 
 def apply(

@@ -275,7 +275,7 @@ def init(config: FluxConfig, rng: jax.Array) -> dict[str, Any]:
   """Draws the parameters, float32."""
   x_BHWC = jnp.zeros((1, *config.image_size, config.channels), jnp.float32)
   t_B, cond = jnp.zeros(1, jnp.float32), conditions.example(config)
-  return Flux(config).init(rng, x_BHWC, t_B, cond)["params"]
+  return Flux(blocks.anywhere(config)).init(rng, x_BHWC, t_B, cond)["params"]
 
 
 def apply(

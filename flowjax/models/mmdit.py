@@ -219,7 +219,9 @@ def init(config: MMDiTConfig, rng: jax.Array) -> dict[str, Any]:
   """Draws the parameters, float32."""
   x_BHWC = jnp.zeros((1, *config.image_size, config.channels), jnp.float32)
   cond = conditions.example(config)
-  return MMDiT(config).init(rng, x_BHWC, jnp.zeros(1), cond)["params"]
+  return MMDiT(blocks.anywhere(config)).init(rng, x_BHWC, jnp.zeros(1), cond)[
+    "params"
+  ]
 
 
 def apply(

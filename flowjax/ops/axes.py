@@ -112,6 +112,13 @@ def is_split(dim_name: str) -> bool:
   return parts(dim_name) > 1
 
 
+def is_shared() -> bool:
+  """Returns whether several devices compute what is traced now."""
+  if _rules.get() is None:
+    return False
+  return size(*jax.sharding.get_abstract_mesh().axis_names) > 1
+
+
 def parts(dim_name: str | None) -> int:
   """Returns over how many devices the dim of that name is split."""
   return size(*of(dim_name))

@@ -216,6 +216,16 @@ def check_batch(batch_size: int, mesh: Mesh, name: str) -> None:
     )
 
 
+def _shapes(count: int, dims: int) -> collections.abc.Iterator[tuple[int, ...]]:
+  """Yields all the ways to multiply so many sizes to `count`."""
+  if dims == 1:
+    yield (count,)
+    return
+  for size in (n for n in range(1, count + 1) if count % n == 0):
+    for rest in _shapes(count // size, dims - 1):
+      yield (size, *rest)
+
+
 def _impossible(
   sizes: tuple[int, ...], reason: str, count: int, slices: int
 ) -> str:
@@ -223,12 +233,7 @@ def _impossible(
   wanted = " x ".join(
     f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True)
   )
-  divisors = [n for n in range(1, count + 1) if count % n == 0]
-  shapes = [
-    shape
-    for shape in itertools.product(divisors, repeat=len(AXES))
-    if math.prod(shape) == count and shape[0] % slices == 0
-  ]
+  shapes = [s for s in _shapes(count, len(AXES)) if s[0] % slices == 0]
 
   def distance(shape):
     pairs = zip(sizes, shape, strict=True)

@@ -385,9 +385,11 @@ class FlowConfig:
         t_B = jnp.broadcast_to(t, x.shape[:1])
         return velocity(params, x, t_B, cond, rng)
 
-      end, change_B = likelihood.transport(
-        field, x, times, solver, chosen.way(), rng
-      )
+      # The divergence is a derivative along probes.
+      with models.forward_mode():
+        end, change_B = likelihood.transport(
+          field, x, times, solver, chosen.way(), rng
+        )
       scale = path.prior_scale
       return end / scale, change_B - math.prod(x.shape[1:]) * math.log(scale)
 

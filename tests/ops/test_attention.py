@@ -218,3 +218,15 @@ def test_what_is_compiled_for_a_gpu_elsewhere_needs_its_library(monkeypatch):
   assert said == (
     "its library is not on this machine (cuDNN is not detected.)."
   )
+
+
+@pytest.mark.parametrize("keys, body", [(7, "xla"), (1024, "blockwise")])
+def test_where_derivatives_go_forward_auto_can(monkeypatch, keys, body):
+  tpu = types.SimpleNamespace(platform="tpu")
+  monkeypatch.setattr(jax, "devices", lambda: [tpu])
+  q = jnp.zeros((1, keys, 2, 8))
+  with attention.forward_mode():
+    assert attention._alone(q, keys)[0] == body
+    with pytest.raises(ValueError, match="'splash' cannot run: .*goes forward"):
+      attention.attention(q, q, q, body="splash")
+  assert attention.obstacle("ring", q) is None

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from flowjax.ops import attention
-from flowjax.ops.attention import blockwise
+from flowjax.ops.attention import blockwise, shares, xla
 from flowjax.parallel import mesh as meshes
+from flowjax.parallel import sums
 
 # On 2, 4 and 8 devices, alone and beside examples and heads.
 PLACES = {
@@ -243,3 +244,27 @@ def test_memory_grows_with_the_local_tokens_and_not_with_their_square(
       whole = temporary("xla", 1024), temporary("xla", 2048)
   assert some < 2.1 * few and many < 2.1 * some
   assert whole[1] > 3.5 * whole[0] > 3.5 * some
+
+
+@pytest.mark.parametrize("heads, body", [(8, "ulysses"), (3, "blockwise")])
+def test_auto_knows_forward_mode_where_tokens_are_split(heads, body):
+  q = jnp.zeros((2, 16, heads, 8))
+  with meshes.use(meshes.build(meshes.MeshConfig(data=2, context=4))):
+    assert attention._chosen(q, q) == ("ring" if heads == 3 else "ulysses")
+    with attention.forward_mode():
+      assert attention._chosen(q, q) == body
+      jax.eval_shape(
+        lambda q: jax.jvp(lambda q: attention.attention(q, q, q), (q,), (q,)), q
+      )
+
+
+def test_a_fused_kernel_is_alone_with_its_share_of_an_accumulated_batch():
+  """The compiler divides no such kernel by itself."""
+  q = jnp.zeros((8, 16, 2, 8))
+
+  def each(_, q):
+    return shares.attend(xla.attend, q, q, q, None)
+
+  with meshes.use(meshes.build(meshes.MeshConfig(data=8))):
+    program = jax.make_jaxpr(sums.Sums(shares=8).over(each))
+    assert "shard_map" in str(program(jnp.zeros(8), q))

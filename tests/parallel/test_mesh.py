@@ -1,5 +1,8 @@
 """The mesh fits the devices, or says which would."""
 
+import itertools
+import math
+
 import jax
 import numpy as np
 import pytest
@@ -118,3 +121,12 @@ def test_where_any_axis_may_lie_across_the_least_talkative_does(sizes, axis):
   where = _grid([_Chip(i % 2) for i in range(8)], slices=1, **sizes)
   halves = np.split(where, 2, axis)
   assert (halves[0] == 0).all() and (halves[1] == 1).all()
+
+
+def test_shapes_are_all_that_multiply_to_the_devices():
+  every = itertools.product((1, 2, 3, 4, 6, 12), repeat=5)
+  assert list(meshes._shapes(12, 5)) == [
+    shape for shape in every if math.prod(shape) == 12
+  ]
+  # Its 36 divisors make 60 million tuples of five.
+  assert len(list(meshes._shapes(1440, 5))) == 126 * 15 * 5

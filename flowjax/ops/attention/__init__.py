@@ -14,13 +14,17 @@ ring_ulysses  a ring along all but the last axis of the tokens, and exchange
 auto          a fused kernel where it can run, exchange where tokens are split;
               the log says what was taken
 
-The fused kernels and the ring know reverse mode alone.
+The fused kernels and the ring know reverse mode alone: where derivatives go
+forward (`forward_mode`), "auto" does without them.
 Where tokens are split, the first four gather keys and values: each device has
 its own queries. Lengths need not divide evenly.
 """
 
 # Shape suffixes: B batch, T queries, S keys, N heads, H head size.
 
+import collections.abc
+import contextlib
+import contextvars
 import functools
 import logging
 
@@ -50,6 +54,24 @@ BODIES = ("auto", *_ALONE, *_TOGETHER)
 # From so many keys on `auto` spares a TPU the T x S matrix. A choice, and not
 # measured: below it the matrix of a head is at most 4 MiB.
 _MANY_KEYS = 1024
+
+_REVERSE_ALONE = ("cudnn", "splash", "ring", "ring_ulysses")
+_forward: contextvars.ContextVar[bool] = contextvars.ContextVar(
+  "flowjax_forward_mode", default=False
+)
+
+
+@contextlib.contextmanager
+def forward_mode() -> collections.abc.Iterator[None]:
+  """Within this context, bodies of attention have derivatives of every kind.
+
+  It is read while a function is traced.
+  """
+  token = _forward.set(True)
+  try:
+    yield
+  finally:
+    _forward.reset(token)
 
 
 def attention(
@@ -95,6 +117,8 @@ def obstacle(body: str, q_BTNH: jax.Array) -> str | None:
 
   Only shape and dtype are read.
   """
+  if _forward.get() and body in _REVERSE_ALONE:
+    return "it knows reverse mode alone, and a derivative here goes forward."
   if body == "cudnn":
     return cudnn.obstacle(q_BTNH)
   if body == "splash":
@@ -153,6 +177,11 @@ def _chosen(q_BTNH, k_BSNH) -> str:
   if not tokens:
     _say(f"attention='auto' is {best!r}: {why}")
     return best
+  if _forward.get():
+    divides = not _indivisible(tokens, q_BTNH.shape[2])
+    body = "ulysses" if divides else "blockwise"
+    _say(f"attention='auto' is {body!r}, as a derivative goes forward.")
+    return body
   body = "ring_ulysses" if len(tokens) > 1 else "ulysses"
   if said := _indivisible(_axes(body)[1], q_BTNH.shape[2]):
     _say(f"attention='auto' is 'ring', and not {body!r}: {said}")
@@ -165,6 +194,10 @@ def _chosen(q_BTNH, k_BSNH) -> str:
 def _alone(q_BTNH, keys: int) -> tuple[str, str]:
   """Returns the body for a device that has all keys, and why."""
   platform = axes.device().platform
+  if _forward.get():
+    if keys < _MANY_KEYS:
+      return "xla", f"a derivative goes forward, and {keys} keys are few."
+    return "blockwise", f"a derivative goes forward, and {keys} keys."
   if platform == "tpu":
     if said := splash.obstacle(q_BTNH):
       return "xla", f"the fused kernel cannot run, as {said}"

@@ -30,9 +30,11 @@ def attend(
   gathered. Tokens that do not divide evenly are filled up, and what fills is
   hidden.
   """
-  batch, tokens, heads = map(axes.carriers, ("batch", "tokens", "heads"))
-  if not batch + tokens + heads:
+  # A fused kernel must know each device's part even where no dim here is split:
+  # that of shares of the batch is not among these dims.
+  if not axes.is_shared():
     return each(q_BTNH, k_BSNH, v_BSNH, mask_BS)
+  batch, tokens, heads = map(axes.carriers, ("batch", "tokens", "heads"))
   queries = q_BTNH.shape[1]
   even = functools.partial(axes.even, dim_name="tokens")
   q_BTNH = axes.name(even(q_BTNH), "batch", "tokens", "heads", None)
