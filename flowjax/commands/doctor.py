@@ -8,6 +8,7 @@ example:
   flowjax doctor --workdir=runs/digits --mesh=data=2,fsdp=-1
 """
 
+import argparse
 import glob
 import importlib.metadata
 import os
@@ -68,6 +69,8 @@ def add_flags(parser) -> None:
 
 def run(args) -> None:
   """Looks at everything, prints it, and raises what is off."""
+  if args.json:
+    workdir.require_writable(args.json, "--json")
   off: list[str] = []
   facts: Facts = {"versions": versions()}
   print(compiler_flags.apply())
@@ -260,16 +263,22 @@ def _written(folder: pathlib.Path, size: int) -> float:
 
 def _mesh(text: str) -> meshes.MeshConfig:
   pairs = re.findall(r"(\w+)=(-?\d+)", text)
-  if ",".join(f"{axis}={size}" for axis, size in pairs) != text:
-    raise ValueError
   sizes = {axis: int(size) for axis, size in pairs}
-  if sizes.keys() - set(meshes.AXES):
-    raise ValueError
+  # Where there is more than such pairs, they do not make up the text.
+  read = ",".join(f"{axis}={size}" for axis, size in pairs) == text
+  if not text or not read or sizes.keys() - set(meshes.AXES):
+    raise argparse.ArgumentTypeError(
+      f"{text!r} must be sizes of axes, such as data=2,fsdp=-1. There are: "
+      f"{', '.join(meshes.AXES)}"
+    )
   if -1 not in sizes.values() and "data" not in sizes:
     sizes["data"] = 1
   elif -1 in sizes.values():
     sizes = {"data": 1, **sizes}
-  return meshes.MeshConfig(**sizes)
+  try:
+    return meshes.MeshConfig(**sizes)
+  except ValueError as error:
+    raise argparse.ArgumentTypeError(str(error).rstrip(".")) from error
 
 
 def _rates(found: Facts) -> Facts:

@@ -10,9 +10,10 @@ its torus; h100:16x8, nodes x GPUs.
 
 example:
   flowjax plan --config=configs/flux_dev.py --topology=v5p:8x8x8 \\
-    --config.mesh.fsdp=64 --batch=512 --json=plan.json
+    --mesh=fsdp=64,tensor=2 --batch=512 --json=plan.json
 """
 
+import argparse
 import dataclasses
 import time
 
@@ -41,6 +42,12 @@ def add_flags(parser) -> None:
     help="how many such slices of TPUs, joined by a network",
   )
   parser.add_argument(
+    "--mesh",
+    type=_mesh,
+    default=[],
+    help="short for --config.mesh.AXIS=SIZE of each, as fsdp=64,tensor=2",
+  )
+  parser.add_argument(
     "--batch", type=flags.count, help="instead of config.data.batch_size"
   )
   parser.add_argument(
@@ -61,7 +68,7 @@ def run(args) -> None:
     workdir.require_writable(args.json, "--json")
   # Before JAX looks for devices, as it does when a config is checked.
   topology.prepare()
-  config = configs.load(args.config, args.overrides)
+  config = configs.load(args.config, [*args.overrides, *args.mesh])
   if args.batch:
     with errors.naming("--batch"):
       data = dataclasses.replace(config.data, batch_size=args.batch)
@@ -140,7 +147,7 @@ def show(found: plan.Plan) -> None:
     else f"DOES NOT FIT: {_gib(-room)} too much"
   )
   _line("cluster", f"{found.topology}")
-  _line("mesh", f"{_mesh(found)}, batch {found.batch_size:,}")
+  _line("mesh", f"{_shape(found)}, batch {found.batch_size:,}")
   _line(
     "memory per device",
     f"{_gib(found.bytes_per_device)} of {_gib(found.hbm_bytes)}: {verdict}",
@@ -195,11 +202,22 @@ def _wires(found: plan.Plan) -> None:
     _line("collectives", "none", found.source)
 
 
+def _mesh(text: str) -> list[str]:
+  words = text.split(",")
+  for word in words:
+    axis, _, size = word.partition("=")
+    if not axis or not size:
+      raise argparse.ArgumentTypeError(
+        f"{text!r} must be axes with their sizes, such as fsdp=64,tensor=2"
+      )
+  return [f"--config.mesh.{word}" for word in words]
+
+
 def _line(name: str, value: str, source: str = "") -> None:
   print(f"{name:<30} {value:<52} {source}".rstrip())
 
 
-def _mesh(found: plan.Plan) -> str:
+def _shape(found: plan.Plan) -> str:
   return " x ".join(f"{axis}={n}" for axis, n in found.shape.items())
 
 

@@ -136,11 +136,16 @@ def _ended(*_: Any) -> None:
   known = state()
   if _code is not None:
     os._exit(_code)
+  # All meet at process 0: where it still speaks, it is another that is gone.
+  lost = (
+    f"process 0, where all meet ({known.coordinator_address})"
+    if known.process_id
+    else "another process"
+  )
   text = (
-    f"flowjax: process {known.process_id}: Lost process 0, where all meet "
-    f"({known.coordinator_address}): it was killed, or its machine is gone. "
-    "All processes end. Start all of them again: the same command goes on from "
-    "the newest checkpoint.\n"
+    f"flowjax: process {known.process_id}: Lost {lost}: it was killed, or its "
+    "machine is gone. All processes end. Start all of them again: the same "
+    "command goes on from the newest checkpoint.\n"
   )
   os.write(2, text.encode())
   os._exit(errors.Lost.exit_code)

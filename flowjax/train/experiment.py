@@ -84,7 +84,8 @@ class Experiment:
     if self.data.batch_size % self.optim.accumulate:
       raise ValueError(
         f"data.batch_size = {self.data.batch_size} is not divisible by "
-        f"optim.accumulate = {self.optim.accumulate}."
+        f"optim.accumulate = {self.optim.accumulate}. Set the batch to "
+        "a multiple of it, or config.optim.accumulate to a part."
       )
     for key in ("image_size", "channels"):
       ours, theirs = getattr(self.model, key), getattr(self.data, key)

@@ -111,10 +111,8 @@ def modelled(
   found = _outline(config, where)
   if fused is None:
     # cuDNN cannot be traced without itself; elsewhere the trace says it.
-    fused = where.is_gpu and getattr(config.model, "attention", "xla") in (
-      "auto",
-      "cudnn",
-    )
+    kernels = ("auto", "cudnn") if where.is_gpu else ("splash",)
+    fused = getattr(config.model, "attention", "xla") in kernels
   if fused:
     counted = dataclasses.replace(found.arithmetic, scores=0)
     found = dataclasses.replace(found, arithmetic=counted)
@@ -249,13 +247,20 @@ def _outline(
   config: experiment.Experiment, where: topology.Topology
 ) -> memory.Outline:
   """Returns the outline for a device of a cluster, if it can be described."""
-  if where.is_gpu:
-    if hasattr(config.model, "attention"):
-      xla = dataclasses.replace(config.model, attention="xla")
-      config = dataclasses.replace(config, model=xla)
-    return memory.outline(config)
-  if topology.is_installed(where):
+  body = getattr(config.model, "attention", None)
+  foreign = "splash" if where.is_gpu else "cudnn"
+  if body == foreign:
+    kernel = "cudnn" if where.is_gpu else "splash"
+    raise errors.UserError(
+      f"config.model.attention = {body!r} cannot run on {where.name}. Use "
+      f"'auto', {kernel!r} or 'xla'."
+    )
+  if not where.is_gpu and topology.is_installed(where):
     return memory.outline(config, topology.device_like(where))
+  if body is not None:
+    # A kernel cannot be traced here, for a device that is not described.
+    xla = dataclasses.replace(config.model, attention="xla")
+    config = dataclasses.replace(config, model=xla)
   return memory.outline(config)
 
 

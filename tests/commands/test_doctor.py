@@ -80,15 +80,29 @@ def test_a_gpu_that_jax_does_not_see(monkeypatch):
   assert "flowjax[gpu]" in off
 
 
-def test_the_mesh_is_read_as_config_mesh():
+def test_the_mesh_is_read_as_config_mesh(capsys):
   for text, expected in (
     ("data=-1", meshes.MeshConfig()),
     ("fsdp=4", meshes.MeshConfig(data=1, fsdp=4)),
     ("data=2,fsdp=-1", meshes.MeshConfig(data=2, fsdp=-1)),
   ):
     assert doctor._mesh(text) == expected
-  assert door.main(["doctor", "--mesh=dta=2"]) == 2
-  assert door.main(["doctor", "--mesh=data=2;fsdp=2"]) == 2
+  capsys.readouterr()
+  for text, said in (
+    ("dta=2", "There are: data, fsdp, tensor"),
+    ("data=2;fsdp=2", "'data=2;fsdp=2' must be sizes of axes"),
+    ("", "must be sizes of axes"),
+    ("data=-3", "data = -3: the size of a mesh axis is at least 1"),
+  ):
+    assert door.main(["doctor", f"--mesh={text}"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_where_the_facts_cannot_be_kept_is_said_first(capsys):
+  assert door.main(["doctor", "--json=/proc/none/facts.json"]) == 2
+  printed = capsys.readouterr()
+  assert "--json=/proc/none/facts.json" in printed.err
+  assert "devices" not in printed.out
 
 
 def test_a_wrong_sum_is_seen(monkeypatch):

@@ -224,6 +224,41 @@ def test_what_a_compiler_has_no_room_for_is_a_result(compiled):
   assert "found no room" in found.notes[0]
 
 
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_kernel_that_is_asked_for_is_planned_where_it_can_run(
+  monkeypatch, installed
+):
+  """What this machine could run does not matter to the cluster."""
+  if installed:
+    pytest.importorskip("libtpu")
+  monkeypatch.setattr(topology, "is_installed", lambda _: installed)
+
+  def asked(body, where):
+    config = tiny()
+    model = dataclasses.replace(config.model, attention=body)
+    config = dataclasses.replace(config, model=model)
+    return plan.modelled(config, topology.parse(where))
+
+  assert asked("splash", POD.name).memory["scores of attention"] == 0
+  assert asked("cudnn", "h100:1x8").memory["scores of attention"] == 0
+  for body, where in (("cudnn", POD.name), ("splash", "h100:1x8")):
+    with pytest.raises(errors.UserError, match=f"{body}.*{where}.*'auto'"):
+      asked(body, where)
+
+
+def test_the_command_takes_a_mesh_in_a_word(capsys):
+  words = ["plan", "--config=configs/digits_dit.py", "--topology=v5e:2x4"]
+  words.append("--model_only")
+  assert door.main([*words, "--mesh=fsdp=4,tensor=2"]) == 0
+  assert "data=1 x fsdp=4 x tensor=2" in capsys.readouterr().out
+  for mesh, said in (
+    ("fsdp", "'fsdp' must be axes with their sizes"),
+    ("foo=2", "Unknown key config.mesh.foo"),
+  ):
+    assert door.main([*words, f"--mesh={mesh}"]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_the_command_writes_what_it_prints(tmp_path, capsys):
   path = tmp_path / "plan.json"
   code = door.main(
