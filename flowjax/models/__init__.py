@@ -201,14 +201,9 @@ def build(config: Any) -> Network:
     for name in ("forward", "inverse")
     if hasattr(module, name)
   }
-  # Parameters are the same whatever computes attention; and they are drawn, or
-  # their shapes looked at, where a kernel may not run.
-  drawn = config
-  if hasattr(config, "attention"):
-    drawn = dataclasses.replace(config, attention="xla")
   return Network(
     config=config,
-    init=functools.partial(module.init, drawn),
+    init=functools.partial(module.init, config),
     apply=functools.partial(module.apply, config),
     unconditional=functools.partial(module.unconditional, config),
     flops=module.flops(config),

@@ -96,6 +96,7 @@ def build(
   with errors.naming("config.mesh"):
     mesh = meshes.build(config.mesh, devices)
     meshes.check_batch(part, mesh, name)
+  check_divides(config.model, mesh.shape)
   _check_host(config, mesh)
   network = models.build(config.model)
   if config.lora.rank:
@@ -128,6 +129,20 @@ def build(
     states.shardings(shapes, table, mesh, config.optim.offload),
   )
   return Parts(config, mesh, network, optimizer, table, abstract, frozen)
+
+
+def check_divides(model: Any, shape: collections.abc.Mapping[str, int]) -> None:
+  """Refuses a mesh of that shape that does not divide a model's parts."""
+  if not hasattr(model, "heads"):
+    return
+  tensor = shape["tensor"]
+  for name, size in (("heads", model.heads), ("mlp_width", model.mlp_width)):
+    if size % tensor:
+      fits = [n for n in range(1, size + 1) if size % n == 0][:12]
+      raise errors.UserError(
+        f"config.mesh.tensor = {tensor} does not divide the model's {name} = "
+        f"{size}. Sizes that do: {', '.join(map(str, fits))}."
+      )
 
 
 def _check_host(config: experiment.Experiment, mesh: Mesh) -> None:

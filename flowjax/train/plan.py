@@ -284,24 +284,8 @@ def _shape(
       + f" in each of optim.accumulate = {times} parts" * (times > 1)
       + f". Sizes that are: {', '.join(str(size * times) for size in near)}."
     )
-  for name, axis, size in _divided(config.model):
-    if size % shape[axis]:
-      fits = [n for n in range(1, size + 1) if size % n == 0][:12]
-      raise errors.UserError(
-        f"config.mesh.{axis} = {shape[axis]} does not divide the model's "
-        f"{name} = {size}. Sizes that do: {', '.join(map(str, fits))}."
-      )
+  parts.check_divides(config.model, shape)
   return shape
-
-
-def _divided(model: Any) -> list[tuple[str, str, int]]:
-  """Returns what mesh axes have to divide: its name, the axis, its size."""
-  if not hasattr(model, "heads"):
-    return []
-  return [
-    ("heads", "tensor", model.heads),
-    ("mlp_width", "tensor", model.mlp_width),
-  ]
 
 
 def _bytes_of(error: Exception, fallback: Plan) -> int:
