@@ -101,7 +101,7 @@ def test_help_comes_at_once():
     (["describe", f"--config={CONFIGS}/imagenet_dit.py:xxl_2"], "xl_2"),
     (
       ["describe", f"--config={DIGITS}", "--config.mesh.tensor=8"],
-      "config.mesh.tensor = 8 does not divide the model's heads = 6",
+      "config.mesh.tensor = 8 does not divide the model's heads = 4",
     ),
     (
       ["describe", f"--config={DIGITS}", "--config.model.attention=cudnn"],
