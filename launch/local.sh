@@ -92,7 +92,12 @@ watch() {
           "$ended." >&2
       fi
       unset "process_of[$pid]"
-      (sleep "$grace" && kill -KILL "${!process_of[@]}") 2>/dev/null &
+      # It holds no pipe of this script's, whose reader would wait for it.
+      (
+        trap 'kill $!' TERM
+        sleep "$grace" &
+        wait $! && kill -KILL "${!process_of[@]}"
+      ) >/dev/null 2>&1 &
       killer=$!
     fi
     unset "process_of[$pid]"

@@ -10,7 +10,7 @@ import pytest
 
 from flowjax import models
 from flowjax.models import blocks, dit
-from flowjax.ops import axes
+from flowjax.parallel import mesh as meshes
 
 CONFIG = dit.DiTConfig(
   image_size=(8, 8), channels=3, width=32, depth=3, heads=4, num_classes=10
@@ -85,24 +85,14 @@ def test_it_is_the_same_unrolled_and_with_every_remat(changes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(2, 2, 2, 1), (1, 2, 1, 4)])
-def test_it_is_the_same_on_a_mesh(shape):
+@pytest.mark.parametrize(
+  "sizes", [dict(fsdp=2, tensor=2), dict(fsdp=2, context=4)], ids=str
+)
+def test_it_is_the_same_on_a_mesh(sizes):
   net, inputs = network()
   apply = models.with_identity_attention(net, (1,))
   wanted = jax.jit(apply)(*inputs)
-  mesh = jax.make_mesh(
-    shape,
-    ("data", "fsdp", "tensor", "context"),
-    axis_types=(jax.sharding.AxisType.Auto,) * 4,
-  )
-  table = {
-    "batch": ("data", "fsdp"),
-    "tokens": "context",
-    "width": None,
-    "heads": "tensor",
-    "mlp": "tensor",
-  }
-  with jax.set_mesh(mesh), axes.rules(table):
+  with meshes.use(meshes.build(meshes.MeshConfig(**sizes))):
     found = jax.jit(apply)(*inputs)
   np.testing.assert_allclose(found, wanted, atol=1e-4)
 

@@ -112,7 +112,8 @@ def _port():
 
 def _environment(**more):
   env = {**os.environ, "NPROC": "16", "JAX_PLATFORMS": "cpu", **more}
-  env["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+  count = r"--xla_force_host_platform_device_count=\d+"
+  env["XLA_FLAGS"] = re.sub(count, "", env["XLA_FLAGS"])
   env["PYTHONPATH"] = str(ROOT)
   return env
 
