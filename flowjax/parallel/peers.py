@@ -70,7 +70,7 @@ class Peers:
       try:
         self._client.key_value_set(f"flowjax/news/{number}", text)
         return
-      except Exception as error:
+      except RuntimeError as error:
         if "ALREADY_EXISTS" not in str(error):
           raise
       number += 1
@@ -121,7 +121,7 @@ class Peers:
     """Waits for all processes to come here; tells whether they did."""
     try:
       self._client.wait_at_barrier(f"flowjax/{name}", int(1000 * seconds))
-    except Exception:
+    except RuntimeError:
       return False
     return True
 
@@ -137,14 +137,15 @@ class Peers:
         text = self._client.blocking_key_value_get(
           f"flowjax/news/{number}", int(1000 * self._period)
         )
-        number += 1
-        self._heed(json.loads(text))
-      except Exception as error:
+      except RuntimeError as error:
         if "DEADLINE_EXCEEDED" not in str(error):
           self.lost([0], "where all processes meet")
           return
         self._beat()
-      with contextlib.suppress(Exception):  # Process 0 may not have begun.
+      else:
+        number += 1
+        self._heed(json.loads(text))
+      with contextlib.suppress(RuntimeError):  # Process 0 may not have begun.
         self._look_for_silence()
 
   def _beat(self) -> None:
@@ -153,7 +154,7 @@ class Peers:
       self._client.key_value_set(
         f"flowjax/beat/{self.index}", str(self._beats), allow_overwrite=True
       )
-    except Exception:
+    except RuntimeError:
       pass  # The next wait for news says so.
 
   def _look_for_silence(self) -> None:
@@ -216,7 +217,7 @@ class Peers:
     try:
       key = f"flowjax/host/{process}"
       return f" (host {self._client.key_value_try_get(key)})"
-    except Exception:
+    except RuntimeError:
       return ""
 
   def _end_too(self, news: News, text: str, code: int) -> None:

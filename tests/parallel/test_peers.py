@@ -34,6 +34,8 @@ class Store:
       return self.values[key]
 
   def key_value_try_get(self, key):
+    if key not in self.values:
+      raise RuntimeError(f"NOT_FOUND: {key}")
     return self.values[key]
 
   def key_value_dir_get(self, start):
