@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from flowjax.data import tokenizers
+
 ON_CORRUPT = ("skip", "stop")
 
 
@@ -9,9 +11,12 @@ ON_CORRUPT = ("skip", "stop")
 class DataConfig:
   """A source, how its images are cut, and how batches are drawn from it.
 
-  `source` is "digits", "tfds:<name>", "folder:<dir>" or "embedded:<dir>". The
-  order of the examples follows from `shuffle_seed` and `batch_size` alone:
-  neither `workers`, nor `prefetch`, nor the number of processes changes it.
+  `source` is "digits", "scenes", "tfds:<name>", "folder:<dir>" or
+  "embedded:<dir>". `tokenizer`, "bytes" or "words", makes `tokens` tokens of
+  each caption, of which there are then to be some; `words` are those that
+  "words" knows. The order of the examples follows from `shuffle_seed` and
+  `batch_size` alone: neither `workers`, nor `prefetch`, nor the number of
+  processes changes it.
   """
 
   source: str = "digits"
@@ -27,6 +32,9 @@ class DataConfig:
   eval_split: str = "validation"
   prefetch: int = 2
   data_dir: str | None = None
+  tokenizer: str | None = None
+  tokens: int = 32
+  words: tuple[str, ...] = ()
   pair_source: str | None = None  # Images at t = 1, for the coupling "pairs".
 
   def __post_init__(self):
@@ -45,8 +53,31 @@ class DataConfig:
         f"on_corrupt={self.on_corrupt!r} must be one of {ON_CORRUPT}: skip "
         "takes the next sound image instead and counts it, stop ends the run."
       )
+    self._check_tokenizer()
     if not 0.0 <= self.held_out < 1.0:
       raise ValueError(
         f"held_out={self.held_out} is the fraction of the images that training "
         "never sees: at least 0 and below 1."
       )
+
+  def _check_tokenizer(self):
+    if self.tokenizer not in (None, *tokenizers.NAMES):
+      raise ValueError(
+        f"tokenizer={self.tokenizer!r} must be one of {tokenizers.NAMES}, or "
+        "None for data without captions."
+      )
+    if self.tokens < 2:
+      raise ValueError(
+        f"tokens={self.tokens} must be at least 2: the last ends a caption."
+      )
+    if (self.tokenizer == "words") != bool(self.words):
+      raise ValueError(
+        f"tokenizer={self.tokenizer!r} with {len(self.words)} words: the "
+        "tokenizer 'words' needs the list of them, and no other has one."
+      )
+
+  def captions(self) -> tokenizers.Tokenizer | None:
+    """Returns what makes tokens of captions, if anything does."""
+    if self.tokenizer is None:
+      return None
+    return tokenizers.build(self.tokenizer, self.tokens, self.words)

@@ -10,12 +10,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from flowjax import errors, schema
+from flowjax.data import captions, pairs
 from flowjax.data import config as config_lib
-from flowjax.data import pairs
 
 SPLITS = ("train", "held_out")
 KINDS = {
   "digits": "digits",
+  "scenes": "scenes",
   "tfds": "tfds:<name>",
   "folder": "folder:<dir>",
   "embedded": "embedded:<dir>",
@@ -27,8 +28,8 @@ class Source(Protocol):
 
   `source[i]` is {"image": float32 [H, W, C] in [-1, 1], "label": int32}, the
   same at every call, or has a text in place of a label, as data/embedded.py
-  says, and then also a `blank` one. It raises `Corrupt` for a record that
-  cannot be decoded.
+  says, or a caption, a str, and then also a `blank` one. It raises `Corrupt`
+  for a record that cannot be decoded.
   A source that holds its images in memory, where none can be corrupt, also
   offers `gather(records_B)`, which returns the stacked examples at once.
   """
@@ -66,7 +67,9 @@ def open(config: config_lib.DataConfig, split: str) -> Source:
     raise ValueError(f"split={split!r} must be one of {SPLITS}.")
   if config.pair_source is not None:
     alone = dataclasses.replace(config, pair_source=None)
-    other = dataclasses.replace(alone, source=config.pair_source)
+    other = dataclasses.replace(
+      alone, source=config.pair_source, tokenizer=None, words=()
+    )
     return pairs.paired(open(alone, split), open(other, split))
   kind, _, place = config.source.partition(":")
   if kind in KINDS and not place and "<" in KINDS[kind]:
@@ -80,7 +83,8 @@ def open(config: config_lib.DataConfig, split: str) -> Source:
       f"{schema.closest(kind, KINDS)}"
     )
   module = importlib.import_module(f"flowjax.data.{kind}")
-  return module.open(config, split)
+  opened, tokenizer = module.open(config, split), config.captions()
+  return captions.captioned(opened, tokenizer) if tokenizer else opened
 
 
 def check(
@@ -94,6 +98,11 @@ def check(
   pooled_width: int | None = None,
 ) -> None:
   """Refuses a source that a model of these sizes cannot be trained on."""
+  if "caption" in getattr(source, "blank", {}):
+    raise errors.UserError(
+      f"{source.name} has captions, and nothing makes tokens of them: set "
+      "config.data.tokenizer to 'bytes' or 'words', and config.text."
+    )
   if (source.num_classes == 0) != (num_classes == 0):
     kind = ("labels", "texts")[source.num_classes == 0]
     raise errors.UserError(

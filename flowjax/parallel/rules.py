@@ -93,6 +93,14 @@ FLUX: Rules = (
   *_ENDS,
 )
 
+# Beside a network that reads captions; divided as its blocks are.
+TEXT_ENCODER: Rules = (
+  (r"text_encoder/(place_)?embed/embedding", (None, "fsdp")),
+  (r"text_encoder/pooled/kernel", (None, "fsdp")),
+  *((rf"text_encoder/blocks/{name}", (None, *dims)) for name, dims in _STREAM),
+  (r"text_encoder/.*(?<!/qkv)(?<!/mlp/in)/(bias|scale)", ()),
+)
+
 
 def for_model(config: Any) -> Rules:
   """Returns the rules for the parameters of a model's config."""
