@@ -10,7 +10,17 @@ from typing import Any
 
 import jax
 
-from flowjax.models import blocks, coupling, dit, flux, lora, mmdit, uncertainty
+from flowjax.models import (
+  autoencoder,
+  blocks,
+  coupling,
+  dit,
+  flux,
+  lora,
+  mmdit,
+  uncertainty,
+  vq,
+)
 from flowjax.ops import attention
 
 CONFIGS: dict[str, Any] = {
@@ -18,12 +28,16 @@ CONFIGS: dict[str, Any] = {
   "coupling": coupling.CouplingConfig,
   "mmdit": mmdit.MMDiTConfig,
   "flux": flux.FluxConfig,
+  "autoencoder": autoencoder.AutoencoderConfig,
+  "vq": vq.VQConfig,
 }
 _MODULES: dict[str, Any] = {
   "dit": dit,
   "coupling": coupling,
   "mmdit": mmdit,
   "flux": flux,
+  "autoencoder": autoencoder,
+  "vq": vq,
 }
 
 # Within it, a network has derivatives in forward mode (`jax.jvp`) as well.
