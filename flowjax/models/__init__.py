@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from flowjax.models import (
+  autoencoder,
   blocks,
   coupling,
   dit,
@@ -20,6 +21,7 @@ from flowjax.models import (
   mmdit,
   text,
   uncertainty,
+  vq,
 )
 from flowjax.ops import attention
 
@@ -28,12 +30,16 @@ CONFIGS: dict[str, Any] = {
   "coupling": coupling.CouplingConfig,
   "mmdit": mmdit.MMDiTConfig,
   "flux": flux.FluxConfig,
+  "autoencoder": autoencoder.AutoencoderConfig,
+  "vq": vq.VQConfig,
 }
 _MODULES: dict[str, Any] = {
   "dit": dit,
   "coupling": coupling,
   "mmdit": mmdit,
   "flux": flux,
+  "autoencoder": autoencoder,
+  "vq": vq,
 }
 
 # Within it, a network has derivatives in forward mode (`jax.jvp`) as well.
