@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from flowjax import errors
-from flowjax.data import tokenizers
+from flowjax.data import sources, tokenizers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +40,16 @@ class Captioned:
 
   @property
   def blank(self) -> dict[str, np.ndarray]:
-    return self._one(self.source.blank)
+    return self._one(sources.blank(self.source))
 
   def __len__(self) -> int:
     return len(self.source)
 
   def __getitem__(self, i: int) -> dict[str, np.ndarray]:
     return self._one(self.source[i])
+
+  def draw(self, seed: int, position_B: np.ndarray) -> np.ndarray:
+    return sources.draw(self.source, seed, position_B)
 
   def fingerprint(self) -> dict[str, Any]:
     return self.source.fingerprint()
@@ -75,7 +78,7 @@ def captioned(source: Any, tokenizer: tokenizers.Tokenizer) -> Captioned:
 
   Raises UserError for one that has none.
   """
-  if "caption" not in getattr(source, "blank", {}):
+  if "caption" not in sources.blank(source):
     raise errors.UserError(
       f"{source.name} has no captions for config.data.tokenizer to read: leave "
       "that out, or take a source that has, such as 'scenes'."
