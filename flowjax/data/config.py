@@ -74,7 +74,9 @@ class DataConfig:
         "out, or has the empty caption."
       )
     for template in self.templates:
-      if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
+      if template.count("{}") != 1 or set("{}") & set(
+        template.replace("{}", "")
+      ):
         raise ValueError(
           f"templates: {template!r} must have '{{}}' once, where the name of "
           "the class goes, and no other brace."
