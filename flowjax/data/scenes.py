@@ -128,7 +128,7 @@ class Scenes:
 
   def __getitem__(self, i: int) -> dict[str, Any]:
     scene = self.scene(i)
-    return {"image": self._painted(scene), "caption": scene.caption}
+    return {"image": self.painted(scene), "caption": scene.caption}
 
   def gather(self, records_B: np.ndarray) -> dict[str, np.ndarray]:
     records = [self[int(i)] for i in records_B]
@@ -162,7 +162,8 @@ class Scenes:
     caption = _said(things, relations, draw)
     return Scene(things, relations, caption, images)
 
-  def _painted(self, scene: Scene) -> np.ndarray:
+  def painted(self, scene: Scene) -> np.ndarray:
+    """Returns the image [H, W, C] of one of these scenes."""
     image_HWC = np.full(self.shape, -1.0, np.float32)
     for thing, image in zip(scene.things, scene.images, strict=True):
       top, left = (
