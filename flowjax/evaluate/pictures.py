@@ -115,5 +115,7 @@ def _text(
   at, anchor = ((width // 2, height // 2), "mm")
   if not centred:
     at, anchor = ((GAP, height // 2), "lm")
-  ImageDraw.Draw(image).text(at, text, fill=(INK,) * 3, anchor=anchor)
+  ImageDraw.Draw(image).text(
+    at, text, fill=(INK,) * 3, anchor=anchor, align="center"
+  )
   return np.asarray(image)
