@@ -1,4 +1,4 @@
-"""The whole path of text to image, on a network that is trained for a moment."""
+"""The whole path of text to image, on a network trained for a moment."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""A network with an encoder of captions: as a config, on a mesh, and counted."""
+"""A network with an encoder of captions: in a config, on a mesh, counted."""
 
 import dataclasses
 import json
