@@ -18,6 +18,7 @@ VARIANTS = {
   "digits_nf.py": ["", ":additive"],
   "digits_mmdit.py": ["", ":sd3.5"],
   "digits_flux.py": [""],
+  "scenes_mmdit.py": ["", ":flux"],
   "sd3.py": [":medium", ":3.5_medium", ":3.5_large"],
   "flux_dev.py": [""],
   "flux_schnell.py": [""],

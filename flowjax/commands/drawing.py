@@ -111,6 +111,11 @@ def held_out(
   }
 
 
+def reads_captions(network: models.Network) -> bool:
+  """Whether the network has an encoder of its own, and is told tokens."""
+  return "token" in jax.eval_shape(lambda: network.example(1))
+
+
 def reads_text(network: models.Network) -> bool:
   """Whether the network is told a text or its tokens, and not a label."""
   return "label" not in jax.eval_shape(lambda: network.example(1))

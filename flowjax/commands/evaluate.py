@@ -3,7 +3,10 @@
 Writes `report.json` into the workdir. For digits also `samples.png`: how many
 samples a classifier of real digits recognises, the Fréchet distance in its
 features beside that of real digits among themselves, and how near samples
-come to the training images. For any source: the validation loss.
+come to the training images. For scenes also `samples.png`, and how much of the
+captions a detector, fitted on real scenes, finds in pictures: of combinations
+that training saw and never saw, without guidance, and of other captions. For
+any source: the validation loss.
 
 example:
   flowjax evaluate --workdir=runs/digits
@@ -14,7 +17,7 @@ import dataclasses
 import numpy as np
 
 from flowjax import errors
-from flowjax.commands import export, flags, restored, train
+from flowjax.commands import export, flags, obedience, restored, train
 from flowjax.data import sources
 from flowjax.evaluate import digits, pictures
 from flowjax.flow import losses
@@ -45,6 +48,12 @@ def add_flags(parser) -> None:
     type=flags.count,
     help="how many values a pixel has; default: config.flow.levels",
   )
+  parser.add_argument(
+    "--judge_steps",
+    type=flags.count,
+    default=1500,
+    help="for how many steps the detector of scenes is fitted",
+  )
   restored.add_method(parser)
   parser.add_argument("--seed", type=flags.seed, default=0, help="of the noise")
 
@@ -66,6 +75,8 @@ def run(args) -> None:
     report |= _bits(found, likelihood)
   if found.config.data.source == "digits":
     report |= _digits(found, method, args)
+  if found.config.data.source == "scenes":
+    report |= obedience.evaluate(found, method, args)
   path = args.workdir / "report.json"
   if distributed.is_first():
     workdir.write_json(path, report)
