@@ -121,6 +121,17 @@ def open(directory: pathlib.Path, *, ema: bool = True) -> Restored:
   return Restored(directory, run, restored.step, params, restored.extra)
 
 
+def require_field(found: Restored, what: str) -> None:
+  """Refuses an autoencoder, which draws no samples and has no likelihood."""
+  if found.config.is_autoencoder:
+    raise errors.UserError(
+      f"{found.directory} is the run of an autoencoder, which maps images to "
+      f"latents and back: there is nothing in it to {what}. `flowjax evaluate` "
+      "shows what it reconstructs, and `flowjax export --format=diffusers` "
+      "writes it for a network of its latents."
+    )
+
+
 def worse(
   directory: pathlib.Path | None, better: Restored, *, ema: bool = True
 ) -> Restored | None:
@@ -132,6 +143,7 @@ def worse(
   if directory is None:
     return None
   found = open(directory, ema=ema)
+  require_field(found, "guide away from")
   runs = better, found
   if any(run.run.network.inverse is not None for run in runs):
     raise errors.UserError(

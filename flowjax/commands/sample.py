@@ -83,6 +83,7 @@ def run(args) -> None:
     raise errors.UserError("--invert finds the start; leave out --start.")
   workdir.require_writable(args.out, "--out")
   found = restored.open(args.workdir, ema=args.ema)
+  restored.require_field(found, "sample")
   texts = given.texts(args.embeddings, found) if args.embeddings else None
   start = given.start(args.start, found) if args.start else None
   count = args.num or _count(args, texts, start)
@@ -196,11 +197,5 @@ def _write(images, originals: np.ndarray | None, out: pathlib.Path) -> None:
     np.save(out, images)
     return
   if originals is not None:
-    blank = np.full((-len(images) % COLUMNS, *images.shape[1:]), -1.0)
-    pairs = (
-      np.concatenate([rows, blank]).reshape(-1, COLUMNS, *images.shape[1:])
-      for rows in (originals, images)
-    )
-    images = np.concatenate(list(pairs), axis=1)
-    images = images.reshape(-1, *images.shape[2:])
+    images = pictures.pairs(originals, images, columns=COLUMNS)
   pictures.save_png(pictures.grid(images, columns=COLUMNS), out)

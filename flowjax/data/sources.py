@@ -87,13 +87,18 @@ def check(
   source: Source,
   *,
   batch_size: int,
-  num_classes: int,
+  num_classes: int | None,
   channels: int,
   image_size: tuple[int, int],
   text_width: int | None = None,
   pooled_width: int | None = None,
 ) -> None:
-  """Refuses a source that a model of these sizes cannot be trained on."""
+  """Refuses a source that a model of these sizes cannot be trained on.
+
+  To one without `num_classes` labels and texts are nothing.
+  """
+  if num_classes is None:
+    num_classes = source.num_classes
   if (source.num_classes == 0) != (num_classes == 0):
     kind = ("labels", "texts")[source.num_classes == 0]
     raise errors.UserError(

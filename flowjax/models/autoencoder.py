@@ -11,6 +11,7 @@ whose variance is near 1.
 # Shape suffixes: B batch, H height, W width, C channels. Latents are coarser.
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -130,6 +131,30 @@ def after_latents(
     return z_BHWC
   return point(config, config.latent_channels).apply(
     {"params": params["post_quant_conv"]}, z_BHWC
+  )
+
+
+def reconstruct(
+  config: AutoencoderConfig,
+  params: dict[str, Any],
+  x_BHWC: jax.Array,
+  rng: jax.Array | None,
+) -> convolutions.Reconstruction:
+  """Encodes, draws latents (without an rng, their mean) and begins to decode.
+
+  The penalty "divergence" is that of the latents, per value of an image.
+  """
+  mean_BHWC, log_variance_BHWC = encode(config, params, x_BHWC)
+  z_BHWC = mean_BHWC
+  if rng is not None:
+    z_BHWC = sample(mean_BHWC, log_variance_BHWC, rng)
+  h_BHWC = after_latents(config, params, z_BHWC)
+  values = math.prod(x_BHWC.shape[1:])
+  divergence_B = divergence(mean_BHWC, log_variance_BHWC) / values
+  return convolutions.Reconstruction(
+    convolutions.features(config, params, h_BHWC),
+    {"divergence": divergence_B},
+    {},
   )
 
 

@@ -79,7 +79,7 @@ def _outline(config: experiment.Experiment, device: Any) -> Outline:
 def _arithmetic(built: parts.Parts) -> flops.Count:
   """Counts what the gradient of the loss of one example computes."""
   config, network = built.experiment, built.network
-  loss = config.flow.loss(network)
+  loss = config.loss(network)
   x, _, cond = _inputs(network, 1)
   batch = {"image": x, **cond}
   if config.data.pair_source is not None:
