@@ -1,9 +1,9 @@
-"""An autoencoder of latent diffusion on real handwritten digits, f = 4.
+"""An autoencoder of latent diffusion on real handwritten digits, f = 2.
 
   flowjax train --config=configs/digits_autoencoder.py --workdir=runs/digits_ae
 
 2 CPU cores, about 2 minutes. `samples/` shows digits that it never saw and
-below them what it makes of their 2x2x4 latents. The argument says what
+below them what it makes of their 4x4x2 latents. The argument says what
 regularises these: kl (the default), vq, with a codebook, or vq_ema, with one
 that is a moving average. `flowjax export --format=diffusers` writes a vae/
 folder for diffusers.
@@ -21,8 +21,8 @@ def get_config(kind: str = "kl"):
   config.model.update(
     image_size=(8, 8),
     channels=1,
-    latent_channels=4,
-    widths=(32, 64, 64),
+    latent_channels=2,
+    widths=(16, 32),
     depth=1,
     groups=8,
   )
@@ -32,7 +32,6 @@ def get_config(kind: str = "kl"):
     config.reconstruction.divergence = 1e-3
   else:
     config.model.codes = 128
-    config.model.middle_attention = True
   if kind == "vq_ema":
     config.reconstruction.codebook_decay = 0.99
   config.optim.update(

@@ -25,7 +25,6 @@ import numpy as np
 from flowjax import errors, models, schema
 from flowjax.commands import configs, flags, restored
 from flowjax.interop import lazy, lora, tables, weights
-from flowjax.models import lora as adapters
 from flowjax.parallel import placing
 from flowjax.train import begin, experiment, manifest, parts
 
@@ -104,8 +103,7 @@ def _open(args) -> weights.Weights:
     return weights.open(args.source)
   run = restored.open(args.source)
   args.config = args.config or str(args.source / "config.json")
-  params = {k: v for k, v in run.params.items() if k != "uncertainty"}
-  params = adapters.merged(run.config.lora, params)
+  params = run.network_params()
   model = schema.to_dict(run.config.model)
   return _Run(
     args.source, tables.flatten(params), {}, description={"model": model}

@@ -10,6 +10,7 @@ import numpy as np
 
 from flowjax import errors
 from flowjax.commands import configs, drawing, flags
+from flowjax.models import lora as adapters
 from flowjax.parallel import mesh as meshes
 from flowjax.train import (
   checkpoint,
@@ -36,6 +37,13 @@ class Restored:
   @property
   def config(self) -> experiment.Experiment:
     return self.run.experiment
+
+  def network_params(self) -> dict[str, Any]:
+    """Returns the parameters of the network alone, adapters merged."""
+    if self.config.is_autoencoder:
+      return self.run.network.own(self.params)
+    params = {k: v for k, v in self.params.items() if k != "uncertainty"}
+    return adapters.merged(self.config.lora, params)
 
   def draw(
     self,

@@ -152,7 +152,7 @@ def reconstruct(
   vector and latent to each other (arXiv:1711.00937, eq. 3). The statistics
   "count" [K] and "sum" [K, D] are how often each vector was chosen and the sum
   of the latents that chose it, both times K / N, so that the mean of "count" is
-  1.
+  1; "index" [B, H, W] says which.
   """
   del rng
   z_BHWC = latents(config, params, x_BHWC)
@@ -177,7 +177,11 @@ def reconstruct(
       "codebook": apart(still_z, chosen_BHWC),
       "commitment": apart(z_BHWC, still_e),
     },
-    {"count": weight * counts_K, "sum": weight * sums_KD},
+    {
+      "count": weight * counts_K,
+      "sum": weight * sums_KD,
+      "index": index_BHW,
+    },
   )
 
 
@@ -201,8 +205,12 @@ def quotient(averages: dict[str, jax.Array]) -> jax.Array:
   return averages["sum"] / smooth_K[:, None]
 
 
-def perplexity(count_K: jax.Array) -> jax.Array:
-  """Returns exp of the entropy of counts: how many vectors are in use."""
+def perplexity(
+  codes: int, index_BHW: jax.Array, weight_B: jax.Array
+) -> jax.Array:
+  """Returns exp of the entropy of what was chosen: how many are in use."""
+  weight_BHW = jnp.broadcast_to(weight_B[:, None, None], index_BHW.shape)
+  count_K = jnp.zeros(codes).at[index_BHW].add(weight_BHW)
   share_K = count_K / jnp.maximum(jnp.sum(count_K), 1.0)
   return jnp.exp(-jnp.sum(jax.scipy.special.xlogy(share_K, share_K)))
 

@@ -177,9 +177,9 @@ def loss(config: ReconstructionConfig, network: models.Network) -> losses.Loss:
       value += weights[name] * jnp.mean(penalty_B)
     if config.codebook_decay is not None:
       averages = params[running.CODEBOOK]
-      for name, statistic in made.statistics.items():
+      for name, average in averages.items():
         value += running.averaged(
-          averages[name], statistic, config.codebook_decay
+          average, made.statistics[name], config.codebook_decay
         )
     return value, {}
 
@@ -213,8 +213,12 @@ def validation_loss(
       return objective.average(objective.masked(value_B, batch), batch)
 
     means = {name: mean(value_B) for name, value_B in by_example.items()}
-    if "count" in made.statistics:
-      means["codes_in_use"] = vq.perplexity(made.statistics["count"])
+    if "index" in made.statistics:
+      means["codes_in_use"] = vq.perplexity(
+        network.config.codes,
+        made.statistics["index"],
+        batch.get("mask", jnp.ones(len(x_BHWC))).astype(jnp.float32),
+      )
     return mean(error_B), {"means": means}
 
   return total
