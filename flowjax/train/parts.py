@@ -127,7 +127,8 @@ def build(
   if config.lora.rank:
     with errors.naming("config.lora"):
       network = models.with_lora(network, config.lora)
-  if tokenizer := config.data.build_tokenizer():
+  tokenizer = config.data.build_tokenizer()
+  if tokenizer and not config.is_autoencoder:
     token_BL, mask_BL = tokenizer([""])
     with errors.naming("config.text"):
       network = models.with_text_encoder(
