@@ -85,8 +85,9 @@ def _write(report: dict, args) -> None:
 
 def _reconstructions(found: restored.Restored, args) -> None:
   """Scores the reconstructions of held-out images, and shows some of them."""
-  if args.likelihood or args.overrides:
-    restored.require_field(found, "follow, or to find the likelihood of")
+  if args.likelihood:
+    restored.require_field(found, "find the likelihood of")
+  restored.refuse_method(found, args)
   with meshes.use(found.run.mesh), loop.out_of_memory_advice():
     scores = train.held_out_loss(found.run).run(found.params)
   report = {

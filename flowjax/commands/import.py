@@ -63,16 +63,30 @@ def run(args) -> None:
     leaves = itertools.chain(leaves, _leaves(factors))
   built = parts.build(config)
   named = manifest.named_leaves(built.abstract.params)
-  fresh = sorted(named.keys() - set(paths))
+  _require_places(built, set(paths) - named.keys())
+  published = manifest.named_leaves(built.published())
+  fresh = sorted(named.keys() - set(paths) - published.keys())
   placed = begin.place(built, _shown(leaves, len(paths)))
   if fresh:
     placed |= begin.draw(built, fresh)
+  placed |= published
   begin.save(built, placed, args.workdir)
   for line in _summary(found, built, fresh):
     print(line)
   print(f"Step 0 of a run in {args.workdir}. To train on:")
   saved = args.workdir / "config.json"
   print(f"  flowjax train --config={saved} --workdir={args.workdir}")
+
+
+def _require_places(built: parts.Parts, without: set[str]) -> None:
+  """Refuses parameters for which the run that is to begin has no place."""
+  if without:
+    decay = built.experiment.reconstruction.codebook_decay
+    raise errors.UserError(
+      f"{', '.join(sorted(without))}: config.reconstruction.codebook_decay = "
+      f"{decay} makes a codebook of averages, which are not in these weights. "
+      "Leave it out: an imported codebook is trained by its loss."
+    )
 
 
 class _Run(weights.Weights):

@@ -250,6 +250,17 @@ def method(config: experiment.Experiment, args) -> methods.SampleConfig:
   return changed.sample
 
 
+def refuse_method(found: Restored, args) -> None:
+  """Refuses flags of sampling for a run that draws no samples."""
+  given = [f"--{name}" for name in _METHOD if getattr(args, name) is not None]
+  if given or args.overrides:
+    raise errors.UserError(
+      f"{[*given, *args.overrides][0]} would be without effect: "
+      f"{found.directory} is the run of an autoencoder, which draws no samples. "
+      "Leave it out."
+    )
+
+
 def _refuse_for_inverse(words: list[str]) -> None:
   """Refuses what a normalizing flow would not heed; a scale is looked at."""
   scale = ("--guidance", "--config.sample.guidance.scale=")

@@ -15,7 +15,7 @@ from flowjax.models import adversary, lora, perceptual
 from flowjax.parallel import host, rules
 from flowjax.parallel import mesh as meshes
 from flowjax.train import experiment, freezing, manifest, optim, running
-from flowjax.train import perceptual as published
+from flowjax.train import perceptual as weights_of_lpips
 from flowjax.train import state as states
 
 # Parameters whose arithmetic is no part of a network's own.
@@ -89,20 +89,25 @@ class Parts:
 
     What is published and stays as it is comes from its file.
     """
+    published = self.published()
+    state = self.lower_initial().compile()()
+    if not published:
+      return state
+    return state._replace(params={**state.params, **published})
+
+  def published(self) -> dict[str, Any]:
+    """Returns parameters that are not drawn, but read from their file."""
     wanted = self.experiment.reconstruction.perceptual
     if not wanted.weight:
-      return self.lower_initial().compile()()
-    read = published.read(wanted.file)
-    state = self.lower_initial().compile()()
+      return {}
     placed = jax.tree.map(
       lambda leaf, like: jax.make_array_from_callback(
         leaf.shape, like.sharding, leaf.__getitem__
       ),
-      read,
+      weights_of_lpips.read(wanted.file),
       self.abstract.params[perceptual.GROUP],
     )
-    params = {**state.params, perceptual.GROUP: placed}
-    return state._replace(params=params)
+    return {perceptual.GROUP: placed}
 
 
 def build(

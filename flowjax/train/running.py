@@ -43,17 +43,16 @@ def learned(tree: Any) -> Any:
 def beside(
   optimizer: optax.GradientTransformation, params: Any
 ) -> optax.GradientTransformation:
-  """Returns the optimizer of what is learned, and takes the rest as it is."""
+  """Returns the optimizer of what is learned, which takes the rest as it is."""
   if learned(params) is params:
     return optimizer
 
-  def labels(tree):
-    kinds = {key: "running" if key in GROUPS else "learned" for key in tree}
-    return {
-      key: jax.tree.map(lambda _, key=key: kinds[key], tree[key])
-      for key in tree
-    }
+  def init(params):
+    return optimizer.init(learned(params))
 
-  return optax.partition(
-    {"learned": optimizer, "running": optax.scale(-1.0)}, labels
-  )
+  def update(updates, state, params=None):
+    found, state = optimizer.update(learned(updates), state, learned(params))
+    moved = {key: updates[key] for key in GROUPS if key in updates}
+    return {**found, **jax.tree.map(jnp.negative, moved)}, state
+
+  return optax.GradientTransformation(init, update)

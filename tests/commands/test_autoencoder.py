@@ -98,7 +98,8 @@ def test_its_folder_is_loaded_by_diffusers_and_read_again(
   ("words", "text"),
   [
     (["sample"], "nothing in it to sample"),
-    (["evaluate", "--likelihood"], "autoencoder"),
+    (["evaluate", "--likelihood"], "to find the likelihood of"),
+    (["evaluate", "--steps=3"], "--steps would be without effect"),
     (["export", "--out=OUT"], "no format 'torch'"),
     (
       ["export", "--format=diffusers", "--pipeline=OUT", "--out=OUT"],

@@ -13,11 +13,15 @@ import pytest
 from flowjax import errors, models
 from flowjax.data import config as data_config
 from flowjax.models import adversary, autoencoder, vq
+from flowjax.parallel import mesh as meshes
+from flowjax.parallel import placing
 from flowjax.train import (
   ema,
   experiment,
   freezing,
+  loop,
   optim,
+  parts,
   reconstruction,
   running,
 )
@@ -167,8 +171,8 @@ def trainer(config, network, params, accumulate=1):
   return jax.jit(step), states.begin(params, optimizer)
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_a_codebook_that_is_a_moving_average(parts):
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_codebook_that_is_a_moving_average(accumulate):
   """Its averages move by the decay, unclipped, alike in parts as whole."""
   config = reconstruction.ReconstructionConfig(codebook_decay=0.8)
   network, params, _ = made(config, VQ)
@@ -179,7 +183,7 @@ def test_a_codebook_that_is_a_moving_average(parts):
   _, index = vq.quantise(own, z_BHWC)
   count_K = jnp.zeros(5).at[index].add(1.0) * 5 / index.size
   sum_KD = jnp.zeros((5, 2)).at[index].add(z_BHWC) * 5 / index.size
-  step, state = trainer(config, network, params, parts)
+  step, state = trainer(config, network, params, accumulate)
   state, values = step(state, {"image": x_BHWC})
   moved = state.params[running.CODEBOOK]
   close(moved["count"], 0.8 * averages["count"] + 0.2 * count_K)
@@ -281,3 +285,48 @@ def test_what_would_be_without_effect_is_refused(changes, text):
   with pytest.raises(errors.UserError, match=text):
     experiment.build(values)
   assert data_config.DataConfig().image_size == (8, 8)
+
+
+@pytest.mark.slow
+def test_devices_train_as_one_does():
+  """Codebook, adversary and parts of a batch, over data and fsdp."""
+  against = dataclasses.replace(AGAINST, start=1)
+
+  def run(mesh, devices):
+    built = parts.build(
+      experiment.Experiment(
+        model=dataclasses.replace(VQ, widths=(8, 8), codes=8),
+        data=data_config.DataConfig(batch_size=16),
+        mesh=meshes.MeshConfig(**mesh),
+        optim=optim.OptimConfig(learning_rate=1e-3, accumulate=2),
+        reconstruction=reconstruction.ReconstructionConfig(
+          codebook_decay=0.5, adversary=against
+        ),
+      ),
+      devices,
+    )
+    losses = []
+    with meshes.use(built.mesh):
+      step, put = loop.jit_step(built), placing.put_whole(built.mesh)
+      state = built.initial_state()
+      for i in range(3):
+        batch = {"image": np.asarray(images(16, seed=i))}
+        state, values = step(state, put(batch))
+        losses.append(float(values["loss"]))
+    return losses, state
+
+  alone, _ = run({}, jax.devices()[:1])
+  losses, state = run(dict(data=2, fsdp=4), jax.devices())
+  np.testing.assert_allclose(losses, alone, rtol=1e-4)
+  assert losses[1] > losses[0]  # The discriminator came to it.
+  kernel = state.params["decoder"]["middle"]["block_0"]["conv_1"]["kernel"]
+  assert kernel.addressable_shards[0].data.size * 4 == kernel.size
+  moment = state.opt_state[1].mu["encoder"]["in"]["kernel"]
+  assert moment.sharding.spec == (
+    jax.sharding.PartitionSpec(None, None, None, "fsdp")
+  )
+
+
+def test_meshes_that_would_compute_the_same_are_refused():
+  with pytest.raises(errors.UserError, match="config.mesh.tensor = 2"):
+    parts.check_divides(KL, {"data": 1, "fsdp": 1, "tensor": 2, "context": 1})
