@@ -256,8 +256,8 @@ def refuse_method(found: Restored, args) -> None:
   if given or args.overrides:
     raise errors.UserError(
       f"{[*given, *args.overrides][0]} would be without effect: "
-      f"{found.directory} is the run of an autoencoder, which draws no samples. "
-      "Leave it out."
+      f"{found.directory} is the run of an autoencoder, which draws no "
+      "samples. Leave it out."
     )
 
 

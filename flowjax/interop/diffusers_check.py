@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flowjax import errors, models
@@ -128,7 +129,7 @@ def _verify_autoencoder(theirs, network, params: dict, seed: int) -> float:
   with torch.no_grad(), jax.default_matmul_precision("highest"):
     found = theirs.encode(there(x_BHWC))
     if config.name == "vq":
-      ours = vq.latents(config, params, x_BHWC)
+      ours = vq.latents(config, params, jnp.asarray(x_BHWC))
       pairs = [(ours, found.latents)]
     else:
       mean, log_variance = network.encode(params, x_BHWC)

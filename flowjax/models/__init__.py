@@ -278,7 +278,7 @@ def with_running_codebook(network: Network, group: str) -> Network:
     code_KD = vq.quotient(params[group])
     return network.own({**rest, "codebook": {"embedding": code_KD}})
 
-  changed = {
+  changed: dict[str, Any] = {
     name: _on_own(getattr(network, name), own)
     for name in ("encode", "decode", "reconstruct")
   }

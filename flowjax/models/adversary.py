@@ -81,4 +81,4 @@ def apply(
   params: dict[str, Any], x_BHWC: jax.Array, *, width: int, layers: int
 ) -> jax.Array:
   """Returns how real each patch of images is said to be, [B, H, W, 1]."""
-  return Patches(width, layers).apply({"params": params}, x_BHWC)
+  return convolutions.applied(Patches(width, layers), params, x_BHWC)

@@ -101,11 +101,10 @@ def encode(
   They are not scaled; `scaled` does that.
   """
   convolutions.check_image(config, x_BHWC)
-  h_BHWC = _encoder(config).apply({"params": params["encoder"]}, x_BHWC)
+  h_BHWC = convolutions.applied(_encoder(config), params["encoder"], x_BHWC)
   if config.use_quant_conv:
-    h_BHWC = point(config, 2 * config.latent_channels).apply(
-      {"params": params["quant_conv"]}, h_BHWC
-    )
+    map_moments = point(config, 2 * config.latent_channels)
+    h_BHWC = convolutions.applied(map_moments, params["quant_conv"], h_BHWC)
   mean_BHWC, log_variance_BHWC = jnp.split(
     h_BHWC.astype(jnp.float32), 2, axis=-1
   )
@@ -117,9 +116,8 @@ def decode(
 ) -> jax.Array:
   """Returns the images of latents that are not scaled, in float32."""
   z_BHWC = after_latents(config, params, z_BHWC)
-  return convolutions.Decoder(config).apply(
-    {"params": params["decoder"]}, z_BHWC
-  )
+  decoder = convolutions.Decoder(config)
+  return convolutions.applied(decoder, params["decoder"], z_BHWC)
 
 
 def after_latents(
@@ -129,9 +127,8 @@ def after_latents(
   convolutions.check_latents(config.latent_channels, z_BHWC)
   if not config.use_post_quant_conv:
     return z_BHWC
-  return point(config, config.latent_channels).apply(
-    {"params": params["post_quant_conv"]}, z_BHWC
-  )
+  map_latents = point(config, config.latent_channels)
+  return convolutions.applied(map_latents, params["post_quant_conv"], z_BHWC)
 
 
 def reconstruct(

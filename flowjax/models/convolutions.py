@@ -312,9 +312,7 @@ def features(
   config: ConvolutionalConfig, params: dict[str, Any], h_BHWC: jax.Array
 ) -> jax.Array:
   """Returns what the decoder knows before its last convolution."""
-  return Decoder(config).apply(
-    {"params": params["decoder"]}, h_BHWC, method="before"
-  )
+  return applied(Decoder(config), params["decoder"], h_BHWC, method="before")
 
 
 def last(
@@ -322,7 +320,14 @@ def last(
 ) -> jax.Array:
   """Returns the images of features; `params` are those of this layer."""
   conv = _conv(config)(config.channels)
-  return conv.apply({"params": params}, h_BHWC).astype(jnp.float32)
+  return applied(conv, params, h_BHWC).astype(jnp.float32)
+
+
+def applied(
+  module: nn.Module, params: Any, *inputs: Any, **options: Any
+) -> Any:
+  """Returns what a module makes of inputs, by its own parameters."""
+  return module.apply({"params": params}, *inputs, **options)
 
 
 def down(config: ConvolutionalConfig) -> list[tuple[int, int, str | None]]:

@@ -82,9 +82,9 @@ def latents(
 ) -> jax.Array:
   """Returns the latents of images in [-1, 1], not quantised and not scaled."""
   convolutions.check_image(config, x_BHWC)
-  h_BHWC = _encoder(config).apply({"params": params["encoder"]}, x_BHWC)
+  h_BHWC = convolutions.applied(_encoder(config), params["encoder"], x_BHWC)
   before, _ = _points(config)
-  z_BHWC = before.apply({"params": params["quant_conv"]}, h_BHWC)
+  z_BHWC = convolutions.applied(before, params["quant_conv"], h_BHWC)
   return z_BHWC.astype(jnp.float32)
 
 
@@ -127,9 +127,8 @@ def decode(
   convolutions.check_latents(config.vector_width, z_BHWC)
   chosen_BHWC, _ = quantise(params, z_BHWC)
   h_BHWC = after_latents(config, params, chosen_BHWC)
-  return convolutions.Decoder(config).apply(
-    {"params": params["decoder"]}, h_BHWC
-  )
+  decoder = convolutions.Decoder(config)
+  return convolutions.applied(decoder, params["decoder"], h_BHWC)
 
 
 def after_latents(
@@ -137,7 +136,7 @@ def after_latents(
 ) -> jax.Array:
   """Returns what the decoder is given of quantised latents."""
   _, after = _points(config)
-  return after.apply({"params": params["post_quant_conv"]}, z_BHWC)
+  return convolutions.applied(after, params["post_quant_conv"], z_BHWC)
 
 
 def reconstruct(
