@@ -86,6 +86,35 @@ def build(
   return draw
 
 
+def reconstructor(
+  run: parts.Parts, count: int
+) -> collections.abc.Callable[[Any], tuple[np.ndarray, np.ndarray]]:
+  """Returns `(params) -> (images, reconstructions)` of held-out images.
+
+  Latents are at their mean.
+  """
+  network = run.network
+  images, _ = held_out(run, count)
+  size = meshes.padded(min(count, run.experiment.data.batch_size), run.mesh)
+
+  @jax.jit
+  def reconstruct(params, x_BHWC):
+    return network.decode(params, network.encode(params, x_BHWC)[0])
+
+  def draw(params: Any) -> tuple[np.ndarray, np.ndarray]:
+    with meshes.use(run.mesh), loop.out_of_memory_advice():
+      found = sampling.by_batches(
+        lambda batch: reconstruct(params, batch["image"]),
+        {"image": images},
+        size,
+        placing.put_whole(run.mesh),
+        placing.fetch,
+      )
+    return images, found
+
+  return draw
+
+
 def conditions(
   run: parts.Parts, count: int, labels: np.ndarray | None = None
 ) -> dict[str, Any]:

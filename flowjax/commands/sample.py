@@ -99,6 +99,7 @@ def run(args) -> None:
     raise errors.UserError("--invert finds the start; leave out --start.")
   workdir.require_writable(args.out, "--out")
   found = restored.open(args.workdir, ema=args.ema)
+  restored.require_field(found, "sample")
   captions = given.captions(args)
   texts = _texts(args, captions, found)
   start = given.start(args.start, found) if args.start else None
@@ -239,13 +240,7 @@ def _write(
     np.save(out, images)
     return
   if originals is not None:
-    blank = np.full((-len(images) % COLUMNS, *images.shape[1:]), -1.0)
-    pairs = (
-      np.concatenate([rows, blank]).reshape(-1, COLUMNS, *images.shape[1:])
-      for rows in (originals, images)
-    )
-    images = np.concatenate(list(pairs), axis=1)
-    images = images.reshape(-1, *images.shape[2:])
+    images = pictures.pairs(originals, images, columns=COLUMNS)
   if captions:
     turns = [captions[i % len(captions)] for i in range(len(images))]
     pictures.save_png(pictures.captioned(images, turns), out)

@@ -86,6 +86,20 @@ def captioned(
   return grid(images_NHWC, columns=columns, scale=scale, labels=wrapped)
 
 
+def pairs(
+  above_NHWC: np.ndarray, below_NHWC: np.ndarray, *, columns: int = 10
+) -> np.ndarray:
+  """Returns the images of two arrays for a grid: a row of each, in turn."""
+  missing = -len(above_NHWC) % columns
+  blank = np.full((missing, *above_NHWC.shape[1:]), -1.0)
+  rows = [
+    np.concatenate([images, blank]).reshape(-1, columns, *above_NHWC.shape[1:])
+    for images in (above_NHWC, below_NHWC)
+  ]
+  both = np.concatenate(rows, axis=1)
+  return both.reshape(-1, *above_NHWC.shape[1:])
+
+
 def save_png(image_HWC: np.ndarray, path: pathlib.Path | str) -> None:
   """Writes a picture; whoever looks sees the old file or the whole new one."""
   from PIL import Image

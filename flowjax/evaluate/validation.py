@@ -45,7 +45,8 @@ class Validation:
       count = jnp.float32(len(batch["image"]))
       if "mask" in batch:
         count = jnp.sum(batch["mask"].astype(jnp.float32))
-      return count, mean, metrics.get("loss_by_time", jnp.zeros((0,)))
+      by_time = metrics.get("loss_by_time", jnp.zeros((0,)))
+      return count, mean, by_time, metrics.get("means", {})
 
     self._total = jax.jit(total)
 
@@ -53,11 +54,12 @@ class Validation:
     """Returns `validation_loss`, and `validation_loss_t0`, ... for each time.
 
     A loss that knows no times, such as that of a normalizing flow, has only the
-    first.
+    first. What else it averages over examples, its metrics "means", is beside:
+    `validation_psnr` and so on.
 
     Each example counts the same, in whatever batch it is.
     """
-    parts: list[tuple[jax.Array, jax.Array, jax.Array]] = []
+    parts: list[tuple[jax.Array, jax.Array, jax.Array, dict]] = []
     for index, batch in enumerate(self._batches()):
       placed = self._put(batch)
       parts.append(self._total(params, placed, self._key, index))
@@ -70,9 +72,15 @@ class Validation:
         "config.data.held_out, or set config.log.validation_every=0."
       )
     share_B = count_B / count_B.sum()
-    mean = share_B @ np.array([mean for _, mean, _ in parts], np.float64)
-    loss_T = share_B @ np.array([loss_T for *_, loss_T in parts], np.float64)
+    mean = share_B @ np.array([mean for _, mean, *_ in parts], np.float64)
+    loss_T = share_B @ np.array([loss_T for *_, loss_T, _ in parts], np.float64)
+    means = {
+      f"validation_{name}": float(
+        share_B @ np.array([each[name] for *_, each in parts], np.float64)
+      )
+      for name in parts[0][-1]
+    }
     by_time = {
       f"validation_loss_t{i}": float(loss) for i, loss in enumerate(loss_T)
     }
-    return {"validation_loss": float(mean), **by_time}
+    return {"validation_loss": float(mean), **means, **by_time}

@@ -83,7 +83,7 @@ def train(
   sources.check(
     source,
     batch_size=config.data.batch_size,
-    num_classes=config.model.num_classes,
+    num_classes=getattr(config.model, "num_classes", None),
     channels=config.model.channels,
     image_size=config.model.image_size,
     text_width=getattr(config.model, "text_width", None),
@@ -144,15 +144,16 @@ def out_of_memory_advice():
 def jit_step(run: parts.Parts):
   """Returns the step, jitted with its shardings and donating its state."""
   config, network = run.experiment, run.network
-  # One part is summed once as it is.
-  apart = config.optim.accumulate > 1
+  # One part is summed once as it is; and an autoencoder's loss is more than a
+  # mean over examples, which shares of a batch could find apart.
+  apart = config.optim.accumulate > 1 and not config.is_autoencoder
   summing = sums.Sums(
     config.optim.reduce_dtype, run.mesh.shape["data"] if apart else 1
   )
   if summing.shares > 1:
     network = models.over_shares(network, summing.over)
   step = steps.build(
-    config.flow.loss(network),
+    config.loss(network),
     run.optimizer,
     seed=config.seed,
     ema_config=config.ema,
