@@ -18,6 +18,7 @@ import numpy as np
 
 from flowjax import errors
 from flowjax.interop import (
+  autoencoder,
   diffusers_configs,
   files,
   folder_export,
@@ -172,6 +173,8 @@ def _open_diffusers(file: pathlib.Path) -> Weights:
       content["_class_name"],
     )
   tensors = shards.read(file)
+  if diffusers_configs.kind(content) in autoencoder.FIELDS:
+    tensors = autoencoder.renamed(tensors)
   if ours:
     config = formats.config_of(ours["model"], None, path)
     theirs = diffusers_configs.read(content, config)

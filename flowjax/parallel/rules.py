@@ -57,29 +57,6 @@ COUPLING: Rules = (
   (r".*/(bias|scale)", ()),
 )
 
-# Text encoders: a table of tokens is divided both ways, as it is large.
-_TEXT: Rules = (
-  (r"token_embed/embedding", ("tensor", "fsdp")),
-  (r"blocks/qkv/kernel", (None, "fsdp", None, "tensor", None)),
-  (r"blocks/out/kernel", (None, "tensor", None, "fsdp")),
-  (r"blocks/mlp_out/kernel", (None, "tensor", "fsdp")),
-)
-CLIP: Rules = (
-  *_TEXT,
-  (r"pos_embed/embedding", (None, "fsdp")),
-  (r"blocks/qkv/bias", (None, None, "tensor", None)),
-  (r"blocks/mlp_in/kernel", (None, "fsdp", "tensor")),
-  (r"blocks/mlp_in/bias", (None, "tensor")),
-  (r"projection/kernel", ("fsdp", "tensor")),
-  (r".*(?<!/qkv)(?<!/mlp_in)/bias|.*/scale", ()),
-)
-T5: Rules = (
-  *_TEXT,
-  (r"position_bias/embedding", (None, "tensor")),
-  (r"blocks/mlp_in/kernel", (None, "fsdp", None, "tensor")),
-  (r".*/scale", ()),
-)
-
 # As a DiT's, in each stream. The last block of an MM-DiT stands alone, and its
 # parameters have no dim of layers.
 _STREAM: Rules = (
@@ -114,6 +91,37 @@ FLUX: Rules = (
     for name, dims in _STREAM
   ),
   *_ENDS,
+)
+
+# Beside a network that reads captions; divided as its blocks are.
+TEXT_ENCODER: Rules = (
+  (r"text_encoder/(place_)?embed/embedding", (None, "fsdp")),
+  (r"text_encoder/pooled/kernel", (None, "fsdp")),
+  *((rf"text_encoder/blocks/{name}", (None, *dims)) for name, dims in _STREAM),
+  (r"text_encoder/.*(?<!/qkv)(?<!/mlp/in)/(bias|scale)", ()),
+)
+
+# Text encoders: a table of tokens is divided both ways, as it is large.
+_TEXT: Rules = (
+  (r"token_embed/embedding", ("tensor", "fsdp")),
+  (r"blocks/qkv/kernel", (None, "fsdp", None, "tensor", None)),
+  (r"blocks/out/kernel", (None, "tensor", None, "fsdp")),
+  (r"blocks/mlp_out/kernel", (None, "tensor", "fsdp")),
+)
+CLIP: Rules = (
+  *_TEXT,
+  (r"pos_embed/embedding", (None, "fsdp")),
+  (r"blocks/qkv/bias", (None, None, "tensor", None)),
+  (r"blocks/mlp_in/kernel", (None, "fsdp", "tensor")),
+  (r"blocks/mlp_in/bias", (None, "tensor")),
+  (r"projection/kernel", ("fsdp", "tensor")),
+  (r".*(?<!/qkv)(?<!/mlp_in)/bias|.*/scale", ()),
+)
+T5: Rules = (
+  *_TEXT,
+  (r"position_bias/embedding", (None, "tensor")),
+  (r"blocks/mlp_in/kernel", (None, "fsdp", None, "tensor")),
+  (r".*/scale", ()),
 )
 
 
