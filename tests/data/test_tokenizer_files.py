@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flowjax import errors
-from flowjax.data import spiece, tokenizer_files
+from flowjax.data import config, spiece, tokenizer_files
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -183,8 +183,15 @@ def test_files_of_sentencepiece_have_the_fields_that_we_read():
   assert proto.normalizer_spec.precompiled_charsmap == b"\x01\x02"
 
 
-def test_it_goes_to_workers(tmp_path):
+def test_it_goes_to_workers_and_is_named_by_a_config(tmp_path):
   ours = tokenizer_files.read(save_clip(tmp_path / "files"))
+  named = config.DataConfig(
+    tokenizer=f"files:{tmp_path / 'files'}", tokens=12
+  ).captions()
+  np.testing.assert_array_equal(
+    named(CAPTIONS[:1])[0], ours(CAPTIONS[:1])[0][:, :12]
+  )
+  assert named.length == 12
   again = pickle.loads(pickle.dumps(ours))
   np.testing.assert_array_equal(again(CAPTIONS)[0], ours(CAPTIONS)[0])
   with pytest.raises(errors.UserError, match=f"more tokens than the {LENGTH}"):
