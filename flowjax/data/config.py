@@ -16,9 +16,9 @@ class DataConfig:
 
   `source` is one of `sources.KINDS`; docs/data.md has an example of each.
   `tokenizer`, "bytes" or "words" or "files:<dir>", makes `tokens` tokens of
-  each caption; `words` are those that "words" knows. The order of the examples follows from
-  `shuffle_seed` and `batch_size` alone: neither `workers`, nor `prefetch`, nor
-  the number of processes changes it.
+  each caption; `words` are those that "words" knows. The order of the examples
+  follows from `shuffle_seed` and `batch_size` alone: neither `workers`, nor
+  `prefetch`, nor the number of processes changes it.
   """
 
   source: str = "digits"
