@@ -9,6 +9,7 @@ import collections.abc
 import dataclasses
 import pathlib
 import struct
+from typing import Any
 
 from flowjax import errors
 
@@ -64,7 +65,7 @@ def _model(data: memoryview) -> Pieces:
   return Pieces(scored, unknown[0], characters)
 
 
-def _fields(data: memoryview) -> collections.abc.Iterator[tuple[int, ...]]:
+def _fields(data: memoryview) -> collections.abc.Iterator[tuple[int, Any]]:
   """Yields the number and the value of each entry."""
   place = 0
   while place < len(data):

@@ -53,7 +53,7 @@ class _Part:
 
   config: Any
   params: Any
-  run: dict[str, collections.abc.Callable[..., Any]]
+  run: collections.abc.Mapping[str, collections.abc.Callable[..., Any]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -185,10 +185,8 @@ class Frozen:
     text_BLE, _ = self._encoded("text_encoder_2", captions)
     return {"text": text_BLE, "pooled": pooled_BP}
 
-  def _encoded(
-    self, name: str, captions: Captions
-  ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Returns the text and the pooled text that one encoder makes."""
+  def _encoded(self, name: str, captions: Captions) -> tuple[np.ndarray, Any]:
+    """Returns the text that one encoder makes, and the pooled text of CLIP."""
     token_BL, _ = self._tokenizer(name)(captions)
     return self._on_rows(self._part(name), "texts", token_BL)
 

@@ -61,7 +61,7 @@ def t5_tokenizer():
   made = tokenizers.Tokenizer(tokenizers.models.Unigram())
   made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
   trainer = tokenizers.trainers.UnigramTrainer(
-    vocab_size=80, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>"
+    vocab_size=50, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>"
   )
   made.train_from_iterator([*PROMPTS, NEGATIVE], trainer)
   scored = [tuple(p) for p in json.loads(made.to_str())["model"]["vocab"]]
@@ -101,9 +101,9 @@ def clip_encoder(tokens, seed, *, projected, end):
   return loud((cls if projected else transformers.CLIPTextModel)(config), seed)
 
 
-def t5_encoder(tokens):
+def t5_encoder():
   config = transformers.T5Config(
-    vocab_size=tokens,
+    vocab_size=64,  # More than its tokens, so that devices can divide it.
     d_model=T5_WIDTH,
     d_kv=8,
     d_ff=40,
@@ -157,7 +157,7 @@ def build(kind):
       text_encoder=clip_encoder(len(clip), 1, projected=True, end=ends[0]),
       text_encoder_2=clip_encoder(len(clip), 2, projected=True, end=ends[1]),
       tokenizer_2=clip,
-      text_encoder_3=t5_encoder(len(t5)),
+      text_encoder_3=t5_encoder(),
       tokenizer_3=t5,
     )
   transformer = diffusers.FluxTransformer2DModel(
@@ -178,7 +178,7 @@ def build(kind):
       use_dynamic_shifting=True
     ),
     text_encoder=clip_encoder(len(clip), 1, projected=False, end=ends[1]),
-    text_encoder_2=t5_encoder(len(t5)),
+    text_encoder_2=t5_encoder(),
     tokenizer_2=t5,
   )
 
@@ -198,7 +198,10 @@ def run(saved):
   """Returns the workdir into which the pipeline was brought."""
   kind, _, folder = saved
   directory = folder.parent / "first"
-  words = [] if kind == "sd3" else ["--config.model.image_size=(8, 8)"]
+  # Of FLUX no file says how large its images are.
+  words = [] if kind == "sd3" else [
+    f"--config.{group}.image_size=(8, 8)" for group in ("model", "data")
+  ]  # fmt: skip
   command("import", f"--from={folder}", f"--workdir={directory}", *words)
   # A workdir may be moved.
   return directory.rename(folder.parent / "run")
@@ -214,26 +217,24 @@ def mesh():
 
 def test_texts_are_those_of_encode_prompt(saved):
   kind, theirs, folder = saved
-  for tokens, over in ((20, None), (None, mesh())):
-    parts = frozen.open(folder, mesh=over, dtype="float32", text_tokens=tokens)
-    found = parts.texts(PROMPTS)
-    limit = dict(max_sequence_length=tokens) if tokens else {}
-    prompts = dict(prompt=PROMPTS, prompt_2=None)
-    with torch.no_grad():
-      if kind == "sd3":
-        text, _, pooled, _ = theirs.encode_prompt(
-          **prompts, prompt_3=None, do_classifier_free_guidance=False, **limit
-        )
-      else:
-        text, pooled, _ = theirs.encode_prompt(**prompts, **limit)
-    assert sorted(found) == ["pooled", "text"]
-    assert parts.text_length == found["text"].shape[1]
-    np.testing.assert_allclose(found["text"], text.numpy(), atol=1e-4)
-    np.testing.assert_allclose(found["pooled"], pooled.numpy(), atol=1e-4)
-    cut = {k: v.tolist() for k, v in parts.truncated(PROMPTS).items()}
-    last = "text_encoder_3" if kind == "sd3" else "text_encoder_2"
-    assert cut.pop(last) == [False, tokens is not None]
-    assert set(map(tuple, cut.values())) == {(False, True)}
+  parts = frozen.open(folder, mesh=mesh(), dtype="float32", text_tokens=20)
+  found = parts.texts(PROMPTS)
+  told = dict(prompt=PROMPTS, prompt_2=None, max_sequence_length=20)
+  with torch.no_grad():
+    if kind == "sd3":
+      text, _, pooled, _ = theirs.encode_prompt(
+        **told, prompt_3=None, do_classifier_free_guidance=False
+      )
+    else:
+      text, pooled, _ = theirs.encode_prompt(**told)
+  assert sorted(found) == ["pooled", "text"]
+  assert parts.text_length == found["text"].shape[1]
+  np.testing.assert_allclose(found["text"], text.numpy(), atol=1e-4)
+  np.testing.assert_allclose(found["pooled"], pooled.numpy(), atol=1e-4)
+  cut = {
+    name: cut_N.tolist() for name, cut_N in parts.truncated(PROMPTS).items()
+  }
+  assert cut == dict.fromkeys(pipelines.encoders(parts.index), [False, True])
 
 
 def test_over_a_mesh_each_device_keeps_its_slice(saved):
@@ -260,7 +261,7 @@ def test_without_t5_its_tokens_are_zeros(saved, tmp_path):
   shutil.rmtree(tmp_path / "small" / "text_encoder_3")
   change(tmp_path / "small", text_encoder_3=[None, None])
   theirs = diffusers.StableDiffusion3Pipeline.from_pretrained(
-    tmp_path / "small"
+    tmp_path / "small", text_encoder_3=None
   )
   parts = frozen.open(tmp_path / "small", dtype="float32")
   found = parts.texts(PROMPTS[:1])
@@ -378,8 +379,11 @@ def test_out_again_it_is_the_same_pipeline(saved, run, tmp_path):
   again = cls.from_pretrained(out)
   again.set_progress_bar_config(disable=True)
   starts = noise(len(PROMPTS))
-  np.testing.assert_array_equal(
-    their_images(again, kind, starts), their_images(theirs, kind, starts)
+  # Of SD3 the table of positions is computed anew, and differs in last digits.
+  np.testing.assert_allclose(
+    their_images(again, kind, starts),
+    their_images(theirs, kind, starts),
+    atol=1e-4,
   )
 
 
