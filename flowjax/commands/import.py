@@ -74,9 +74,9 @@ def run(args) -> None:
   placed = begin.place(built, _shown(leaves, len(paths)))
   if fresh:
     placed |= begin.draw(built, fresh)
-  pipeline.keep(config, args.source, args.workdir)
+  kept = pipeline.keep(config, args.source, args.workdir)
   begin.save(built, placed, args.workdir)
-  for line in _summary(found, built, fresh):
+  for line in [*_summary(found, built, fresh), *kept]:
     print(line)
   print(f"Step 0 of a run in {args.workdir}. To train on:")
   saved = args.workdir / "config.json"

@@ -76,15 +76,20 @@ def keep(
   config: experiment.Experiment,
   source: pathlib.Path,
   directory: pathlib.Path,
-) -> None:
-  """Copies the parts of the pipeline in `source` into a workdir."""
+) -> list[str]:
+  """Copies the pipeline in `source`, itself or that of a run, into a workdir.
+
+  Returns lines that say so.
+  """
   if not _is_ours(source):
-    return
+    if not (source / "checkpoints").is_dir() or config.pipeline != FOLDER:
+      return []
+    source = source / FOLDER
   if distributed.is_first():
     partial = directory / f"{FOLDER}.partial"
-    for path in (partial, directory / FOLDER):
-      shutil.rmtree(path, ignore_errors=True)
     try:
+      for path in (partial, directory / FOLDER):
+        shutil.rmtree(path, ignore_errors=True)
       pipelines.copy(source, partial)
       partial.rename(directory / FOLDER)
     except OSError as error:
@@ -92,6 +97,11 @@ def keep(
         f"The pipeline {source} cannot be copied into {directory}: {error}. "
         "Make room, and import again."
       ) from error
+  names = ", ".join(pipelines.parts(pipelines.read_index(source)))
+  return [
+    f"Kept as they are, in {directory / FOLDER}: {names}. To draw:",
+    f"  flowjax sample --workdir={directory} --prompt='...'",
+  ]
 
 
 def sampling(source: pathlib.Path, model: Any) -> dict[str, Any]:

@@ -148,7 +148,7 @@ def require_kind(source: pathlib.Path, index: dict[str, Any]) -> str:
 def encoders(index: dict[str, Any]) -> dict[str, str]:
   """Returns the text encoders of a pipeline of ours, and their classes."""
   wanted = _ENCODERS[KINDS[index["_class_name"]]]
-  return {name: cls for name, cls in wanted.items() if name in _parts(index)}
+  return {name: cls for name, cls in wanted.items() if name in parts(index)}
 
 
 def factor(source: pathlib.Path) -> int:
@@ -177,7 +177,7 @@ def read(source: pathlib.Path, config: Any) -> dict[str, Any]:
       f"{ours!r}: name a pipeline of that class."
     )
   _require_folders(source, index)
-  if VAE in _parts(index):
+  if VAE in parts(index):
     latents = _read_json(source / VAE / "config.json").get("latent_channels")
     if latents != config.channels:
       raise errors.UserError(
@@ -211,7 +211,7 @@ def write(
   folder: pathlib.Path, source: pathlib.Path, index: dict[str, Any]
 ) -> None:
   """Copies the parts of a pipeline that `folder` has not yet, and its index."""
-  for name in _parts(index):
+  for name in parts(index):
     if not (folder / name).exists():
       # What are links to read-only files, as in a cache, become files of ours.
       shutil.copytree(
@@ -228,7 +228,7 @@ def write(
 
 
 def _require_folders(source: pathlib.Path, index: dict[str, Any]) -> None:
-  for name in _parts(index):
+  for name in parts(index):
     if pathlib.PurePath(name).name != name or not (source / name).is_dir():
       raise errors.UserError(
         f"{source / INDEX} names {name!r}, and there is no such folder: copy "
@@ -236,7 +236,7 @@ def _require_folders(source: pathlib.Path, index: dict[str, Any]) -> None:
       )
 
 
-def _parts(index: dict[str, Any]) -> list[str]:
+def parts(index: dict[str, Any]) -> list[str]:
   """Returns the names of the parts other than the transformer."""
   return [
     name

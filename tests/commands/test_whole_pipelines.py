@@ -387,6 +387,19 @@ def test_out_again_it_is_the_same_pipeline(saved, run, tmp_path):
   )
 
 
+def test_a_run_of_a_run_keeps_the_parts_too(run, tmp_path):
+  config = workdir.read_config(run)
+  lines = pipeline.keep(config, run, tmp_path)
+  assert "text_encoder_2" in lines[0] and str(tmp_path) in lines[0]
+  first, second = (
+    frozen.open(pipeline.folder(directory, config)).fingerprint()
+    for directory in (run, tmp_path)
+  )
+  assert first == second
+  # What was trained on pixels has none to keep.
+  assert pipeline.keep(config, tmp_path, tmp_path / "no") == []
+
+
 def test_what_is_sampled_by_itself_is_as_the_pipeline(saved, run):
   kind, _, _ = saved
   sample = workdir.read_config(run).sample
