@@ -187,7 +187,7 @@ def test_it_goes_to_workers_and_is_named_by_a_config(tmp_path):
   ours = tokenizer_files.read(save_clip(tmp_path / "files"))
   named = config.DataConfig(
     tokenizer=f"files:{tmp_path / 'files'}", tokens=12
-  ).captions()
+  ).build_tokenizer()
   np.testing.assert_array_equal(
     named(CAPTIONS[:1])[0], ours(CAPTIONS[:1])[0][:, :12]
   )
