@@ -27,6 +27,7 @@ ADAPTIVE = ["diffrax>=0.7,<0.8"]
 COUPLINGS = ["scipy>=1.13", "ott-jax>=0.6,<0.7"]
 CLU = "clu>=0.0.12,<0.1"
 DIGITS = ["scikit-learn>=1.5,<2"]
+TEXT = ["tokenizers>=0.21,<0.24"]
 
 LINUX = "sys_platform == 'linux' and platform_machine == 'x86_64'"
 TPU_AOT = ["jax[tpu]>=0.10,<0.13; " + LINUX]
@@ -38,6 +39,8 @@ EXTRAS = {
   # Solvers that choose their own steps, and couplings by optimal transport.
   "adaptive": ADAPTIVE,
   "couplings": COUPLINGS,
+  # The tokenizers of CLIP and T5, of pipelines that are brought in.
+  "text": TEXT,
   # TensorBoard through clu.metric_writers (config.log.backend = "clu").
   "clu": [CLU, "tensorflow>=2.18", "tensorboard>=2.18"],
   "gpu": ["jax[cuda13]>=0.10,<0.13"],
@@ -51,6 +54,7 @@ EXTRAS = {
     *TFDS,
     *ADAPTIVE,
     *COUPLINGS,
+    *TEXT,
     CLU,
     *TPU_AOT,
     "pytest>=8",

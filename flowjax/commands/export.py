@@ -6,8 +6,10 @@
   lora       the adapters alone, for `load_lora_weights`
 
 `flowjax import` reads each of them again. Of a run with adapters (config.lora)
-the first three hold the weights with the adapters merged. An autoencoder is for
-diffusers alone, with the scale that its latents of training images have.
+the first three hold the weights with the adapters merged. Of a run that was
+imported from a pipeline, diffusers gets the whole of it, the frozen parts as
+they came. An autoencoder is for diffusers alone, with the scale that its
+latents of training images have.
 
 example:
   flowjax export --workdir=runs/digits --format=torch --out=exported --verify
@@ -20,7 +22,7 @@ import jax
 import numpy as np
 
 from flowjax import errors, models, schema
-from flowjax.commands import flags, latents, restored
+from flowjax.commands import flags, latents, pipeline, restored
 from flowjax.interop import (
   diffusers_check,
   diffusers_configs,
@@ -65,7 +67,7 @@ def add_flags(parser) -> None:
     "--pipeline",
     type=flags.path,
     help="a pipeline of diffusers, in a folder: the export is that pipeline, "
-    "its other parts copied, with this transformer",
+    "its other parts copied, with this transformer; default: that of the run",
   )
   parser.add_argument(
     "--verify",
@@ -94,6 +96,8 @@ def run(args) -> None:
       "the run of an autoencoder: leave it out, and put the folder in the "
       "place of the pipeline's vae/."
     )
+  if args.format == "diffusers" and not args.pipeline:
+    args.pipeline = pipeline.folder(args.workdir, found.config)
   if args.verify and args.format == "diffusers":
     content = diffusers_configs.write(found.config.model)
     diffusers_check.require(content["_class_name"])

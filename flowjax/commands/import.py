@@ -5,6 +5,11 @@ of FlowJAX, the workdir of another run, or a safetensors file with the keys of
 the paper's own code; sharded or not. What the network is comes from the
 folder's config.json; for a file, and for all else, from --config.
 
+Of a pipeline of SD3 or FLUX the autoencoder, the text encoders, their
+tokenizers and the scheduler are kept in the workdir as they are, and
+`flowjax sample --prompt` draws with them. How the pipeline samples by itself
+becomes config.sample, unless there is a --config.
+
 example:
   flowjax import --from=exported --workdir=runs/imported \\
     --config.data.source=folder:/data/latents
@@ -23,7 +28,7 @@ import ml_collections
 import numpy as np
 
 from flowjax import errors, models, schema
-from flowjax.commands import configs, flags, restored
+from flowjax.commands import configs, flags, pipeline, restored
 from flowjax.interop import lazy, lora, tables, weights
 from flowjax.parallel import placing
 from flowjax.train import begin, experiment, manifest, parts
@@ -56,6 +61,7 @@ def run(args) -> None:
   begin.require_new(args.workdir)
   found = _open(args)
   config = _config(args, found)
+  config = pipeline.named(config, args.source)
   paths, leaves = found.leaves(config.model)
   if args.lora:
     config, factors = _with_adapters(config, args.lora)
@@ -69,9 +75,10 @@ def run(args) -> None:
   placed = begin.place(built, _shown(leaves, len(paths)))
   if fresh:
     placed |= begin.draw(built, fresh)
+  kept = pipeline.keep(config, args.source, args.workdir)
   placed |= published
   begin.save(built, placed, args.workdir)
-  for line in _summary(found, built, fresh):
+  for line in [*_summary(found, built, fresh), *kept]:
     print(line)
   print(f"Step 0 of a run in {args.workdir}. To train on:")
   saved = args.workdir / "config.json"
@@ -148,6 +155,7 @@ def _config(args, found: weights.Weights) -> experiment.Experiment:
     start = experiment.defaults(str(found.network))
     model = found.config()
     _fill(start.flow, _flow(found), "flow")
+    _fill(start.sample, pipeline.sampling(args.source, model), "sample")
     _fill(start.sample, found.description.get("sample", {}), "sample")
   else:
     start = configs.start(args.config)

@@ -84,14 +84,21 @@ class Restored:
     return images_NHWC
 
 
-def open(directory: pathlib.Path, *, ema: bool = True) -> Restored:
+def open(
+  directory: pathlib.Path,
+  *,
+  ema: bool = True,
+  image_size: tuple[int, int] | None = None,
+) -> Restored:
   """Restores the averaged (or raw) weights of a workdir, and only these.
 
   The mesh is over all devices of this machine, whatever the run was trained
-  on. Raises UserError if there is no checkpoint, CheckpointError if none is
-  sound.
+  on. The network draws images of `image_size`, by default of that of training.
+  Raises UserError if there is no checkpoint, CheckpointError if none is sound.
   """
   config = workdir.read_config(directory)
+  if image_size is not None:
+    config = _resized(config, image_size)
   model = config.model
   if hasattr(model, "attention"):
     # The body that the run was trained with may not exist on this machine.
@@ -138,6 +145,23 @@ def require_field(found: Restored, what: str) -> None:
       "shows what it reconstructs, and `flowjax export --format=diffusers` "
       "writes it for a network of its latents."
     )
+
+
+def _resized(
+  config: experiment.Experiment, image_size: tuple[int, int]
+) -> experiment.Experiment:
+  """Returns the config with images of another size."""
+  if config.model.name not in ("mmdit", "flux"):
+    raise errors.UserError(
+      f"--size: a network {config.model.name!r} draws images of the size that "
+      "it was trained on; an MM-DiT and a FLUX draw any."
+    )
+  with errors.naming("--size"):
+    model, data = (
+      dataclasses.replace(group, image_size=image_size)
+      for group in (config.model, config.data)
+    )
+    return dataclasses.replace(config, model=model, data=data)
 
 
 def worse(

@@ -63,6 +63,8 @@ class Experiment:
 
   steps: int = 400_000
   seed: int = 0
+  # Frozen networks, a folder in diffusers' layout: what encodes and decodes.
+  pipeline: str | None = None
   model: Any = None
   data: data_config.DataConfig = _group(data_config.DataConfig)
   flow: flows.FlowConfig = _group(flows.FlowConfig)
@@ -296,6 +298,8 @@ def _config_dict(groups: dict[str, Any]) -> ml_collections.ConfigDict:
           for field in dataclasses.fields(value)
         }
       )
+    elif value is None:
+      config[key] = _placeholder(typing.get_type_hints(Experiment)[key])
     else:
       config[key] = value
   return config.lock()
