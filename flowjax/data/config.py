@@ -66,7 +66,9 @@ class DataConfig:
         "out, or has the empty caption."
       )
     for template in self.templates:
-      if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
+      if template.count("{}") != 1 or set("{}") & set(
+        template.replace("{}", "")
+      ):
         raise ValueError(
           f"templates: {template!r} must have '{{}}' once, where the name of "
           "the class goes, and no other brace."
@@ -79,8 +81,8 @@ class DataConfig:
       )
     if not 1 <= self.max_pixels <= MOST_PIXELS:
       raise ValueError(
-        f"max_pixels={self.max_pixels} must be from 1 to {MOST_PIXELS:,}, above "
-        "which Pillow takes any image for a bomb."
+        f"max_pixels={self.max_pixels} must be from 1 to {MOST_PIXELS:,}: "
+        "above, Pillow takes any image for a bomb."
       )
     if not 0.0 <= self.held_out < 1.0:
       raise ValueError(

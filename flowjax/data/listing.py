@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from flowjax import errors
-from flowjax.data import index, names
 from flowjax.data import config as config_lib
+from flowjax.data import index, names
 
 LISTS = ("metadata.jsonl", "captions.jsonl")
 # In the place of the offset of a line.
@@ -177,9 +177,7 @@ def _list(root, endings, config, header) -> Listing:
     arrays["line_of"] = line_N
   header = header | {
     "directories": [dataclasses.astuple(d) for d in directories],
-    "lists": [
-      [path, *_stamp(os.path.join(root, path))] for path in lists
-    ],
+    "lists": [[path, *_stamp(os.path.join(root, path))] for path in lists],
     "captioned": bool(lists or beside),
   }
   return _listing(root, index.Index(header, arrays))
@@ -265,7 +263,9 @@ def _lines(root, path, config) -> Iterator[tuple[int, int]]:
       except ValueError as error:
         bad, first = bad + 1, first or f"line {number}: {error}"
         if config.on_corrupt == "stop":
-          raise errors.DataError(f"{place}, {first}. Mend that line.") from error
+          raise errors.DataError(
+            f"{place}, {first}. Mend that line."
+          ) from error
         continue
       _check_name(name, place, number)
       if text is not None:

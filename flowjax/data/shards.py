@@ -95,7 +95,8 @@ def _columns(kind: str) -> tuple[str, str]:
 
 def _samples(path: str, size: int, notes) -> Iterator[tuple[str, dict]]:
   """Yields the name of each sample, and where its members lie."""
-  last, sample = None, {}
+  last = ""
+  sample: dict[str, tuple[int, int]] = {}
   for member in _members(path, size, notes):
     key, ending = _split(member.name)
     if key != last and sample:
@@ -128,7 +129,7 @@ def _members(path: str, size: int, notes) -> Iterator[tarfile.TarInfo]:
     end, offset = None, -1
     try:
       while (member := tar.next()) is not None:
-        tar.members.clear()  # It would keep all of them.
+        tar.members.clear()  # type: ignore[attr-defined]  # It keeps all.
         if member.size < 0 or tar.offset <= offset:
           raise tarfile.ReadError("a member of no size")
         offset = tar.offset
@@ -140,8 +141,8 @@ def _members(path: str, size: int, notes) -> Iterator[tarfile.TarInfo]:
           _note(notes, "are cut off", member.name)
         else:
           yield member
-      tar.fileobj.seek(tar.offset)
-      end = tar.fileobj.read(_BLOCK)
+      tar.fileobj.seek(tar.offset)  # type: ignore[union-attr]
+      end = tar.fileobj.read(_BLOCK)  # type: ignore[union-attr]
     except _BROKEN as error:
       log.debug("%s: %s", path, error)
     if end != bytes(_BLOCK):

@@ -13,7 +13,6 @@ import functools
 import glob
 import hashlib
 import itertools
-import json
 import logging
 import os
 import re
@@ -150,7 +149,7 @@ def find(pattern: str) -> list[str]:
   paths, missing = [], []
   for each in expand(pattern):
     wild = glob.has_magic(each)
-    matches = sorted(glob.glob(each)) if wild else [each]
+    matches = sorted(glob.glob(each, recursive=True)) if wild else [each]
     if not matches or not all(map(os.path.isfile, matches)):
       missing.append(each)
     paths += [path for path in matches if path not in paths]
