@@ -36,8 +36,12 @@ class File:
       self._parquet = pa.parquet.ParquetFile(path, memory_map=True)
       self.schema = self._parquet.schema_arrow
       self.count = self._parquet.metadata.num_row_groups
+      leaves = map(
+        self._parquet.schema.column, range(len(self._parquet.schema))
+      )
+      self._tops = [leaf.path.partition(".")[0] for leaf in leaves]
     else:
-      self._parquet, self._batches = None, _batches(pa, path)
+      self._parquet, self._batches = None, _Batches(pa, path)
       self.schema = self._batches.schema
       self.count = self._batches.count
 
@@ -61,8 +65,7 @@ class File:
     """Returns which rows of a group are null, bool [N], or None if none is."""
     if self._parquet is not None:
       known = self._parquet.metadata.row_group(group)
-      (leaf,) = self._leaves((column,))
-      counted = known.column(leaf).statistics
+      counted = known.column(self._leaves((column,))[0]).statistics
       if counted is not None and counted.has_null_count:
         if not counted.null_count:
           return None
@@ -87,18 +90,12 @@ class File:
         f"Row group {group} of {self.path} is corrupt: {error}."
       ) from error
 
-  @functools.cache  # noqa: B019
   def _leaves(self, columns: tuple[str, ...]) -> list[int]:
     """Returns the columns as parquet counts them, by leaves of structs."""
-    schema = self._parquet.schema
-    return [
-      i
-      for i in range(len(schema))
-      if schema.column(i).path.partition(".")[0] in columns
-    ]
+    return [i for i, name in enumerate(self._tops) if name in columns]
 
 
-class _batches:
+class _Batches:
   """The record batches of an arrow file, mapped; a stream has no index."""
 
   def __init__(self, pa, path: str):

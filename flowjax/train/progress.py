@@ -53,7 +53,7 @@ class Progress:
     self._clock, self._stream = clock, stream
     self._pauses = self._waited = 0.0
     self._first: tuple[int, float] | None = None
-    # (step, seconds at work, of these waiting) of the steps of the last seconds.
+    # The steps of the last seconds: number, seconds at work, of these waiting.
     self._marks: collections.deque[tuple[int, float, float]]
     self._marks = collections.deque()
     self._display: Display = _Silent()

@@ -1,4 +1,4 @@
-"""Folders of images with captions: where they are found, and what is refused."""
+"""Folders of images with captions: where those are, and what is refused."""
 
 import itertools
 import json
