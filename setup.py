@@ -26,6 +26,7 @@ TORCH = ["torch>=2.6,<2.14"]
 ADAPTIVE = ["diffrax>=0.7,<0.8"]
 COUPLINGS = ["scipy>=1.13", "ott-jax>=0.6,<0.7"]
 CLU = "clu>=0.0.12,<0.1"
+HF = ["pyarrow>=18"]
 DIGITS = ["scikit-learn>=1.5,<2"]
 TEXT = ["tokenizers>=0.21,<0.24"]
 
@@ -35,6 +36,8 @@ TPU_AOT = ["jax[tpu]>=0.10,<0.13; " + LINUX]
 EXTRAS = {
   "demo": DIGITS,
   "tfds": TFDS,
+  # Data sets in local parquet and arrow files.
+  "hf": HF,
   "torch": TORCH,
   # Solvers that choose their own steps, and couplings by optimal transport.
   "adaptive": ADAPTIVE,
@@ -52,6 +55,7 @@ EXTRAS = {
   "test": [
     *DIGITS,
     *TFDS,
+    *HF,
     *ADAPTIVE,
     *COUPLINGS,
     *TEXT,

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import pytest
 
 from flowjax import __main__ as door
-from flowjax import errors
+from flowjax import errors, schema
 from flowjax.commands import configs
 from flowjax.commands import flags as command_flags
+from flowjax.data import config as data_config
+from flowjax.data import sources
 from flowjax.flow import (
   couplings,
   distances,
@@ -254,6 +256,19 @@ def test_functions_that_are_named_exist():
   for module, name in re.findall(r"`(\w+)\.(\w+)[`(]", TEXT):
     if module in modules:
       assert hasattr(modules[module], name), f"{module}.{name}"
+
+
+def test_what_is_shown_of_data_is_a_config_and_every_source_is_there():
+  text = (ROOT / "docs/data.md").read_text()
+  blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+  assert len(blocks) >= 6
+  for block in blocks:
+    config = defaults()
+    exec(block, {"config": config})
+    schema.build(data_config.DataConfig, config.data.to_dict(), "config.data")
+  rows = tables(text)["`config.data.source`"]
+  listed = [names(row["`config.data.source`"])[0] for row in rows]
+  assert {name.split(":")[0] for name in listed} == set(sources.KINDS)
 
 
 @pytest.mark.parametrize("page", PAGES)

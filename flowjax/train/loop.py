@@ -278,7 +278,8 @@ class _Session:
       self.watchdog,
     ):
       for number in range(self.first + 1, self.config.steps + 1):
-        batch, marks = next(batches)
+        with self.bar.waiting():
+          batch, marks = next(batches)
         if number == self.first + 1:
           step = distributed.compiled(step, state, batch)
         state, values = step(state, batch)
