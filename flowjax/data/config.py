@@ -9,9 +9,10 @@ ON_CORRUPT = ("skip", "stop")
 class DataConfig:
   """A source, how its images are cut, and how batches are drawn from it.
 
-  `source` is "digits", "tfds:<name>", "folder:<dir>" or "embedded:<dir>". The
-  order of the examples follows from `shuffle_seed` and `batch_size` alone:
-  neither `workers`, nor `prefetch`, nor the number of processes changes it.
+  `source` is "digits", "tfds:<name>", "folder:<dir>", "embedded:<dir>" or
+  "arrayrecord:<dir>", which `flowjax encode` writes. The order of the examples
+  follows from `shuffle_seed` and `batch_size` alone: neither `workers`, nor
+  `prefetch`, nor the number of processes changes it.
   """
 
   source: str = "digits"

@@ -19,6 +19,7 @@ KINDS = {
   "tfds": "tfds:<name>",
   "folder": "folder:<dir>",
   "embedded": "embedded:<dir>",
+  "arrayrecord": "arrayrecord:<dir>",
 }
 
 
@@ -29,8 +30,9 @@ class Source(Protocol):
   same at every call, or has a text in place of a label, as data/embedded.py
   says, and then also a `blank` one. It raises `Corrupt` for a record that
   cannot be decoded.
-  A source that holds its images in memory, where none can be corrupt, also
-  offers `gather(records_B)`, which returns the stacked examples at once.
+  A source may also offer `gather(records_B)`, which returns the stacked
+  examples at once, or raises `Corrupt` where one of them is. If one can be, it
+  returns "skipped" too, zeros, as data/reading.py does.
   """
 
   @property

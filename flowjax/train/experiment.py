@@ -18,7 +18,7 @@ from flowjax.models import lora as adapters
 from flowjax.parallel import mesh as meshes
 from flowjax.train import checkpoint as checkpoints
 from flowjax.train import ema as averages
-from flowjax.train import flows, methods, metrics
+from flowjax.train import flows, latents, methods, metrics
 from flowjax.train import optim as optimizers
 
 
@@ -60,8 +60,11 @@ class Experiment:
 
   steps: int = 400_000
   seed: int = 0
+  # Frozen networks, a folder in diffusers' layout: what encodes and decodes.
+  pipeline: str | None = None
   model: Any = None
   data: data_config.DataConfig = _group(data_config.DataConfig)
+  encoded: latents.EncodedConfig = _group(latents.EncodedConfig)
   flow: flows.FlowConfig = _group(flows.FlowConfig)
   lora: adapters.LoraConfig = _group(adapters.LoraConfig)
   optim: optimizers.OptimConfig = _group(optimizers.OptimConfig)
@@ -210,6 +213,8 @@ def _config_dict(groups: dict[str, Any]) -> ml_collections.ConfigDict:
           for field in dataclasses.fields(value)
         }
       )
+    elif value is None:
+      config[key] = _placeholder(typing.get_type_hints(Experiment)[key])
     else:
       config[key] = value
   return config.lock()
