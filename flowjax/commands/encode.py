@@ -24,7 +24,7 @@ import jax
 from flowjax import errors
 from flowjax.commands import configs, encode_plan, encoding, flags
 from flowjax.data import config as data_config
-from flowjax.data import records, shard_writing, shards, sources
+from flowjax.data import archive, archive_writing, records, sources
 from flowjax.parallel import distributed
 from flowjax.parallel import mesh as meshes
 from flowjax.train import lock, loop, progress
@@ -74,7 +74,7 @@ def run(args) -> None:
     return
   if not args.config:
     raise errors.UserError("--config is missing: it names the source.")
-  shards.library()
+  archive.library()
   data, pipeline = configs.data(args.config, args.overrides)
   splits = _splits(args.splits, data)
   with lock.WorkdirLock(args.out, flag="--out"), loop.out_of_memory_advice():
@@ -117,19 +117,19 @@ def begin(
   )
   distributed.agree("records", plan.to_json())
   if distributed.is_first():
-    shard_writing.begin(folder, plan)
+    archive_writing.begin(folder, plan)
     part = encode_plan.empty(plan, encoder, batch_size)
-    if part is not None and not (folder / shards.EMPTY).exists():
-      shard_writing.write_empty(folder, part)
+    if part is not None and not (folder / archive.EMPTY).exists():
+      archive_writing.write_empty(folder, part)
   return encoding.Work(
     folder, splits, plan, encoder, batch_size, config.on_corrupt
   )
 
 
-def encode(work: encoding.Work) -> shards.Index:
+def encode(work: encoding.Work) -> archive.Index:
   """Writes the shards that are missing, each process its own, and the index."""
   distributed.wait()
-  missing = shard_writing.missing(work.folder, work.plan)
+  missing = archive_writing.missing(work.folder, work.plan)
   # Nobody writes before all have looked.
   distributed.agree("missing shards", {"count": len(missing)})
   mine = missing[jax.process_index() :: jax.process_count()]
@@ -144,20 +144,20 @@ def encode(work: encoding.Work) -> shards.Index:
       work.write(mine, done)
   distributed.wait()
   if distributed.is_first():
-    shard_writing.finish(work.folder, work.plan)
+    archive_writing.finish(work.folder, work.plan)
   distributed.wait()
-  return shards.read(work.folder)
+  return archive.read(work.folder)
 
 
 def verify(folder: pathlib.Path) -> None:
   """Looks at every shard; raises DataError that names what is wrong."""
-  index = shards.read(folder)
+  index = archive.read(folder)
   keys = index.plan.shards()
   mine = keys[jax.process_index() :: jax.process_count()]
-  found = shard_writing.problems_of_folder(folder, index)
+  found = archive_writing.problems_of_folder(folder, index)
   with progress.counter("shards", max(1, len(mine))) as done:
     for count, key in enumerate(mine, 1):
-      found += shard_writing.problems(folder, index, *key)
+      found += archive_writing.problems(folder, index, *key)
       done(count)
   if found:
     raise errors.DataError(
@@ -168,7 +168,7 @@ def verify(folder: pathlib.Path) -> None:
   print(f"{summary(folder, index)} Every byte is as it was written.")
 
 
-def summary(folder: pathlib.Path, index: shards.Index) -> str:
+def summary(folder: pathlib.Path, index: archive.Index) -> str:
   """Says what a folder holds, and what its source had and it has not."""
   about = index.to_json()
   lines = []
@@ -180,7 +180,7 @@ def summary(folder: pathlib.Path, index: shards.Index) -> str:
     )
   if about["failed"]:
     lines.append(
-      f"{about['failed']} records failed; {folder / shards.INDEX} names them."
+      f"{about['failed']} records failed; {folder / archive.INDEX} names them."
     )
   return " ".join([f"{folder}:", *lines])
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from flowjax import errors, schema
 from flowjax.data import config as data_config
-from flowjax.data import embeddings, records, shards, sources
+from flowjax.data import archive, embeddings, records, sources
 
 # What of config.data changes neither the records nor their order.
 _FREE = (
@@ -49,7 +49,7 @@ def plan(
   dtype: str | None,
   shard_size: int,
   batch_size: int,
-) -> shards.Plan:
+) -> archive.Plan:
   """Plans the shards of about `shard_size` bytes for the splits of a source.
 
   `dtype` is that of latents and embeddings, or of images; None is float16, and
@@ -57,7 +57,7 @@ def plan(
   """
   source = next(iter(splits.values()))
   blank = _blank(source)
-  fields = [records.Field(shards.NUMBER, "int64")]
+  fields = [records.Field(archive.NUMBER, "int64")]
   if encoder is None:
     found, shape, texts = _as_they_are(blank, dtype)
   else:
@@ -73,7 +73,7 @@ def plan(
   layout = records.Layout(tuple(fields), "caption" in blank)
   chosen = schema.to_dict(config)
   data = {key: chosen[key] for key in chosen if key not in _FREE}
-  return shards.Plan(
+  return archive.Plan(
     layout,
     {split: len(opened) for split, opened in splits.items()},
     max(1, shard_size // layout.dtype.itemsize),
@@ -93,7 +93,7 @@ def plan(
 
 
 def empty(
-  made: shards.Plan, encoder: Encoder | None, batch_size: int
+  made: archive.Plan, encoder: Encoder | None, batch_size: int
 ) -> bytes | None:
   """Returns the record of the empty caption, its latents zero, if it has one.
 

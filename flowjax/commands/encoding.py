@@ -12,11 +12,11 @@ import numpy as np
 from flowjax import errors
 from flowjax.commands import encode_plan
 from flowjax.data import (
+  archive,
+  archive_writing,
   embeddings,
   prefetch,
   reading,
-  shard_writing,
-  shards,
   sources,
 )
 
@@ -29,7 +29,7 @@ class Work:
 
   folder: pathlib.Path
   splits: Mapping[str, sources.Source]
-  plan: shards.Plan
+  plan: archive.Plan
   encoder: encode_plan.Encoder | None
   batch_size: int
   on_corrupt: str
@@ -43,7 +43,7 @@ class Work:
     count = 0
     with prefetch.Prefetch(self._chunks(keys), lambda chunk: chunk, 2) as read:
       for split, shard in keys:
-        with shard_writing.writing(self.folder, split, shard) as writer:
+        with archive_writing.writing(self.folder, split, shard) as writer:
           for _ in self._starts(split, shard):
             numbers, found = next(read)
             self._write(writer, numbers, found)
@@ -63,7 +63,7 @@ class Work:
       for numbers in self._starts(split, shard):
         yield numbers, reading.attempts(self.splits[split], list(numbers))
 
-  def _write(self, writer: shard_writing.Writer, numbers, found) -> None:
+  def _write(self, writer: archive_writing.Writer, numbers, found) -> None:
     """Encodes and writes a batch of what was read, or says what failed."""
     sound = []
     for number, result in zip(numbers, found, strict=True):
@@ -74,12 +74,12 @@ class Work:
     if not sound:
       return
     values, captions = self._values([example for _, example in sound])
-    values[shards.NUMBER] = np.array([number for number, _ in sound])
+    values[archive.NUMBER] = np.array([number for number, _ in sound])
     finite_B = np.ones(len(sound), bool)
     for value in values.values():
       if value.dtype.kind == "f":
         finite_B &= np.isfinite(value.reshape(len(value), -1)).all(axis=1)
-    for number in values[shards.NUMBER][~finite_B].tolist():
+    for number in values[archive.NUMBER][~finite_B].tolist():
       reason = f"Record {number} is not finite, once it is encoded."
       self._fail(writer, number, sources.Corrupt(reason))
     kept = np.flatnonzero(finite_B)

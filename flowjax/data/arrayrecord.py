@@ -22,7 +22,7 @@ import numpy as np
 
 from flowjax import errors
 from flowjax.data import config as config_lib
-from flowjax.data import embeddings, reading, records, shards, sources
+from flowjax.data import archive, embeddings, reading, records, sources
 
 KIND = "arrayrecord"
 
@@ -32,7 +32,7 @@ class Encoded:
   """What is known of a folder of records without opening a shard."""
 
   folder: pathlib.Path
-  index: shards.Index
+  index: archive.Index
 
   @property
   def about(self) -> Any:
@@ -58,9 +58,9 @@ class Encoded:
     """The embedded empty caption, without a dim of examples, if known."""
     if self.texts is None or self.index.empty is None:
       return None
-    path = self.folder / shards.EMPTY
+    path = self.folder / archive.EMPTY
     try:
-      if shards.checksum(path) != self.index.empty:
+      if archive.checksum(path) != self.index.empty:
         raise ValueError("it is not what was written")
       fields = self.layout.unpack([path.read_bytes()])
     except (OSError, ValueError) as error:
@@ -75,7 +75,7 @@ class Encoded:
     A caption is left out where it is embedded.
     """
     batch = self.layout.unpack(parts)
-    del batch[shards.NUMBER]
+    del batch[archive.NUMBER]
     if self.texts is not None:
       batch.pop("caption", None)
       batch |= self.texts.together(batch)
@@ -184,7 +184,7 @@ class ArrayRecord:
     return parts
 
   def _path(self, shard: int) -> pathlib.Path:
-    return self.encoded.folder / shards.name(self.split, shard)
+    return self.encoded.folder / archive.name(self.split, shard)
 
   def _place(self, i: int) -> str:
     shard = int(np.searchsorted(self.first_S, i, side="right")) - 1
@@ -208,8 +208,10 @@ def open(config: config_lib.DataConfig, split: str) -> ArrayRecord:
       "config.data.flip=True: a mirrored latent is not the latent of the "
       "mirrored image. Set False."
     )
-  shards.check_sizes(encoded.folder, encoded.index, split)
-  return ArrayRecord(encoded, split, shards.first_records(encoded.index, split))
+  archive.check_sizes(encoded.folder, encoded.index, split)
+  return ArrayRecord(
+    encoded, split, archive.first_records(encoded.index, split)
+  )
 
 
 def of(config: config_lib.DataConfig) -> Encoded | None:
@@ -218,7 +220,7 @@ def of(config: config_lib.DataConfig) -> Encoded | None:
   if kind != KIND:
     return None
   folder = pathlib.Path(place).expanduser().absolute()
-  path = folder / shards.INDEX
+  path = folder / archive.INDEX
   changed = path.stat().st_mtime_ns if path.exists() else None
   return _of(folder, changed)
 
@@ -226,7 +228,7 @@ def of(config: config_lib.DataConfig) -> Encoded | None:
 @functools.lru_cache(maxsize=4)
 def _of(folder: pathlib.Path, changed: int | None) -> Encoded:
   del changed
-  return Encoded(folder, shards.read(folder))
+  return Encoded(folder, archive.read(folder))
 
 
 def _pixels(image: np.ndarray) -> np.ndarray:
@@ -246,8 +248,8 @@ def _most_readers() -> int:
 @functools.lru_cache(maxsize=_most_readers())
 def _reader(path: str) -> Any:
   """Opens a shard; its index takes 8 bytes a record."""
-  reader = shards.library().ArrayRecordReader(
-    path, shards.READING, file_reader_buffer_size=2**15
+  reader = archive.library().ArrayRecordReader(
+    path, archive.READING, file_reader_buffer_size=2**15
   )
   if not reader.ok():
     raise errors.DataError(

@@ -16,18 +16,18 @@ import pathlib
 from collections.abc import Iterator, Sequence
 
 from flowjax import errors, schema
-from flowjax.data import shards
+from flowjax.data import archive
 
 # A record is a chunk by itself, so that nothing else is read with it. Latents
 # and embeddings are noise to a compressor.
 _OPTIONS = "group_size:1,uncompressed"
 
 
-def begin(folder: pathlib.Path, plan: shards.Plan) -> None:
+def begin(folder: pathlib.Path, plan: archive.Plan) -> None:
   """Makes the folder that of a plan; refuses one that is another's."""
-  for file in (shards.INDEX, shards.PLAN):
+  for file in (archive.INDEX, archive.PLAN):
     if (folder / file).exists():
-      before = shards.read_json(folder / file)
+      before = archive.read_json(folder / file)
       theirs = {key: before.get(key) for key in plan.to_json()}
       ours = json.loads(json.dumps(plan.to_json()))
       if rows := schema.difference(theirs, ours, file.partition(".")[0]):
@@ -44,52 +44,52 @@ def begin(folder: pathlib.Path, plan: shards.Plan) -> None:
       f"{folder} is not empty ({others[0]!r}), and nothing was encoded into it "
       "before: choose another --out."
     )
-  shards.write_json(folder / shards.PLAN, plan.to_json())
+  archive.write_json(folder / archive.PLAN, plan.to_json())
 
 
-def missing(folder: pathlib.Path, plan: shards.Plan) -> list[tuple[str, int]]:
+def missing(folder: pathlib.Path, plan: archive.Plan) -> list[tuple[str, int]]:
   """Returns the shards that are yet to be written."""
-  if (folder / shards.INDEX).exists():
+  if (folder / archive.INDEX).exists():
     return []
   return [key for key in plan.shards() if finished(folder, *key) is None]
 
 
 def finished(
   folder: pathlib.Path, split: str, shard: int
-) -> shards.Shard | None:
+) -> archive.Shard | None:
   """Returns what is known of a shard, if it is whole."""
-  path = folder / shards.name(split, shard)
+  path = folder / archive.name(split, shard)
   try:
-    found = shards.Shard.from_json(json.loads(_beside(path).read_text()))
+    found = archive.Shard.from_json(json.loads(_beside(path).read_text()))
   except (OSError, ValueError, KeyError, TypeError):
     return None
-  whole = not found.records or shards.size_of(path) == found.bytes
+  whole = not found.records or archive.size_of(path) == found.bytes
   return found if whole else None
 
 
 @contextlib.contextmanager
 def writing(folder: pathlib.Path, split: str, shard: int) -> Iterator["Writer"]:
   """Yields a `Writer` of a shard, which counts when all went well."""
-  path = folder / shards.name(split, shard)
+  path = folder / archive.name(split, shard)
   _beside(path).unlink(missing_ok=True)
   partial = path.with_name(path.name + ".partial")
   writer = Writer(partial)
   try:
     yield writer
     writer.close()
-    shards.sync(partial)
-    known = shards.Shard(0, 0, "", tuple(writer.failed))
+    archive.sync(partial)
+    known = archive.Shard(0, 0, "", tuple(writer.failed))
     if writer.count:
       known = dataclasses.replace(
         known,
         records=writer.count,
         bytes=partial.stat().st_size,
-        checksum=shards.checksum(partial),
+        checksum=archive.checksum(partial),
       )
       os.replace(partial, path)
     else:
       path.unlink(missing_ok=True)
-    shards.write_json(_beside(path), dataclasses.asdict(known))
+    archive.write_json(_beside(path), dataclasses.asdict(known))
   finally:
     writer.close()
     partial.unlink(missing_ok=True)
@@ -101,7 +101,7 @@ class Writer:
   def __init__(self, path: pathlib.Path):
     self.count = 0
     self.failed: list[tuple[int, str]] = []
-    self._file = shards.library().ArrayRecordWriter(str(path), _OPTIONS)
+    self._file = archive.library().ArrayRecordWriter(str(path), _OPTIONS)
 
   def write(self, parts: Sequence[bytes]) -> None:
     """Writes records, in their order."""
@@ -121,22 +121,22 @@ class Writer:
 
 def write_empty(folder: pathlib.Path, part: bytes) -> None:
   """Keeps the record of the empty caption."""
-  partial = folder / f"{shards.EMPTY}.partial"
+  partial = folder / f"{archive.EMPTY}.partial"
   partial.write_bytes(part)
-  shards.sync(partial)
-  os.replace(partial, folder / shards.EMPTY)
+  archive.sync(partial)
+  os.replace(partial, folder / archive.EMPTY)
 
 
-def finish(folder: pathlib.Path, plan: shards.Plan) -> shards.Index:
+def finish(folder: pathlib.Path, plan: archive.Plan) -> archive.Index:
   """Writes the index of a folder that has all its shards, and tidies up."""
-  if (folder / shards.INDEX).exists():
-    return shards.read(folder)
-  found: dict[str, list[shards.Shard]] = {split: [] for split in plan.splits}
+  if (folder / archive.INDEX).exists():
+    return archive.read(folder)
+  found: dict[str, list[archive.Shard]] = {split: [] for split in plan.splits}
   for split, shard in plan.shards():
     known = finished(folder, split, shard)
     if known is None:
       raise errors.DataError(
-        f"{folder / shards.name(split, shard)} is gone since it was written: "
+        f"{folder / archive.name(split, shard)} is gone since it was written: "
         "run the same command again."
       )
     found[split].append(known)
@@ -146,29 +146,29 @@ def finish(folder: pathlib.Path, plan: shards.Plan) -> shards.Index:
         f"All {plan.splits[split]} records of the split {split!r} failed, the "
         f"first because: {made[0].failed[0][1]}"
       )
-  empty = folder / shards.EMPTY
-  index = shards.Index(
+  empty = folder / archive.EMPTY
+  index = archive.Index(
     plan,
     {split: tuple(made) for split, made in found.items()},
-    shards.checksum(empty) if empty.exists() else None,
+    archive.checksum(empty) if empty.exists() else None,
   )
-  shards.write_json(folder / shards.INDEX, index.to_json())
+  archive.write_json(folder / archive.INDEX, index.to_json())
   for split, shard in plan.shards():
-    _beside(folder / shards.name(split, shard)).unlink(missing_ok=True)
-  (folder / shards.PLAN).unlink(missing_ok=True)
+    _beside(folder / archive.name(split, shard)).unlink(missing_ok=True)
+  (folder / archive.PLAN).unlink(missing_ok=True)
   return index
 
 
-def problems_of_folder(folder: pathlib.Path, index: shards.Index) -> list[str]:
+def problems_of_folder(folder: pathlib.Path, index: archive.Index) -> list[str]:
   """Returns what is wrong with a folder beside its shards."""
   found = []
-  empty = folder / shards.EMPTY
+  empty = folder / archive.EMPTY
   if index.empty is not None:
     if not empty.exists():
       found.append(f"{empty.name} is missing")
-    elif shards.checksum(empty) != index.empty:
+    elif archive.checksum(empty) != index.empty:
       found.append(f"{empty.name} is not what was written")
-  known = {shards.name(*key) for key in index.plan.shards()}
+  known = {archive.name(*key) for key in index.plan.shards()}
   for path in sorted(folder.glob("*.array_record")):
     if path.name not in known:
       found.append(f"{path.name} is no shard of the index")
@@ -176,34 +176,37 @@ def problems_of_folder(folder: pathlib.Path, index: shards.Index) -> list[str]:
 
 
 def problems(
-  folder: pathlib.Path, index: shards.Index, split: str, number: int
+  folder: pathlib.Path, index: archive.Index, split: str, number: int
 ) -> list[str]:
   """Returns what is wrong with a shard: its bytes, or what they hold."""
-  shard, path = index.shards[split][number], folder / shards.name(split, number)
+  shard, path = (
+    index.shards[split][number],
+    folder / archive.name(split, number),
+  )
   if not shard.records:
     return _wrong_numbers(index.plan, split, number, shard, [])
-  size = shards.size_of(path)
+  size = archive.size_of(path)
   if size is None:
     return [f"{path.name} is missing"]
   if size != shard.bytes:
     return [f"{path.name} has {size} bytes, and the index says {shard.bytes}"]
-  if (found := shards.checksum(path)) != shard.checksum:
+  if (found := archive.checksum(path)) != shard.checksum:
     return [
       f"{path.name} has the checksum {found}, and the index says "
       f"{shard.checksum}"
     ]
-  reader = shards.library().ArrayRecordReader(str(path), shards.READING)
+  reader = archive.library().ArrayRecordReader(str(path), archive.READING)
   numbers: list[int] = []
   for start in range(0, reader.num_records(), 256):
     stop = min(start + 256, reader.num_records())
     fields = index.plan.layout.unpack(reader.read(list(range(start, stop))))
-    numbers += fields[shards.NUMBER].tolist()
+    numbers += fields[archive.NUMBER].tolist()
   return _wrong_numbers(index.plan, split, number, shard, numbers)
 
 
 def _wrong_numbers(plan, split, number, shard, found) -> list[str]:
   """Returns which records of the source are there twice, or not at all."""
-  file = shards.name(split, number)
+  file = archive.name(split, number)
   if len(found) != shard.records:
     return [
       f"{file} holds {len(found)} records, and the index says {shard.records}"
