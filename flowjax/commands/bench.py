@@ -90,12 +90,13 @@ def measure(built: parts.Parts, seconds: float) -> dict:
 def random_batch(built: parts.Parts) -> dict[str, jax.Array]:
   """Returns a batch of noise with random conditions, on the devices."""
   config, rng = built.experiment, np.random.default_rng(0)
+  kinds = config.text.vocabulary or config.model.num_classes
 
   def drawn(x):
     if x.dtype == bool:
       return np.ones(x.shape, bool)
     if x.dtype == np.int32:
-      return rng.integers(config.model.num_classes, size=x.shape, dtype=x.dtype)
+      return rng.integers(kinds, size=x.shape, dtype=x.dtype)
     return rng.standard_normal(x.shape, np.float32).astype(x.dtype)
 
   batch = jax.tree.map(drawn, loop.batch_shapes(built))

@@ -115,5 +115,5 @@ def held_out(
 
 
 def reads_text(network: models.Network) -> bool:
-  """Whether the network is told a text, and not a label."""
-  return "text" in jax.eval_shape(lambda: network.example(1))
+  """Whether the network is told a text or its tokens, and not a label."""
+  return "label" not in jax.eval_shape(lambda: network.example(1))

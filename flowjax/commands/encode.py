@@ -23,8 +23,8 @@ import jax
 
 from flowjax import errors
 from flowjax.commands import configs, encode_plan, encoding, flags
-from flowjax.data import config as data_config
 from flowjax.data import archive, archive_writing, records, sources
+from flowjax.data import config as data_config
 from flowjax.parallel import distributed
 from flowjax.parallel import mesh as meshes
 from flowjax.train import lock, loop, progress
@@ -202,7 +202,9 @@ def _splits(
         f"--splits={names} must be of {', '.join(sources.SPLITS)}."
       )
     try:
-      found[name] = sources.open(_as_stored(config), name)
+      # Captions are kept as they are, for whatever makes tokens of them.
+      plain = dataclasses.replace(config, tokenizer=None, words=())
+      found[name] = sources.open(plain, name)
     except errors.UserError as error:
       if name == "held_out":
         raise type(error)(
@@ -210,10 +212,3 @@ def _splits(
         ) from error
       raise
   return found
-
-
-def _as_stored(config: data_config.DataConfig) -> data_config.DataConfig:
-  """Returns the config of a source whose captions are left as they are."""
-  if hasattr(config, "tokenizer"):
-    return dataclasses.replace(config, tokenizer=None)
-  return config

@@ -11,13 +11,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from flowjax import errors, schema
-from flowjax.data import config as data_config
 from flowjax.data import archive, embeddings, records, sources
+from flowjax.data import config as data_config
 
 # What of config.data changes neither the records nor their order.
 _FREE = (
   "batch_size", "shuffle_seed", "workers", "flip", "prefetch", "data_dir",
-  "on_corrupt",
+  "on_corrupt", "index_dir", "tokenizer", "tokens", "words",
 )  # fmt: skip
 # What a source may tell of an original, [2] each: its height and width, and
 # where, from the top and from the left, it was cut.
@@ -56,7 +56,7 @@ def plan(
   bytes for images of 1 or 3 channels.
   """
   source = next(iter(splits.values()))
-  blank = _blank(source)
+  blank = sources.blank(source)
   fields = [records.Field(archive.NUMBER, "int64")]
   if encoder is None:
     found, shape, texts = _as_they_are(blank, dtype)
@@ -152,13 +152,6 @@ def _encoded(
 
 def _floats(dtype: str | None) -> str:
   return "float16" if dtype in (None, "uint8") else dtype
-
-
-def _blank(source: Any) -> Mapping[str, Any]:
-  """Returns an example of zeros of a source."""
-  if hasattr(source, "blank"):
-    return source.blank
-  return {"image": np.zeros(source.shape, np.float32), "label": np.int32(0)}
 
 
 def _hash(values: Any) -> str:

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from flowjax import errors
-from flowjax.data import config as config_lib
 from flowjax.data import archive, embeddings, reading, records, sources
+from flowjax.data import config as config_lib
 
 KIND = "arrayrecord"
 
@@ -125,12 +125,12 @@ class ArrayRecord:
     return int(self.first_S[-1])
 
   def __getitem__(self, i: int) -> dict[str, Any]:
-    batch = self._read(np.array([i]))
+    batch = self._read(np.array([i % len(self)]))
     return {key: value[0] for key, value in batch.items()}
 
   def gather(self, records_B: np.ndarray) -> dict[str, np.ndarray]:
     """Reads a batch at once; raises `Corrupt` where one record of it is."""
-    batch = self._read(np.asarray(records_B))
+    batch = self._read(np.asarray(records_B) % len(self))
     return batch | {"skipped": np.zeros(len(records_B), np.int32)}
 
   def captions(self, records_B: Sequence[int]) -> list[str]:
