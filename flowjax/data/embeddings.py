@@ -19,6 +19,7 @@ import numpy as np
 from flowjax.data import records
 
 Range = tuple[int, int]
+Box = tuple[tuple[slice, ...], np.ndarray]  # Where, and what is there.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,14 +73,15 @@ class Texts:
 
   def together(self, fields: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns the condition that a network is told; its fields are taken."""
-    text, pooled = {}, {}
+    text: list[Box] = []
+    pooled: list[Box] = []
     for part in self.parts:
       if part.tokens and part.columns:
         where = (slice(None), slice(*part.tokens), slice(*part.columns))
-        text[where] = fields.pop(f"text.{part.name}")
+        text.append((where, fields.pop(f"text.{part.name}")))
       if part.pooled:
         where = (slice(None), slice(*part.pooled))
-        pooled[where] = fields.pop(f"pooled.{part.name}")
+        pooled.append((where, fields.pop(f"pooled.{part.name}")))
     cond = {
       "text": _filled((self.length, self.width), text),
       "pooled": _filled((self.pooled_width,), pooled),
@@ -115,15 +117,13 @@ def whole(cond: Mapping[str, Any], name: str = "text") -> Texts:
   return Texts(length, width, pooled, "text_mask" in cond, (part,))
 
 
-def _filled(
-  shape: tuple[int, ...], boxes: dict[tuple[slice, ...], np.ndarray]
-) -> np.ndarray:
+def _filled(shape: tuple[int, ...], boxes: list[Box]) -> np.ndarray:
   """Returns zeros with the boxes in them; one that is all of it, as it is."""
-  (first, *_) = boxes.values()
+  _, first = boxes[0]
   if len(boxes) == 1 and first.shape[1:] == shape:
     return first
   whole_B = np.zeros((len(first), *shape), first.dtype)
-  for where, box in boxes.items():
+  for where, box in boxes:
     whole_B[where] = box
   return whole_B
 
