@@ -77,11 +77,11 @@ class Texts:
     pooled: list[Box] = []
     for part in self.parts:
       if part.tokens and part.columns:
-        where = (slice(None), slice(*part.tokens), slice(*part.columns))
-        text.append((where, fields.pop(f"text.{part.name}")))
+        box = fields.pop(f"text.{part.name}")
+        text.append(((slice(*part.tokens), slice(*part.columns)), box))
       if part.pooled:
-        where = (slice(None), slice(*part.pooled))
-        pooled.append((where, fields.pop(f"pooled.{part.name}")))
+        box = fields.pop(f"pooled.{part.name}")
+        pooled.append(((slice(*part.pooled),), box))
     cond = {
       "text": _filled((self.length, self.width), text),
       "pooled": _filled((self.pooled_width,), pooled),
@@ -105,8 +105,13 @@ class Texts:
       )
       for part in values["parts"]
     )
-    sizes = (int(values[key]) for key in ("length", "width", "pooled_width"))
-    return cls(*sizes, bool(values["masked"]), parts)
+    return cls(
+      int(values["length"]),
+      int(values["width"]),
+      int(values["pooled_width"]),
+      bool(values["masked"]),
+      parts,
+    )
 
 
 def whole(cond: Mapping[str, Any], name: str = "text") -> Texts:
@@ -124,7 +129,7 @@ def _filled(shape: tuple[int, ...], boxes: list[Box]) -> np.ndarray:
     return first
   whole_B = np.zeros((len(first), *shape), first.dtype)
   for where, box in boxes:
-    whole_B[where] = box
+    whole_B[(slice(None), *where)] = box
   return whole_B
 
 
