@@ -15,9 +15,10 @@ VERSION = (
 # jax 0.10 is the last for Python 3.11; 0.12 needs 3.12. Both are tested.
 JAX = "jax>=0.10,<0.13"
 
+ARRAY_RECORD = "array_record>=0.8"
 TFDS = [
   "tensorflow-datasets>=4.9.10,<5",
-  "array_record>=0.8",
+  ARRAY_RECORD,
   # tensorflow-datasets imports it without declaring it.
   "importlib_resources",
 ]
@@ -38,6 +39,8 @@ EXTRAS = {
   "tfds": TFDS,
   # Data sets in local parquet and arrow files.
   "hf": HF,
+  # `flowjax encode`, and training on what it wrote.
+  "encode": [ARRAY_RECORD],
   "torch": TORCH,
   # Solvers that choose their own steps, and couplings by optimal transport.
   "adaptive": ADAPTIVE,

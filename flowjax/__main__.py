@@ -10,6 +10,7 @@ from flowjax.commands import flags, quiet
 
 COMMANDS = {
   "train": "train a network from a config, or continue a workdir",
+  "encode": "turn a source into latents and embedded texts, once for all",
   "sample": "draw a grid of samples from a workdir",
   "evaluate": "score the samples of a workdir against held-out data",
   "compare": "draw several workdirs side by side, with their scores",

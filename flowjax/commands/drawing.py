@@ -12,7 +12,7 @@ from flowjax.data import sources
 from flowjax.evaluate import sampling
 from flowjax.parallel import mesh as meshes
 from flowjax.parallel import placing
-from flowjax.train import flows, loop, methods, parts
+from flowjax.train import flows, latents, loop, methods, parts
 
 Draw = collections.abc.Callable[..., np.ndarray]
 
@@ -69,6 +69,7 @@ def build(
       count = len(jax.tree.leaves(cond)[0])
       chosen = [origin[i % len(origin)] for i in range(count)]
       starts = np.stack([record["source"] for record in chosen])
+    cond = latents.with_negative(run.experiment.data, cond)
     with meshes.use(run.mesh), loop.out_of_memory_advice():
       return sampling.draw(
         sampler,
@@ -134,8 +135,10 @@ def held_out(
   records = [source[i % len(source)] for i in range(count)]
   told = jax.eval_shape(lambda: run.network.example(1)).keys()
   keys = [key for key in records[0] if key in (*told, "text_mask")]
-  images = np.stack([record["image"] for record in records])
-  return images, {
+  # The mean is what an autoencoder takes for the latents of an image.
+  image = "mean" if "mean" in records[0] else "image"
+  images = np.stack([record[image] for record in records])
+  return images.astype(np.float32), {
     key: np.stack([record[key] for record in records]) for key in keys
   }
 

@@ -18,7 +18,7 @@ from flowjax.evaluate import pictures, validation
 from flowjax.flow import losses
 from flowjax.parallel import compiler_flags, distributed, placing
 from flowjax.parallel import mesh as meshes
-from flowjax.train import loop, parts
+from flowjax.train import latents, loop, parts
 from flowjax.train import state as states
 
 
@@ -91,6 +91,7 @@ def held_out_loss(built: parts.Parts) -> validation.Validation:
 def held_out(built: parts.Parts, loss: losses.Loss) -> validation.Validation:
   """Returns what evaluates a loss on the held-out split."""
   config = built.experiment
+  loss = latents.evaluation(config.encoded, config.data, loss)
   source = sources.open(config.data, "held_out")
   size = meshes.padded(min(config.data.batch_size, len(source)), built.mesh)
   rows = placing.rows(built.mesh, size)

@@ -42,7 +42,7 @@ class Validation:
 
     def total(params, batch, key, index):
       mean, metrics = loss(params, batch, jax.random.fold_in(key, index))
-      count = jnp.float32(len(batch["image"]))
+      count = jnp.float32(len(jax.tree.leaves(batch)[0]))
       if "mask" in batch:
         count = jnp.sum(batch["mask"].astype(jnp.float32))
       by_time = metrics.get("loss_by_time", jnp.zeros((0,)))

@@ -41,7 +41,7 @@ _LEAVING = peers_lib.GRACE + 3.0
 _ENDING = 24 * 3600.0
 
 _peers: peers_lib.Peers | None = None
-_agreed = _compiled = 0
+_agreed = _compiled = _waited = 0
 
 
 def peers() -> peers_lib.Peers | None:
@@ -153,6 +153,16 @@ def agree(what: str, values: dict[str, Any]) -> None:
     + f"\n(process 0 -> process {others[0]})."
     " Start all processes with the same command, from the same code."
   )
+
+
+def wait() -> None:
+  """Waits for all processes, however long their work of their own takes."""
+  if _peers is None:
+    return
+  global _waited
+  _waited += 1
+  if not _peers.meet(f"wait/{_waited}", _ENDING):
+    raise errors.Lost("Not all processes came to where all wait.")
 
 
 def compiled(function: Any, *arguments: Any) -> Any:

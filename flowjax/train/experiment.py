@@ -20,7 +20,7 @@ from flowjax.models import text as encoders
 from flowjax.parallel import mesh as meshes
 from flowjax.train import checkpoint as checkpoints
 from flowjax.train import ema as averages
-from flowjax.train import flows, methods, metrics
+from flowjax.train import flows, latents, methods, metrics
 from flowjax.train import optim as optimizers
 from flowjax.train import reconstruction as autoencoding
 
@@ -67,6 +67,7 @@ class Experiment:
   pipeline: str | None = None
   model: Any = None
   data: data_config.DataConfig = _group(data_config.DataConfig)
+  encoded: latents.EncodedConfig = _group(latents.EncodedConfig)
   flow: flows.FlowConfig = _group(flows.FlowConfig)
   lora: adapters.LoraConfig = _group(adapters.LoraConfig)
   text: encoders.TextConfig = _group(encoders.TextConfig)

@@ -20,6 +20,7 @@ from flowjax.train import (
   checkpoint,
   curves,
   experiment,
+  latents,
   lock,
   metrics,
   optim,
@@ -152,8 +153,9 @@ def jit_step(run: parts.Parts):
   )
   if summing.shares > 1:
     network = models.over_shares(network, summing.over)
+  loss = config.loss(network)
   step = steps.build(
-    config.loss(network),
+    latents.training(config.encoded, config.data, loss),
     run.optimizer,
     seed=config.seed,
     ema_config=config.ema,
@@ -175,20 +177,26 @@ def jit_step(run: parts.Parts):
 
 def lower_step(run: parts.Parts):
   """Lowers the step for a batch of the config's shapes; nothing is run."""
-  config, sharding = run.experiment, meshes.batch_sharding(run.mesh)
-  count, size = config.data.batch_size, config.model.image_size
-  image = jax.ShapeDtypeStruct(
-    (count, *size, config.model.channels), np.float32
-  )
-  cond = jax.eval_shape(lambda: run.network.example(count))
-  batch = {"image": image, **cond}
-  if config.data.pair_source is not None:
-    batch["source"] = image
+  sharding = meshes.batch_sharding(run.mesh)
   batch = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    batch_shapes(run),
   )
   with meshes.use(run.mesh):
     return jit_step(run).lower(run.abstract, batch)
+
+
+def batch_shapes(run: parts.Parts) -> dict[str, Any]:
+  """Returns a batch of the config in the abstract, as its source gives it."""
+  config, count = run.experiment, run.experiment.data.batch_size
+  encoded = latents.shapes(config.data, count)
+  if encoded is not None:
+    return encoded
+  size = (count, *config.model.image_size, config.model.channels)
+  image = jax.ShapeDtypeStruct(size, np.float32)
+  cond = jax.eval_shape(lambda: run.network.example(count))
+  paired = config.data.pair_source is not None
+  return {"image": image, **cond, **({"source": image} if paired else {})}
 
 
 def _warn_of_whole_parameters(run: parts.Parts) -> None:
