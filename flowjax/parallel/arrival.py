@@ -10,6 +10,7 @@ import ctypes
 import logging
 import os
 import re
+import socket
 from typing import Any
 
 import jax
@@ -136,12 +137,10 @@ def _ended(*_: Any) -> None:
   known = state()
   if _code is not None:
     os._exit(_code)
-  # All meet at process 0: where it still speaks, it is another that is gone.
-  lost = (
-    f"process 0, where all meet ({known.coordinator_address})"
-    if known.process_id
-    else "another process"
-  )
+  # All meet at process 0: where it still answers, it is another that is gone.
+  lost = "another process"
+  if known.process_id and not _answers(known.coordinator_address):
+    lost = f"process 0, where all meet ({known.coordinator_address})"
   text = (
     f"flowjax: process {known.process_id}: Lost {lost}: it was killed, or its "
     "machine is gone. All processes end. Start all of them again: the same "
@@ -149,3 +148,13 @@ def _ended(*_: Any) -> None:
   )
   os.write(2, text.encode())
   os._exit(errors.Lost.exit_code)
+
+
+def _answers(address: str) -> bool:
+  """Tells whether somebody listens at HOST:PORT."""
+  host, _, port = address.rpartition(":")
+  try:
+    socket.create_connection((host.strip("[]"), int(port)), timeout=3).close()
+  except OSError:
+    return False
+  return True
