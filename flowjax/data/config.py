@@ -2,16 +2,23 @@
 
 import dataclasses
 
+from flowjax.data import tokenizers
+
 ON_CORRUPT = ("skip", "stop")
+ON_NO_CAPTION = ("stop", "skip", "empty")
+# Above it Pillow refuses an image, whatever it is told.
+MOST_PIXELS = 178_956_970
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
   """A source, how its images are cut, and how batches are drawn from it.
 
-  `source` is "digits", "tfds:<name>", "folder:<dir>" or "embedded:<dir>". The
-  order of the examples follows from `shuffle_seed` and `batch_size` alone:
-  neither `workers`, nor `prefetch`, nor the number of processes changes it.
+  `source` is one of `sources.KINDS`; docs/data.md has an example of each.
+  `tokenizer`, "bytes" or "words", makes `tokens` tokens of each caption;
+  `words` are those that "words" knows. The order of the examples follows from
+  `shuffle_seed` and `batch_size` alone: neither `workers`, nor `prefetch`, nor
+  the number of processes changes it.
   """
 
   source: str = "digits"
@@ -27,7 +34,21 @@ class DataConfig:
   eval_split: str = "validation"
   prefetch: int = 2
   data_dir: str | None = None
+  tokenizer: str | None = None
+  tokens: int = 32
+  words: tuple[str, ...] = ()
   pair_source: str | None = None  # Images at t = 1, for the coupling "pairs".
+  # Texts rather than labels; None: whatever the source clearly has.
+  captions: bool | None = None
+  on_no_caption: str = "stop"
+  templates: tuple[str, ...] = ()  # Make captions of labels: "a photo of a {}".
+  # Columns of hf, features of tfds, keys of JSON; None: the usual or only one.
+  image_key: str | None = None
+  caption_key: str | None = None
+  # For the source "mixture": (source, weight) of each.
+  mixture: tuple[tuple[str, float], ...] = ()
+  max_pixels: int = 80_000_000  # An image of more is corrupt, and not decoded.
+  index_dir: str | None = None  # Where listings of files and shards are kept.
 
   def __post_init__(self):
     if len(self.image_size) != 2 or min(self.image_size) < 1:
@@ -45,8 +66,56 @@ class DataConfig:
         f"on_corrupt={self.on_corrupt!r} must be one of {ON_CORRUPT}: skip "
         "takes the next sound image instead and counts it, stop ends the run."
       )
+    self._check_tokenizer()
+    if self.on_no_caption not in ON_NO_CAPTION:
+      raise ValueError(
+        f"on_no_caption={self.on_no_caption!r} must be one of {ON_NO_CAPTION}: "
+        "an image without a caption stops the run before it begins, is left "
+        "out, or has the empty caption."
+      )
+    for template in self.templates:
+      if template.count("{}") != 1 or set("{}") & set(
+        template.replace("{}", "")
+      ):
+        raise ValueError(
+          f"templates: {template!r} must have '{{}}' once, where the name of "
+          "the class goes, and no other brace."
+        )
+    if (self.source == "mixture") != bool(self.mixture):
+      raise ValueError(
+        f"source={self.source!r} and mixture={self.mixture}: the source "
+        "'mixture' needs (source, weight) of each in mixture, and any other "
+        "source none."
+      )
+    if not 1 <= self.max_pixels <= MOST_PIXELS:
+      raise ValueError(
+        f"max_pixels={self.max_pixels} must be from 1 to {MOST_PIXELS:,}, above "
+        "which Pillow takes any image for a bomb."
+      )
     if not 0.0 <= self.held_out < 1.0:
       raise ValueError(
         f"held_out={self.held_out} is the fraction of the images that training "
         "never sees: at least 0 and below 1."
       )
+
+  def _check_tokenizer(self):
+    if self.tokenizer not in (None, *tokenizers.NAMES):
+      raise ValueError(
+        f"tokenizer={self.tokenizer!r} must be one of {tokenizers.NAMES}, or "
+        "None for data without captions."
+      )
+    if self.tokens < 2:
+      raise ValueError(
+        f"tokens={self.tokens} must be at least 2: the last ends a caption."
+      )
+    if (self.tokenizer == "words") != bool(self.words):
+      raise ValueError(
+        f"tokenizer={self.tokenizer!r} with {len(self.words)} words: the "
+        "tokenizer 'words' needs the list of them, and no other has one."
+      )
+
+  def captions(self) -> tokenizers.Tokenizer | None:
+    """Returns what makes tokens of captions, if anything does."""
+    if self.tokenizer is None:
+      return None
+    return tokenizers.build(self.tokenizer, self.tokens, self.words)

@@ -23,7 +23,7 @@ import numpy as np
 
 from flowjax import errors
 from flowjax.data import config as config_lib
-from flowjax.data import folder, sources
+from flowjax.data import listing, sources
 
 # Each key, and the dims that it has.
 DIMS = {"image": "HWC", "text": "LE", "pooled": "P", "text_mask": "L"}
@@ -109,7 +109,8 @@ def open(config: config_lib.DataConfig, split: str) -> Embedded:
   files = [
     file
     for file in every
-    if folder.is_held_out(file, config.held_out) == (split == "held_out")
+    if bool(listing.held_out(listing.hashed(file), config.held_out))
+    == (split == "held_out")
   ]
   if not files:
     raise errors.DataError(

@@ -1,14 +1,15 @@
-"""A folder of class folders of images: <dir>/<class>/<file>.
+"""A folder of images: in class folders, or each with a caption.
 
-Images of 1 or 3 channels are read from image files. Any other number of
-channels is that of latents, [H, W, C] in one `.npy` array per image, which are
-taken as they are.
+Labelled: <dir>/<class>/<file>. Captioned, in folders as they come: a `.txt`
+beside each image, or `metadata.jsonl` with {"file_name": ..., "text": ...}.
+What is no image by the channels of the config are latents (data/images.py).
 """
 
 # Shape suffixes: N records.
 
 import dataclasses
-import hashlib
+import functools
+import logging
 import os
 import pathlib
 from typing import Any
@@ -17,132 +18,199 @@ import numpy as np
 
 from flowjax import errors
 from flowjax.data import config as config_lib
-from flowjax.data import images
+from flowjax.data import images, listing, sources, texts
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp")
-LATENTS = (".npy",)
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-  """One split of the images under `root`, in the order of their paths."""
+  """One split of the images under a root, in the order of their paths."""
 
-  root: str
-  files: tuple[str, ...]  # "class/file", with "/" on every system.
-  label_N: np.ndarray
+  listing: listing.Listing
+  row_N: np.ndarray  # Of the listing.
+  label_N: np.ndarray | None  # None: captions.
   class_names: tuple[str, ...]
-  shape: tuple[int, int, int]
+  read: images.Reader
+  caption_key: str | None
 
   @property
   def name(self) -> str:
-    return f"folder:{os.path.basename(os.path.abspath(self.root))}"
+    root = os.path.basename(os.path.abspath(self.listing.root))
+    return f"folder:{root}"
 
   @property
   def num_classes(self) -> int:
     return len(self.class_names)
 
-  def __len__(self) -> int:
-    return len(self.files)
+  @property
+  def shape(self) -> tuple[int, int, int]:
+    return self.read.shape
 
-  def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-    path = os.path.join(self.root, *self.files[i].split("/"))
-    try:
-      content = pathlib.Path(path).read_bytes()
-    except OSError as error:
-      # Not `Corrupt`: a disk that fails now and then must not change the order.
-      raise errors.DataError(f"{path} cannot be read: {error}.") from error
-    height, width, channels = self.shape
-    if path.lower().endswith(LATENTS):
-      image_HWC = images.decode_array(content, shape=self.shape, name=path)
-    else:
-      image_HWC = images.decode(
-        content, image_size=(height, width), channels=channels, name=path
-      )
+  def __len__(self) -> int:
+    return len(self.row_N)
+
+  def file(self, i: int) -> str:
+    """Returns the path of a record from the root, with "/" on every system."""
+    return self.listing.names[int(self.row_N[i])]
+
+  def __getitem__(self, i: int) -> sources.Record:
+    path = self.listing.path(self.file(i))
+    image_HWC = self.read(_content(path), path)
+    if self.label_N is None:
+      return {"image": image_HWC, "caption": self._caption(i, path)}
     return {"image": image_HWC, "label": self.label_N[i]}
 
+  def _caption(self, i: int, path: str) -> str:
+    row, arrays = int(self.row_N[i]), self.listing.arrays
+    line = int(arrays["line_of"][row])
+    if line == listing.NO_CAPTION:
+      return ""
+    if line == listing.BESIDE:
+      beside = _text_beside(path)
+      return texts.decode(_content(beside), beside)
+    place = self.listing.path(self.listing.lists[arrays["list_of"][row]])
+    try:
+      with pathlib.Path(place).open("rb") as file:
+        file.seek(line)
+        name, text = listing.parse(file.readline(), self.caption_key)
+    except OSError as error:
+      raise errors.DataError(f"{place} cannot be read: {error}.") from error
+    except ValueError as error:
+      raise errors.DataError(
+        f"{place} has changed while it was in use: {error}. Start again."
+      ) from error
+    assert text is not None and path.endswith(os.path.basename(name))
+    return texts.clean(text)
+
+  @functools.cached_property
+  def _hash(self) -> str:
+    return self.listing.names.hash(self.row_N)
+
   def fingerprint(self) -> dict[str, Any]:
-    listing = "\n".join(self.files).encode()
-    return {
-      "records": len(self),
-      "classes": list(self.class_names),
-      "hash": hashlib.blake2b(listing, digest_size=8).hexdigest(),
-    }
+    """Returns what the order of the records hangs on, as JSON can hold it."""
+    told = (
+      {"captions": True}
+      if self.label_N is None
+      else {"classes": list(self.class_names)}
+    )
+    return {"records": len(self), **told, "hash": self._hash}
 
 
 def open(config: config_lib.DataConfig, split: str) -> Folder:
   """Lists the images of `split` of the folder that `config.source` names."""
-  endings = IMAGES if config.channels in (1, 3) else LATENTS
-  if endings is IMAGES:
-    images.check_channels(config.channels)
+  read = images.reader(config)
   root = os.path.expanduser(config.source.partition(":")[2])
-  classes = _list_classes(root, endings)
-  files, labels = [], []
-  for label, name in enumerate(classes):
-    for file in _list_images(root, name, endings):
-      if is_held_out(file, config.held_out) == (split == "held_out"):
-        files.append(file)
-        labels.append(label)
-  if not files:
+  if not os.path.isdir(root):
+    raise errors.DataError(
+      f"There is no folder {root!r}: correct config.data.source."
+    )
+  found = listing.open(root, read.endings, config)
+  label_N: np.ndarray | None
+  if _is_captioned(found, config.captions):
+    row_N, label_N, classes = _captioned_rows(found, config), None, ()
+  else:
+    row_N, label_N, classes = _labels(found, read.endings)
+  split_N = listing.of_split(found.arrays["hashes"][row_N], config, split)
+  row_N = row_N[split_N]
+  if not len(row_N):
     raise errors.DataError(
       f"The split {split!r} of {root!r} is empty at "
       f"config.data.held_out={config.held_out}: change that fraction, or add "
       "images."
     )
-  shape = (*config.image_size, config.channels)
-  label_N = np.array(labels, np.int32)
-  return Folder(root, tuple(files), label_N, tuple(classes), shape)
+  if label_N is not None:
+    label_N = label_N[split_N]
+  return Folder(found, row_N, label_N, classes, read, config.caption_key)
 
 
-def _list_classes(root: str, endings: tuple[str, ...]) -> list[str]:
-  if not os.path.isdir(root):
+def _is_captioned(found: listing.Listing, asked: bool | None) -> bool:
+  """Tells captions from labels, by the config or by what lies there."""
+  if asked and not found.captioned:
     raise errors.DataError(
-      f"There is no folder {root!r}: correct config.data.source."
+      f"There are no captions in {found.root!r}: it should hold a .txt beside "
+      f"each image, or a {' or '.join(listing.LISTS)} with a file_name and a "
+      "text in each line. config.data.captions=False takes class folders."
     )
-  entries = _visible(root)
-  classes = [entry.name for entry in entries if entry.is_dir()]
-  loose = [entry.name for entry in entries if _is_image(entry, endings)]
-  if not classes and not loose:
+  if asked is not None or not found.captioned:
+    return bool(asked)
+  classes = [d.path for d in found.directories if d.images]
+  if len(classes) > 1 and all(path and "/" not in path for path in classes):
+    raise errors.DataError(
+      f"{found.root!r} has captions, and all its images lie in folders that "
+      f"could be {len(classes)} classes (the first is {classes[0]!r}): set "
+      "config.data.captions=True for the captions, or False for the classes."
+    )
+  return True
+
+
+def _captioned_rows(
+  found: listing.Listing, config: config_lib.DataConfig
+) -> np.ndarray:
+  without_N = found.arrays["line_of"] == listing.NO_CAPTION
+  missing = np.flatnonzero(without_N)
+  if len(missing):
+    hint = f"the first is {found.names[int(missing[0])]}"
+    total, what = len(without_N), f"images of {found.root}"
+    texts.without(len(missing), total, config, what, hint)
+    if config.on_no_caption == "skip":
+      return np.flatnonzero(~without_N)
+  return np.arange(len(without_N))
+
+
+def _labels(
+  found: listing.Listing, endings: tuple[str, ...]
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+  """Returns the rows that lie in class folders, their labels, and the names."""
+  root, (top, *below) = found.root, found.directories
+  classes = [d for d in below if "/" not in d.path]
+  if not classes and not top.images:
     raise errors.DataError(
       f"The folder {root!r} is empty: it should hold one folder of images for "
       "each class."
     )
-  if loose:
+  if top.images:
     raise errors.DataError(
-      f"{len(loose)} images lie in {root!r} outside any class folder (the "
-      f"first is {loose[0]!r}), so they have no label: move each into a folder "
-      "named after its class."
+      f"{top.images} images lie in {root!r} outside any class folder (the "
+      f"first is {found.names[0]!r}), so they have no label: move each into a "
+      "folder named after its class, or give each a caption."
     )
-  return classes
+  for directory in classes:
+    if not directory.images:
+      raise _no_images(root, directory.path, below, endings)
+  if deeper := sum(d.images for d in below if "/" in d.path):
+    log.warning(
+      "%d images lie in folders inside the class folders of %s, and are left "
+      "out.", deeper, root,
+    )  # fmt: skip
+  numbers = {d.path: label for label, d in enumerate(classes)}
+  label_N = np.repeat(
+    np.array([numbers.get(d.path, -1) for d in below], np.int32),
+    [d.images for d in below],
+  )
+  row_N = np.flatnonzero(label_N >= 0)
+  return row_N, label_N[row_N], tuple(numbers)
 
 
-def _list_images(root: str, name: str, endings: tuple[str, ...]) -> list[str]:
-  entries = _visible(os.path.join(root, name))
-  files = [
-    f"{name}/{entry.name}" for entry in entries if _is_image(entry, endings)
-  ]
-  if files:
-    return files
+def _no_images(root, name, below, endings) -> errors.DataError:
   text = f"The class folder {name!r} of {root!r} holds no {'/'.join(endings)}"
-  inner = [entry.name for entry in entries if entry.is_dir()]
+  inner = [d.path for d in below if os.path.dirname(d.path) == name]
   if inner:
     text += (
-      f", but {len(inner)} folders (the first is {inner[0]!r}): if these are "
-      f"the classes, set config.data.source='folder:{os.path.join(root, name)}'"
+      f", but {len(inner)} folders (the first is "
+      f"{os.path.basename(inner[0])!r}): if these are the classes, set "
+      f"config.data.source='folder:{os.path.join(root, name)}'"
     )
-  raise errors.DataError(f"{text}.")
+  return errors.DataError(f"{text}.")
 
 
-def _visible(path: str) -> list[os.DirEntry]:
-  with os.scandir(path) as entries:
-    seen = [entry for entry in entries if not entry.name.startswith(".")]
-  return sorted(seen, key=lambda entry: entry.name)
+def _text_beside(path: str) -> str:
+  return os.path.splitext(path)[0] + ".txt"
 
 
-def _is_image(entry: os.DirEntry, endings: tuple[str, ...]) -> bool:
-  return entry.name.lower().endswith(endings) and entry.is_file()
-
-
-def is_held_out(file: str, fraction: float) -> bool:
-  """Decides by the file's own path, so that new files move no old one."""
-  digest = hashlib.blake2b(file.encode(), digest_size=8).digest()
-  return int.from_bytes(digest, "big") < fraction * 2**64
+def _content(path: str) -> bytes:
+  try:
+    return pathlib.Path(path).read_bytes()
+  except OSError as error:
+    # Not `Corrupt`: a disk that fails now and then must not change the order.
+    raise errors.DataError(f"{path} cannot be read: {error}.") from error

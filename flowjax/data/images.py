@@ -2,27 +2,82 @@
 
 # Shape suffixes: H height, W width, C channels.
 
+import dataclasses
 import io
 
 import numpy as np
 
 from flowjax import errors
+from flowjax.data import config as config_lib
 from flowjax.data import sources
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+LATENTS = (".npy",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+  """From bytes to what a config asks for: an image, or latents as they are.
+
+  Images have 1 or 3 channels. Any other number is that of latents, [H, W, C]
+  in one `.npy` array per image.
+  """
+
+  shape: tuple[int, int, int]
+  max_pixels: int
+
+  @property
+  def endings(self) -> tuple[str, ...]:
+    """The endings, in small letters, of files that it reads."""
+    return IMAGES if self.shape[-1] in (1, 3) else LATENTS
+
+  def __call__(self, content: bytes, name: str) -> np.ndarray:
+    if self.endings is LATENTS:
+      return decode_array(content, shape=self.shape, name=name)
+    height, width, channels = self.shape
+    return decode(
+      content,
+      image_size=(height, width),
+      channels=channels,
+      max_pixels=self.max_pixels,
+      name=name,
+    )
+
+
+def reader(config: config_lib.DataConfig) -> Reader:
+  """Returns what reads the images of `config`; refuses to without Pillow."""
+  made = Reader((*config.image_size, config.channels), config.max_pixels)
+  if made.endings is IMAGES:
+    _pillow()
+  return made
 
 
 def decode(
-  content: bytes, *, image_size: tuple[int, int], channels: int, name: str
+  content: bytes,
+  *,
+  image_size: tuple[int, int],
+  channels: int,
+  max_pixels: int,
+  name: str,
 ) -> np.ndarray:
   """Decodes an image, turns it upright and cuts it to `image_size`.
 
   The short side is resized to fit and the long side cropped around the centre.
-  What is transparent becomes white. Raises `sources.Corrupt` with `name`.
+  What is transparent becomes white. Raises `sources.Corrupt` with `name`, also
+  where the header of an image claims more than `max_pixels`.
   """
   PIL = _pillow()
+  if not content:
+    raise sources.Corrupt(f"{name} is corrupt: it is empty.")
   try:
     with PIL.Image.open(io.BytesIO(content), formats=FORMATS) as image:
+      # Only the header is read so far.
+      if (count := image.width * image.height) > max_pixels:
+        raise ValueError(
+          f"{image.width}x{image.height} are {count:,} pixels, more than "
+          f"config.data.max_pixels={max_pixels:,}"
+        )
       upright = PIL.ImageOps.exif_transpose(image)
       pixels = np.asarray(_cover(_opaque(upright, channels), image_size))
   except MemoryError:

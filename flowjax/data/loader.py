@@ -73,7 +73,7 @@ def epoch_batches(
   batch, and for a corrupt record under on_corrupt="skip".
   """
   row_B = _rows(rows, batch_size)
-  blank = _blank(source)
+  blank = sources.blank(source)
   tried = sound = 0
   for start in range(0, len(source), batch_size):
     records = [int(start + row) for row in row_B if start + row < len(source)]
@@ -85,16 +85,6 @@ def epoch_batches(
     yield batch | {"mask": mask_B}
   if tried and not sound:
     raise errors.DataError(f"All {tried} records of {source.name} are corrupt.")
-
-
-def _blank(source: Any) -> dict[str, Any]:
-  """Returns a record of zeros, with which a batch is filled up."""
-  if hasattr(source, "blank"):
-    return source.blank
-  blank = {"image": np.zeros(source.shape, np.float32), "label": np.int32(0)}
-  if isinstance(source, pairs.Paired):
-    blank["source"] = blank["image"]
-  return blank
 
 
 def to_device(
@@ -127,7 +117,7 @@ class _Read:
     return {**batch, "source": other["image"]}
 
   def _read(self, source: Any, seed: int, position_B: np.ndarray) -> Batch:
-    records_B = order.records(seed, len(source), position_B)
+    records_B = sources.draw(source, seed, position_B)
     if hasattr(source, "gather"):
       batch = source.gather(records_B)
     else:

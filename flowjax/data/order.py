@@ -10,7 +10,8 @@ that any position can be the first and any process can ask for any part.
 import numpy as np
 
 ROUNDS = 8
-_TOSS = 0xF11B  # Keeps the coins apart from the keys of the permutations.
+# Keep coins and choices apart from the keys of the permutations.
+_TOSS, _CHOICE = 0xF11B, 0xC401CE
 
 
 def records(seed: int, count: int, position_B: np.ndarray) -> np.ndarray:
@@ -33,6 +34,12 @@ def coins(seed: int, position_B: np.ndarray) -> np.ndarray:
   """Tosses a coin for each position."""
   bits_B = mix(mix(seed) ^ mix(_TOSS) ^ position_B.astype(np.uint64))
   return (bits_B & np.uint64(1)) == 1
+
+
+def choices(seed: int, count: int, position_B: np.ndarray) -> np.ndarray:
+  """Draws one of `count` for each position."""
+  bits_B = mix(mix(seed) ^ mix(_CHOICE) ^ position_B.astype(np.uint64))
+  return (bits_B % np.uint64(count)).astype(np.int64)
 
 
 def mix(value) -> np.ndarray:

@@ -18,7 +18,7 @@ from flowjax.data import sources
 IN_A_ROW = 100  # Corrupt records, after which it is no accident any more.
 
 T = TypeVar("T")
-Example = dict[str, np.ndarray]
+Example = dict[str, Any]
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,10 @@ def stack(examples) -> Example:
 def _next_sound(source: sources.Source, record: int) -> tuple[Example, bool]:
   tries = min(IN_A_ROW, len(source))
   for further in range(tries):
-    result = _attempt(source, (record + further) % len(source))
+    # Within the records of the same variant.
+    variant, place = divmod(record, len(source))
+    place = (place + further) % len(source)
+    result = _attempt(source, place + variant * len(source))
     if not isinstance(result, sources.Corrupt):
       return result, further > 0
     _warn(f"{result} The next sound image is taken instead.")

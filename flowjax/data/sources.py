@@ -1,4 +1,4 @@
-"""Sources: sequences of labelled images, opened by name."""
+"""Sources: sequences of images with labels or captions, opened by name."""
 
 # Shape suffixes: B batch, H height, W width, C channels.
 
@@ -11,26 +11,36 @@ import numpy as np
 
 from flowjax import errors, schema
 from flowjax.data import config as config_lib
-from flowjax.data import pairs
+from flowjax.data import order, pairs
+
+Record = dict[str, Any]
 
 SPLITS = ("train", "held_out")
 KINDS = {
   "digits": "digits",
+  "scenes": "scenes",
   "tfds": "tfds:<name>",
   "folder": "folder:<dir>",
+  "webdataset": "webdataset:<pattern>",
+  "hf": "hf:<dir or files>",
   "embedded": "embedded:<dir>",
+  "mixture": "mixture",
 }
 
 
 class Source(Protocol):
   """A split of a data set, read by position and in any order.
 
-  `source[i]` is {"image": float32 [H, W, C] in [-1, 1], "label": int32}, the
-  same at every call, or has a text in place of a label, as data/embedded.py
-  says, and then also a `blank` one. It raises `Corrupt` for a record that
-  cannot be decoded.
+  `source[i]` is {"image": float32 [H, W, C] in [-1, 1]} and
+  - "label": int32, below `num_classes`, or
+  - "caption": str, where `num_classes` is 0, or
+  - an embedded text, as data/embedded.py says; then there is a `blank` one too.
+
+  It is the same at every call, and i + k * len(source) is record i or another
+  variant of it. It raises `Corrupt` for a record that cannot be decoded.
   A source that holds its images in memory, where none can be corrupt, also
-  offers `gather(records_B)`, which returns the stacked examples at once.
+  offers `gather(records_B)`, which returns the stacked examples at once; one
+  whose order is not that of data/order.py, `draw(seed, position_B)`.
   """
 
   @property
@@ -47,7 +57,7 @@ class Source(Protocol):
 
   def __len__(self) -> int: ...
 
-  def __getitem__(self, i: int) -> dict[str, np.ndarray]: ...
+  def __getitem__(self, i: int) -> Record: ...
 
   def fingerprint(self) -> dict[str, Any]:
     """Returns what the order of the records hangs on, as JSON can hold it."""
@@ -66,7 +76,9 @@ def open(config: config_lib.DataConfig, split: str) -> Source:
     raise ValueError(f"split={split!r} must be one of {SPLITS}.")
   if config.pair_source is not None:
     alone = dataclasses.replace(config, pair_source=None)
-    other = dataclasses.replace(alone, source=config.pair_source)
+    other = dataclasses.replace(
+      alone, source=config.pair_source, tokenizer=None, words=()
+    )
     return pairs.paired(open(alone, split), open(other, split))
   kind, _, place = config.source.partition(":")
   if kind in KINDS and not place and "<" in KINDS[kind]:
@@ -80,7 +92,33 @@ def open(config: config_lib.DataConfig, split: str) -> Source:
       f"{schema.closest(kind, KINDS)}"
     )
   module = importlib.import_module(f"flowjax.data.{kind}")
-  return module.open(config, split)
+  source = module.open(config, split)
+  if config.templates and source.num_classes:
+    texts = importlib.import_module("flowjax.data.texts")
+    source = texts.Templated(source, config.templates)
+  if (tokenizer := config.captions()) is not None:
+    captions = importlib.import_module("flowjax.data.captions")
+    source = captions.captioned(source, tokenizer)
+  return source
+
+
+def draw(source: Any, seed: int, position_B: np.ndarray) -> np.ndarray:
+  """Returns the record that a source has at each position of a run."""
+  if hasattr(source, "draw"):
+    return source.draw(seed, position_B)
+  return order.records(seed, len(source), position_B)
+
+
+def blank(source: Any) -> Record:
+  """Returns a record of zeros, of the keys and shapes that all have."""
+  if hasattr(source, "blank"):
+    return source.blank
+  image = np.zeros(source.shape, np.float32)
+  if isinstance(source, pairs.Paired):
+    return {**blank(source.first), "source": image}
+  if not source.num_classes:
+    return {"image": image, "caption": ""}
+  return {"image": image, "label": np.int32(0)}
 
 
 def check(
@@ -94,6 +132,11 @@ def check(
   pooled_width: int | None = None,
 ) -> None:
   """Refuses a source that a model of these sizes cannot be trained on."""
+  if "caption" in getattr(source, "blank", {}):
+    raise errors.UserError(
+      f"{source.name} has captions, and nothing makes tokens of them: set "
+      "config.data.tokenizer to 'bytes' or 'words', and config.text."
+    )
   if (source.num_classes == 0) != (num_classes == 0):
     kind = ("labels", "texts")[source.num_classes == 0]
     raise errors.UserError(

@@ -10,7 +10,7 @@ import numpy as np
 
 from flowjax import errors
 from flowjax.data import config as config_lib
-from flowjax.data import images, sources
+from flowjax.data import images, sources, texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,28 +20,29 @@ class Tfds:
   name: str
   data: Any  # Its records have the image still encoded.
   image_key: str
-  label_key: str
-  class_names: tuple[str, ...]
-  shape: tuple[int, int, int]
+  told_key: str  # The feature of its label, or of its text.
+  class_names: tuple[str, ...]  # None of them: it has texts.
+  read: images.Reader
   shards: tuple[tuple[str, int, int], ...]  # Path, records skipped and taken.
 
   @property
   def num_classes(self) -> int:
     return len(self.class_names)
 
+  @property
+  def shape(self) -> tuple[int, int, int]:
+    return self.read.shape
+
   def __len__(self) -> int:
     return len(self.data)
 
-  def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-    record = self._read(i)
-    height, width, channels = self.shape
-    image_HWC = images.decode(
-      record[self.image_key] or b"",
-      image_size=(height, width),
-      channels=channels,
-      name=self._place(i),
-    )
-    label = np.asarray(record[self.label_key], np.int32)
+  def __getitem__(self, i: int) -> sources.Record:
+    record = self._record(i)
+    image_HWC = self.read(record[self.image_key] or b"", self._place(i))
+    if not self.num_classes:
+      caption = texts.decode(_bytes(record[self.told_key]), self._place(i))
+      return {"image": image_HWC, "caption": caption}
+    label = np.asarray(record[self.told_key], np.int32)
     if not 0 <= label < self.num_classes:
       raise errors.DataError(
         f"{self._place(i)} has the label {label}, which is out of range: there "
@@ -50,7 +51,7 @@ class Tfds:
       )
     return {"image": image_HWC, "label": label}
 
-  def _read(self, i: int) -> dict[str, Any]:
+  def _record(self, i: int) -> dict[str, Any]:
     try:
       return self.data[i]
     except RuntimeError as error:
@@ -68,9 +69,12 @@ class Tfds:
 
   def fingerprint(self) -> dict[str, Any]:
     rows = [(os.path.basename(path), *rest) for path, *rest in self.shards]
+    told = {"classes": list(self.class_names)}
+    if not self.num_classes:
+      told = {"captions": [self.told_key]}
     return {
       "records": len(self),
-      "classes": list(self.class_names),
+      **told,
       "hash": hashlib.blake2b(repr(rows).encode(), digest_size=8).hexdigest(),
     }
 
@@ -78,12 +82,13 @@ class Tfds:
 def open(config: config_lib.DataConfig, split: str) -> Tfds:
   """Opens the builder that `config.source` names, from files on this disk."""
   images.check_channels(config.channels)
+  read = images.reader(config)
   tfds = _library()
   name = config.source.partition(":")[2]
   builder = _builder(tfds, name, config.data_dir)
   features = builder.info.features
-  image_key = _key(builder, tfds.features.Image, "image")
-  label_key = _key(builder, tfds.features.ClassLabel, "label")
+  image_key = _key(builder, tfds.features.Image, "image", config.image_key)
+  told_key, class_names = _told(tfds, builder, config)
   field = "train_split" if split == "train" else "eval_split"
   instructions = _instructions(builder, getattr(config, field), field)
   try:
@@ -99,9 +104,9 @@ def open(config: config_lib.DataConfig, split: str) -> Tfds:
     name=f"tfds:{builder.info.full_name}[{getattr(config, field)}]",
     data=data,
     image_key=image_key,
-    label_key=label_key,
-    class_names=tuple(features[label_key].names),
-    shape=(*config.image_size, config.channels),
+    told_key=told_key,
+    class_names=class_names,
+    read=read,
     shards=_shards(tfds, instructions),
   )
 
@@ -146,18 +151,46 @@ def _how_to_prepare(name: str, data_dir: str | None) -> str:
   )
 
 
-def _key(builder, kind: type, usual: str) -> str:
-  """Returns the name of the feature of this kind, the usual one if it is."""
+def _told(tfds, builder, config) -> tuple[str, tuple[str, ...]]:
+  """Returns the feature that says what is in an image, and its classes.
+
+  That is the label where there is one, unless the config asks for captions.
+  """
   features = builder.info.features
-  found = [key for key in features if isinstance(features[key], kind)]
-  if usual in found:
+  labels = _of_kind(features, tfds.features.ClassLabel)
+  texts_only = not labels and _of_kind(features, tfds.features.Text)
+  asked = config.captions or config.caption_key is not None
+  if asked or (config.captions is None and texts_only):
+    text = _key(builder, tfds.features.Text, "caption", config.caption_key)
+    return text, ()
+  key = _key(builder, tfds.features.ClassLabel, "label")
+  return key, tuple(features[key].names)
+
+
+def _key(builder, kind: type, usual: str, asked: str | None = None) -> str:
+  """Returns the feature of this kind: the one asked for, or the usual one."""
+  found = _of_kind(builder.info.features, kind)
+  if asked in found:
+    return asked
+  if asked is None and usual in found:
     return usual
-  if len(found) == 1:
+  if asked is None and len(found) == 1:
     return found[0]
+  wanted = "one" if asked is None else repr(asked)
   raise errors.DataError(
-    f"{builder.info.full_name} should have one {kind.__name__}, or one called "
-    f"{usual!r}, but has {len(found)}. Its features: {', '.join(features)}."
+    f"{builder.info.full_name} should have {wanted} of the kind "
+    f"{kind.__name__}, and has {', '.join(found) or 'none'}; its features are "
+    f"{', '.join(builder.info.features)}. config.data.image_key and "
+    "caption_key name what is to be read."
   )
+
+
+def _of_kind(features, kind: type) -> list[str]:
+  return [key for key in features if isinstance(features[key], kind)]
+
+
+def _bytes(text) -> bytes:
+  return text.encode() if isinstance(text, str) else text
 
 
 def _encoded(tfds, features) -> dict[str, Any]:

@@ -1,0 +1,245 @@
+"""Tar shards of images with captions: webdataset:<pattern>.
+
+A pattern has braces, {000..099} or {a,b}, and the wildcards of a shell. In a
+shard, `cat.jpg` and `cat.txt` are one sample, or `cat.jpg` and `cat.json` with
+its caption under "text"; of both the .txt is taken. An index beside each shard
+(or in `index_dir`) gives random access.
+"""
+
+# Shape suffixes: M samples of a shard, S shards.
+
+import dataclasses
+import functools
+import glob
+import hashlib
+import itertools
+import json
+import logging
+import os
+import re
+import time
+from typing import Any
+
+import numpy as np
+
+from flowjax import errors
+from flowjax.data import config as config_lib
+from flowjax.data import images, index, listing, shards, sources, texts
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """Which samples of a shard are records."""
+
+  latents: bool
+  without_caption: bool
+  held_out: float
+  split: str
+
+  def rows(self, found: index.Index) -> np.ndarray:
+    """Returns the samples that are records, in their order."""
+    keep_M = found[f"{self.kind}_at"] >= 0
+    if not self.without_caption:
+      keep_M &= has_caption(found)
+    if self.held_out:
+      held_M = listing.held_out(found["hashes"], self.held_out)
+      keep_M &= held_M == (self.split == "held_out")
+    elif self.split == "held_out":
+      keep_M[:] = False
+    return np.flatnonzero(keep_M).astype(np.int32)
+
+  @property
+  def kind(self) -> str:
+    return "latent" if self.latents else "image"
+
+
+@dataclasses.dataclass(frozen=True)
+class WebDataset:
+  """One split of the samples of some shards, in the order of the shards."""
+
+  paths: tuple[str, ...]
+  index_dir: str | None
+  end_S: np.ndarray  # Records up to the end of each shard.
+  choice: Choice
+  read: images.Reader
+  caption_key: str
+  name: str
+  hash: str
+  class_names: tuple[str, ...] = ()
+  num_classes: int = 0
+
+  @property
+  def shape(self) -> tuple[int, int, int]:
+    return self.read.shape
+
+  def __len__(self) -> int:
+    return int(self.end_S[-1])
+
+  def __getitem__(self, i: int) -> sources.Record:
+    shard = int(np.searchsorted(self.end_S, i, side="right"))
+    path = self.paths[shard]
+    found, rows = _opened(path, self.index_dir, self.choice)
+    row = rows[i - int(self.end_S[shard]) + len(rows)]
+    content, name = self._member(path, found, row, self.choice.kind)
+    return {
+      "image": self.read(content, name),
+      "caption": self._caption(path, found, row),
+    }
+
+  def _caption(self, path: str, found: index.Index, row: int) -> str:
+    if found["txt_at"][row] >= 0:
+      return texts.decode(*self._member(path, found, row, "txt"))
+    if found["json_at"][row] < 0:
+      return ""
+    content, name = self._member(path, found, row, "json")
+    return texts.from_json(content, self.caption_key, name)
+
+  def _member(self, path, found, row, kind: str) -> tuple[bytes, str]:
+    at, size = (int(found[f"{kind}_{what}"][row]) for what in ("at", "size"))
+    content, name = shards.read(path, at, size)
+    if len(content) != size:
+      raise sources.Corrupt(f"{name} is cut off: the shard has been changed.")
+    return content, name
+
+  def fingerprint(self) -> dict[str, Any]:
+    """Returns what the order of the records hangs on, as JSON can hold it."""
+    return {"records": len(self), "captions": True, "hash": self.hash}
+
+
+def open(config: config_lib.DataConfig, split: str) -> WebDataset:
+  """Finds the shards of the pattern in `config.source`, and indexes them."""
+  read = images.reader(config)
+  pattern = os.path.expanduser(config.source.partition(":")[2])
+  paths = find(pattern)
+  found = _index(paths, config)
+  _tell(pattern, found, config)
+  choice = Choice(
+    latents=read.endings is images.LATENTS,
+    without_caption=_captions(pattern, found, read, config),
+    held_out=config.held_out,
+    split=split,
+  )
+  counts = [len(choice.rows(each)) for each in found]
+  if not sum(counts):
+    samples = sum(len(each["hashes"]) for each in found)
+    raise errors.DataError(
+      f"The split {split!r} of {pattern!r} is empty: of its {samples} samples "
+      f"in {len(paths)} shards, config.data.held_out={config.held_out} are "
+      f"held out. Change that, or add samples with {'/'.join(read.endings)}."
+    )
+  rows = [
+    (each.header["shard"], each.header["size"], count)
+    for each, count in zip(found, counts, strict=True)
+  ]
+  return WebDataset(
+    paths=tuple(paths),
+    index_dir=config.index_dir,
+    end_S=np.cumsum(counts),
+    choice=choice,
+    read=read,
+    caption_key=config.caption_key or "text",
+    name=f"webdataset:{os.path.basename(pattern)}",
+    hash=hashlib.blake2b(repr(rows).encode(), digest_size=8).hexdigest(),
+  )
+
+
+def find(pattern: str) -> list[str]:
+  """Returns the shards of a pattern; refuses it if one is not there."""
+  paths, missing = [], []
+  for each in expand(pattern):
+    wild = glob.has_magic(each)
+    matches = sorted(glob.glob(each)) if wild else [each]
+    if not matches or not all(map(os.path.isfile, matches)):
+      missing.append(each)
+    paths += [path for path in matches if path not in paths]
+  if missing:
+    raise errors.DataError(
+      f"{len(missing)} of the shards of {pattern!r} are not there, the first "
+      f"is {missing[0]!r}: correct config.data.source, or copy them."
+    )
+  for path in paths:
+    if path.endswith((".gz", ".tgz", ".bz2", ".xz", ".zst")):
+      raise errors.DataError(
+        f"{path} is compressed, so that nothing in it can be found without "
+        "reading all before it: unpack it to a plain .tar (images gain nothing "
+        "from compression)."
+      )
+  return paths
+
+
+def expand(pattern: str) -> list[str]:
+  """Expands {a,b} and {00..12}, each from the left, as a shell does."""
+  pieces = re.split(r"\{([^{}]*)\}", pattern)
+  choices = [
+    _alternatives(piece) if i % 2 else [piece] for i, piece in enumerate(pieces)
+  ]
+  return ["".join(parts) for parts in itertools.product(*choices)]
+
+
+def _alternatives(inside: str) -> list[str]:
+  ends = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
+  if ends is None:
+    return inside.split(",")
+  first, last = ends.groups()
+  width = len(first) if first.startswith("0") else 0
+  return [f"{n:0{width}d}" for n in range(int(first), int(last) + 1)]
+
+
+def _index(paths: list[str], config) -> list[index.Index]:
+  found, told = [], time.monotonic()
+  for number, path in enumerate(paths, 1):
+    found.append(shards.of(path, config.index_dir))
+    if time.monotonic() - told > 10.0:
+      told = time.monotonic()
+      log.info("Indexed %d of %d shards.", number, len(paths))
+  return found
+
+
+def _tell(pattern: str, found: list[index.Index], config) -> None:
+  """Says what is unsound in the shards, or refuses it."""
+  notes: dict[str, list] = {}
+  for each in found:
+    for what, (count, name) in each.header["notes"].items():
+      place = f"{name} ({each.header['shard']})"
+      notes.setdefault(what, [0, place])[0] += count
+  said = [
+    f"{count} {what}, the first is {name}"
+    for what, (count, name) in notes.items()
+  ]
+  if said and config.on_corrupt == "stop":
+    raise errors.DataError(
+      f"In {pattern!r} of shards and members " + "; ".join(said) + ". Repair "
+      "or remove them, or set config.data.on_corrupt='skip'."
+    )
+  for line in said:
+    log.warning("In %r of shards and members %s; left out.", pattern, line)
+
+
+def _captions(pattern, found, read: images.Reader, config) -> bool:
+  """Tells whether samples without a caption are to stay; says how many."""
+  kind = "latent" if read.endings is images.LATENTS else "image"
+  count = lost = 0
+  first = ""
+  for each in found:
+    image_M = each[f"{kind}_at"] >= 0
+    without = int((image_M & ~has_caption(each)).sum())
+    first = first or (each.header["shard"] if without else "")
+    count, lost = count + int(image_M.sum()), lost + without
+  texts.without(lost, count, config, f"samples of {pattern}",
+    f"the first is in {first}")  # fmt: skip
+  return config.on_no_caption == "empty"
+
+
+def has_caption(found: index.Index) -> np.ndarray:
+  """Marks the samples with a text, bool [M]."""
+  return (found["txt_at"] >= 0) | (found["json_at"] >= 0)
+
+
+@functools.lru_cache(maxsize=4096)
+def _opened(
+  path: str, folder: str | None, choice: Choice
+) -> tuple[index.Index, np.ndarray]:
+  found = shards.of(path, folder)
+  return found, choice.rows(found)
