@@ -77,7 +77,7 @@ def _initialize(given: dict[str, Any], timeout: int, heartbeat: int) -> None:
         raise _not_met(error, timeout) from error
       if _NOWHERE.search(str(error)) is None:
         raise errors.UserError(
-          f"The processes cannot be found: {error}"
+          f"The processes cannot meet: {error}"
         ) from error
       # A machine's name is known when the machine has started.
       if time.monotonic() - begun > timeout:

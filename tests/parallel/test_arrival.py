@@ -88,7 +88,7 @@ def test_a_machine_that_has_no_address_yet_is_waited_for(asked, said):
 
 def test_rights_that_are_missing_are_a_mistake(asked):
   asked.append(RuntimeError("Kubernetes API Error: 403 - Forbidden"))
-  with pytest.raises(errors.UserError, match="cannot be found.*403"):
+  with pytest.raises(errors.UserError, match="cannot meet.*403"):
     _initialize()
 
 
