@@ -114,7 +114,7 @@ class DataConfig:
         "tokenizer 'words' needs the list of them, and no other has one."
       )
 
-  def captions(self) -> tokenizers.Tokenizer | None:
+  def build_tokenizer(self) -> tokenizers.Tokenizer | None:
     """Returns what makes tokens of captions, if anything does."""
     if self.tokenizer is None:
       return None

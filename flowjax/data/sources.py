@@ -96,7 +96,7 @@ def open(config: config_lib.DataConfig, split: str) -> Source:
   if config.templates and source.num_classes:
     texts = importlib.import_module("flowjax.data.texts")
     source = texts.Templated(source, config.templates)
-  if (tokenizer := config.captions()) is not None:
+  if (tokenizer := config.build_tokenizer()) is not None:
     captions = importlib.import_module("flowjax.data.captions")
     source = captions.captioned(source, tokenizer)
   return source

@@ -110,7 +110,7 @@ class Experiment:
 
   def _check_text(self):
     """Refuses an encoder of other captions than those of the data."""
-    tokenizer = self.data.captions()
+    tokenizer = self.data.build_tokenizer()
     if tokenizer is None and self.text.vocabulary:
       raise ValueError(
         f"text.vocabulary = {self.text.vocabulary} is for an encoder of "

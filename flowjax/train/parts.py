@@ -102,7 +102,7 @@ def build(
   if config.lora.rank:
     with errors.naming("config.lora"):
       network = models.with_lora(network, config.lora)
-  if tokenizer := config.data.captions():
+  if tokenizer := config.data.build_tokenizer():
     token_BL, mask_BL = tokenizer([""])
     with errors.naming("config.text"):
       network = models.with_text_encoder(
