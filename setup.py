@@ -51,6 +51,8 @@ EXTRAS = {
   "clu": [CLU, "tensorflow>=2.18", "tensorboard>=2.18"],
   "gpu": ["jax[cuda13]>=0.10,<0.13"],
   "tpu": ["jax[tpu]>=0.10,<0.13"],
+  # With it jax finds the other pods of a job in Kubernetes.
+  "k8s": ["jax[k8s]>=0.10,<0.13"],
   # To compile for what is not here (`flowjax plan`): libtpu, as jax pins it,
   # and the CUDA plugin without NVIDIA's own packages.
   "tpu-aot": TPU_AOT,

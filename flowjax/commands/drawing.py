@@ -10,8 +10,8 @@ import numpy as np
 from flowjax import errors, models
 from flowjax.data import sources
 from flowjax.evaluate import sampling
+from flowjax.parallel import distributed, placing
 from flowjax.parallel import mesh as meshes
-from flowjax.parallel import placing
 from flowjax.train import flows, latents, loop, methods, parts
 
 Draw = collections.abc.Callable[..., np.ndarray]
@@ -55,6 +55,7 @@ def build(
         for push in pushes
       ],
       worse=worse.experiment.flow.predictor(worse.network) if worse else None,
+      together=distributed.together,
     )
 
   def draw(

@@ -102,6 +102,7 @@ def held_out(built: parts.Parts, loss: losses.Loss) -> validation.Validation:
     ),
     seed=config.seed,
     put=placing.put_part(built.mesh, size),
+    together=distributed.together,
   )
 
 

@@ -24,9 +24,11 @@ class Validation:
   """Evaluates a loss of `losses.fixed_time` over one epoch.
 
   `batches()` begins the epoch anew; all batches are of one size, and "mask" in
-  them says which examples are real. `put` places a batch on the devices. The
-  noise of an example follows from `seed` and its place in the epoch: it is the
-  same on every mesh, and another for another size of the batches.
+  them says which examples are real. `put` places a batch on the devices, and
+  `together` makes of a jitted function one that several processes call
+  together. The noise of an example follows from `seed` and its place in the
+  epoch: it is the same on every mesh, and another for another size of the
+  batches.
   """
 
   def __init__(
@@ -36,6 +38,7 @@ class Validation:
     *,
     seed: int = 0,
     put: collections.abc.Callable[[dict], dict] | None = None,
+    together: collections.abc.Callable[[Any], Any] = lambda jitted: jitted,
   ):
     self._batches, self._put = batches, put or (lambda batch: batch)
     self._key = jax.random.key(seed)
@@ -48,7 +51,7 @@ class Validation:
       by_time = metrics.get("loss_by_time", jnp.zeros((0,)))
       return count, mean, by_time, metrics.get("means", {})
 
-    self._total = jax.jit(total)
+    self._total = together(jax.jit(total))
 
   def run(self, params: Any) -> dict[str, float]:
     """Returns `validation_loss`, and `validation_loss_t0`, ... for each time.
