@@ -76,9 +76,7 @@ def _initialize(given: dict[str, Any], timeout: int, heartbeat: int) -> None:
       if state().client is not None:
         raise _not_met(error, timeout) from error
       if _NOWHERE.search(str(error)) is None:
-        raise errors.UserError(
-          f"The processes cannot meet: {error}"
-        ) from error
+        raise errors.UserError(f"The processes cannot meet: {error}") from error
       # A machine's name is known when the machine has started.
       if time.monotonic() - begun > timeout:
         raise errors.Lost(
