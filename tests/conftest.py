@@ -48,7 +48,7 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-# Tracing a program makes many objects at once, of which few go in circles.
+# A program that is traced makes many objects, and few of them go in circles.
 gc.set_threshold(50_000, 20, 50)
 
 
@@ -58,9 +58,51 @@ def _what_is_old_stays():
   gc.freeze()
 
 
+def pytest_addoption(parser):
+  parser.addoption(
+    "--cpu", action="store_true", help="say what each file took of the cores"
+  )
+
+
+def _seconds(item):
+  """Returns about how long a test takes: 4 s if slow, or what the mark says."""
+  mark = item.get_closest_marker("slow")
+  return 0.2 if mark is None else (mark.args or (4,))[0]
+
+
 def pytest_collection_modifyitems(items):
   """Puts the longest files first, so that no worker is left alone with one."""
   weight = collections.Counter()
   for item in items:
-    weight[item.path] += 10 if item.get_closest_marker("slow") else 1
+    weight[item.path] += _seconds(item)
   items.sort(key=lambda item: -weight[item.path])
+
+
+def _cpu():
+  """Returns the seconds of all threads, and of processes that have ended."""
+  return sum(os.times()[:4])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+  item.user_properties.append(("cpu_began", _cpu()))
+  return (yield)
+
+
+def pytest_runtest_teardown(item):
+  began = dict(item.user_properties)["cpu_began"]
+  item.user_properties.append(("cpu", _cpu() - began))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+  if not config.getoption("cpu"):
+    return
+  took = collections.Counter()
+  for reports in terminalreporter.stats.values():
+    for report in reports:
+      if getattr(report, "when", "") == "teardown":
+        path = report.nodeid.partition("::")[0]
+        took[path] += dict(report.user_properties)["cpu"]
+  terminalreporter.section(f"{sum(took.values()):.0f} s of the cores")
+  for path, seconds in took.most_common():
+    terminalreporter.write_line(f"{seconds:7.1f} {path}")

@@ -131,8 +131,10 @@ def test_guidance_is_counted_where_it_acts(flags):
 @pytest.mark.slow
 def test_script_runs_and_writes_what_it_promises(tmp_path):
   out = tmp_path / "result.json"
+  # What tests compile, they compile quickly.
+  words = ("--threads=1", f"--xla={os.environ['XLA_FLAGS']}")
   run = subprocess.run(
-    [sys.executable, str(SCRIPT), *SMALL, "--threads=1", f"--out={out}"],
+    [sys.executable, str(SCRIPT), *SMALL, *words, f"--out={out}"],
     env={**os.environ, "PYTHONPATH": ""},
     capture_output=True,
     text=True,

@@ -232,7 +232,7 @@ def _two(config, tmp_path_factory):
   return folder, ended
 
 
-@pytest.mark.slow
+@pytest.mark.slow(40)
 def test_two_processes_compute_what_one_does(one, two, tmp_path):
   folder, ended = two
   ours, theirs = _losses(one), _losses(folder / "run")
@@ -267,7 +267,7 @@ def _back_to(step, workdir, copy):
       shutil.rmtree(path)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(40)
 def test_a_run_moves_from_8_devices_to_4_processes_and_to_2_devices(
   config, one, two, tmp_path
 ):
@@ -303,7 +303,7 @@ def test_a_run_moves_from_8_devices_to_4_processes_and_to_2_devices(
     )
 
 
-@pytest.mark.slow
+@pytest.mark.slow(40)
 def test_stopped_then_killed_then_started_again_is_the_straight_run(
   config, two, tmp_path
 ):
@@ -329,7 +329,7 @@ def test_stopped_then_killed_then_started_again_is_the_straight_run(
   assert _fingerprints(workdir) == _fingerprints(straight)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(10)
 def test_whoever_is_lost_is_named_and_the_others_end():
   """Killed, or no longer running; process 0, where all meet, as well."""
   lost = [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)]
@@ -346,7 +346,7 @@ def test_whoever_is_lost_is_named_and_the_others_end():
       assert f"Lost process {process}" in text
 
 
-@pytest.mark.slow
+@pytest.mark.slow(10)
 def test_whoever_does_not_come_or_is_another_is_named(config, tmp_path):
   other = tmp_path / config.name
   other.write_text(CONFIG.replace("batch_size=16", "batch_size=32"))

@@ -38,6 +38,7 @@ MODELS = {
     **TEXT,
   ),
 }
+# Every axis, alone and beside others.
 MESHES = [
   dict(data=8),
   dict(data=1, fsdp=8),
