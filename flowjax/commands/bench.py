@@ -93,10 +93,13 @@ def random_batch(built: parts.Parts) -> dict[str, jax.Array]:
   size = (config.data.batch_size, *config.model.image_size)
   image = rng.standard_normal((*size, config.model.channels), np.float32)
   cond = jax.eval_shape(lambda: built.network.example(size[0]))
+  kinds = config.text.vocabulary or config.model.num_classes
 
   def drawn(x):
+    if x.dtype == bool:
+      return np.ones(x.shape, bool)
     if x.dtype == np.int32:
-      return rng.integers(config.model.num_classes, size=x.shape, dtype=x.dtype)
+      return rng.integers(kinds, size=x.shape, dtype=x.dtype)
     return rng.standard_normal(x.shape, np.float32)
 
   batch = {"image": image, **jax.tree.map(drawn, cond)}

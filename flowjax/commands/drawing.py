@@ -103,7 +103,8 @@ def held_out(
   """Returns images that training never sees, over and over, and their cond."""
   source = sources.open(run.experiment.data, "held_out")
   records = [source[i % len(source)] for i in range(count)]
-  keys = [key for key in records[0] if key not in ("image", "source")]
+  told = jax.eval_shape(lambda: run.network.example(1)).keys()
+  keys = [key for key in records[0] if key in (*told, "text_mask")]
   images = np.stack([record["image"] for record in records])
   return images, {
     key: np.stack([record[key] for record in records]) for key in keys
@@ -111,5 +112,5 @@ def held_out(
 
 
 def reads_text(network: models.Network) -> bool:
-  """Whether the network is told a text, and not a label."""
-  return "text" in jax.eval_shape(lambda: network.example(1))
+  """Whether the network is told a text or its tokens, and not a label."""
+  return "label" not in jax.eval_shape(lambda: network.example(1))

@@ -57,6 +57,11 @@ def run(args) -> None:
     print(
       f"{result.corrupt} times a corrupt record was passed over; each is named."
     )
+  if result.truncated:
+    print(
+      f"{result.truncated} times a caption was cut: it has more tokens than "
+      f"config.data.tokens = {config.data.tokens}."
+    )
   for name in ("checkpoints", "samples", "curves.png", "metrics.jsonl"):
     if (args.workdir / name).exists():
       print(f"  {name:<14} {args.workdir / name}")

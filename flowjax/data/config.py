@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from flowjax.data import tokenizers
+
 ON_CORRUPT = ("skip", "stop")
 ON_NO_CAPTION = ("stop", "skip", "empty")
 # Above it Pillow refuses an image, whatever it is told.
@@ -12,9 +14,11 @@ MOST_PIXELS = 178_956_970
 class DataConfig:
   """A source, how its images are cut, and how batches are drawn from it.
 
-  `source` is one of `sources.KINDS`; docs/data.md has an example of each. The
-  order of the examples follows from `shuffle_seed` and `batch_size` alone:
-  neither `workers`, nor `prefetch`, nor the number of processes changes it.
+  `source` is one of `sources.KINDS`; docs/data.md has an example of each.
+  `tokenizer`, "bytes" or "words", makes `tokens` tokens of each caption;
+  `words` are those that "words" knows. The order of the examples follows from
+  `shuffle_seed` and `batch_size` alone: neither `workers`, nor `prefetch`, nor
+  the number of processes changes it.
   """
 
   source: str = "digits"
@@ -30,6 +34,9 @@ class DataConfig:
   eval_split: str = "validation"
   prefetch: int = 2
   data_dir: str | None = None
+  tokenizer: str | None = None
+  tokens: int = 32
+  words: tuple[str, ...] = ()
   pair_source: str | None = None  # Images at t = 1, for the coupling "pairs".
   # Texts rather than labels; None: whatever the source clearly has.
   captions: bool | None = None
@@ -59,6 +66,7 @@ class DataConfig:
         f"on_corrupt={self.on_corrupt!r} must be one of {ON_CORRUPT}: skip "
         "takes the next sound image instead and counts it, stop ends the run."
       )
+    self._check_tokenizer()
     if self.on_no_caption not in ON_NO_CAPTION:
       raise ValueError(
         f"on_no_caption={self.on_no_caption!r} must be one of {ON_NO_CAPTION}: "
@@ -89,3 +97,25 @@ class DataConfig:
         f"held_out={self.held_out} is the fraction of the images that training "
         "never sees: at least 0 and below 1."
       )
+
+  def _check_tokenizer(self):
+    if self.tokenizer not in (None, *tokenizers.NAMES):
+      raise ValueError(
+        f"tokenizer={self.tokenizer!r} must be one of {tokenizers.NAMES}, or "
+        "None for data without captions."
+      )
+    if self.tokens < 2:
+      raise ValueError(
+        f"tokens={self.tokens} must be at least 2: the last ends a caption."
+      )
+    if (self.tokenizer == "words") != bool(self.words):
+      raise ValueError(
+        f"tokenizer={self.tokenizer!r} with {len(self.words)} words: the "
+        "tokenizer 'words' needs the list of them, and no other has one."
+      )
+
+  def build_tokenizer(self) -> tokenizers.Tokenizer | None:
+    """Returns what makes tokens of captions, if anything does."""
+    if self.tokenizer is None:
+      return None
+    return tokenizers.build(self.tokenizer, self.tokens, self.words)

@@ -61,7 +61,7 @@ def open(config: config_lib.DataConfig, split: str) -> Digits:
     raise errors.UserError(
       f"channels={config.channels} does not suit digits: 1 for grey, or 3."
     )
-  image_NIJ, label_N = _load()
+  image_NIJ, label_N = load()
   held_N = held_out(image_NIJ, label_N, config.held_out)
   keep_N = held_N if split == "held_out" else ~held_N
   if not keep_N.any():
@@ -69,10 +69,10 @@ def open(config: config_lib.DataConfig, split: str) -> Digits:
       f"held_out={config.held_out} leaves the split {split!r} of digits empty: "
       "config.data.held_out=0.2 holds out every fifth."
     )
-  image_NHW = _enlarge(image_NIJ[keep_N], config.image_size)
+  image_NHW = enlarged(image_NIJ[keep_N], config.image_size)
   image_NHWC = np.repeat(image_NHW[..., None], config.channels, axis=-1)
   return Digits(
-    image_NHWC, label_N[keep_N], _hash(image_NIJ[keep_N], label_N[keep_N])
+    image_NHWC, label_N[keep_N], hash_of(image_NIJ[keep_N], label_N[keep_N])
   )
 
 
@@ -95,7 +95,8 @@ def held_out(
   return held_N
 
 
-def _load() -> tuple[np.ndarray, np.ndarray]:
+def load() -> tuple[np.ndarray, np.ndarray]:
+  """Returns all images [N, 8, 8] in [-1, 1], and their labels."""
   try:
     from sklearn import datasets
   except ImportError as error:
@@ -108,13 +109,15 @@ def _load() -> tuple[np.ndarray, np.ndarray]:
   return image_NIJ, digits.target.astype(np.int32)
 
 
-def _hash(image_NIJ: np.ndarray, label_N: np.ndarray) -> str:
+def hash_of(image_NIJ: np.ndarray, label_N: np.ndarray) -> str:
+  """Returns what tells these digits from others."""
   content = hashlib.blake2b(image_NIJ.tobytes(), digest_size=8)
   content.update(label_N.tobytes())
   return content.hexdigest()
 
 
-def _enlarge(image_NIJ: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def enlarged(image_NIJ: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+  """Returns the images [N, H, W], linear between their pixels."""
   if size == (SIDE, SIDE):
     return image_NIJ
   rows_HI, columns_WJ = _linear(size[0]), _linear(size[1])

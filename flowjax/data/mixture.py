@@ -116,7 +116,9 @@ def open(config: config_lib.DataConfig, split: str) -> Mixture:
   slots = slots_of(tuple(weight for _, weight in config.mixture))
   parts = []
   for name in names:
-    alone = dataclasses.replace(config, source=name, mixture=())
+    alone = dataclasses.replace(
+      config, source=name, mixture=(), tokenizer=None, words=()
+    )
     with errors.naming(f"config.data.mixture, {name!r}"):
       parts.append(sources.open(alone, split))
   _check_alike(parts)

@@ -18,6 +18,7 @@ Record = dict[str, Any]
 SPLITS = ("train", "held_out")
 KINDS = {
   "digits": "digits",
+  "scenes": "scenes",
   "tfds": "tfds:<name>",
   "folder": "folder:<dir>",
   "webdataset": "webdataset:<pattern>",
@@ -75,7 +76,9 @@ def open(config: config_lib.DataConfig, split: str) -> Source:
     raise ValueError(f"split={split!r} must be one of {SPLITS}.")
   if config.pair_source is not None:
     alone = dataclasses.replace(config, pair_source=None)
-    other = dataclasses.replace(alone, source=config.pair_source)
+    other = dataclasses.replace(
+      alone, source=config.pair_source, mixture=(), tokenizer=None, words=()
+    )
     return pairs.paired(open(alone, split), open(other, split))
   kind, _, place = config.source.partition(":")
   if kind in KINDS and not place and "<" in KINDS[kind]:
@@ -92,7 +95,10 @@ def open(config: config_lib.DataConfig, split: str) -> Source:
   source = module.open(config, split)
   if config.templates and source.num_classes:
     texts = importlib.import_module("flowjax.data.texts")
-    return texts.Templated(source, config.templates)
+    source = texts.Templated(source, config.templates)
+  if (tokenizer := config.build_tokenizer()) is not None:
+    captions = importlib.import_module("flowjax.data.captions")
+    source = captions.captioned(source, tokenizer)
   return source
 
 
@@ -126,6 +132,11 @@ def check(
   pooled_width: int | None = None,
 ) -> None:
   """Refuses a source that a model of these sizes cannot be trained on."""
+  if "caption" in blank(source):
+    raise errors.UserError(
+      f"{source.name} has captions, and nothing makes tokens of them: set "
+      "config.data.tokenizer to 'bytes' or 'words', and config.text."
+    )
   if (source.num_classes == 0) != (num_classes == 0):
     kind = ("labels", "texts")[source.num_classes == 0]
     raise errors.UserError(
@@ -158,9 +169,9 @@ def check(
       "channels of config.data and config.model the same."
     )
   for key, wide in (("text", text_width), ("pooled", pooled_width)):
-    blank = getattr(source, "blank", {})
-    if wide and key in blank and blank[key].shape[-1] != wide:
+    empty = blank(source)
+    if wide and key in empty and empty[key].shape[-1] != wide:
       raise errors.UserError(
-        f"{source.name}: {key!r} is {blank[key].shape[-1]} wide, and "
+        f"{source.name}: {key!r} is {empty[key].shape[-1]} wide, and "
         f"config.model.{key}_width={wide}: make them the same."
       )

@@ -1,10 +1,10 @@
-"""The config.json of diffusers' transformers, from our configs and to them."""
+"""The config.json of diffusers' networks, from our configs and to them."""
 
 import dataclasses
 from typing import Any
 
 from flowjax import errors, models, schema
-from flowjax.interop import dit, formats, mmdit
+from flowjax.interop import autoencoder, dit, formats, mmdit
 
 # The version whose classes have the fields below.
 VERSION = "0.36.0"
@@ -16,6 +16,7 @@ CLASSES = {
   "Transformer2DModel": "dit",
   "SD3Transformer2DModel": "mmdit",
   "FluxTransformer2DModel": "flux",
+  **autoencoder.CLASSES,
 }
 
 # The fields of each class with its defaults.
@@ -75,11 +76,25 @@ _FIELDS: dict[str, dict[str, Any]] = {
   "dit": _DIT,
   "mmdit": _MMDIT,
   "flux": _FLUX,
+  **autoencoder.FIELDS,
 }
 # Fields that may be null, of which the default does not tell the type.
-_OPTIONAL = {"out_channels": int, "qk_norm": str}
-# They change nothing of what a trained network says.
-_UNREAD = ("dropout", "norm_num_groups", "upcast_attention")
+_OPTIONAL = {
+  ("dit", "out_channels"): int,
+  ("mmdit", "out_channels"): int,
+  ("flux", "out_channels"): int,
+  ("mmdit", "qk_norm"): str,
+  ("autoencoder", "shift_factor"): float,
+  ("vq", "vq_embed_dim"): int,
+}
+# They change nothing of what a trained network says, or have one value here.
+_UNREAD = {
+  "dit": ("dropout", "norm_num_groups", "upcast_attention"),
+  "autoencoder": ("latents_mean", "latents_std"),
+  "vq": ("lookup_from_codebook",),
+}
+# Those of a list that do not hold whole numbers.
+_WORDS = ("down_block_types", "up_block_types")
 
 
 def write(config: Any) -> dict[str, Any]:
@@ -89,6 +104,8 @@ def write(config: Any) -> dict[str, Any]:
     "dit": _write_dit,
     "mmdit": mmdit.diffusers_config,
     "flux": _write_flux,
+    "autoencoder": autoencoder.diffusers_config,
+    "vq": autoencoder.diffusers_config,
   }
   name = next(name for name, kind in CLASSES.items() if kind == config.name)
   return {
@@ -110,7 +127,11 @@ def read(content: dict[str, Any], like: Any = None) -> Any:
   fields = _FIELDS[kind] | content
   _require_types(kind, fields)
   own = {"dit": _read_dit, "mmdit": _read_mmdit, "flux": _read_flux}
-  changes = own[kind](fields, like)
+  if kind in autoencoder.FIELDS:
+    _require(fields, autoencoder.fixed(fields))
+    changes = autoencoder.our_config(kind, fields)
+  else:
+    changes = own[kind](fields, like)
   with errors.naming("config.json"):
     return dataclasses.replace(like or models.CONFIGS[kind](), **changes)
 
@@ -143,17 +164,23 @@ def kind(content: dict[str, Any]) -> str | None:
 def _require_types(kind: str, fields: dict[str, Any]) -> None:
   """Refuses what no class of diffusers could be built with."""
   for name, default in _FIELDS[kind].items():
-    wanted, value = _OPTIONAL.get(name, type(default)), fields[name]
-    if name in _UNREAD or (name in _OPTIONAL and value is None):
+    wanted = _OPTIONAL.get((kind, name), type(default))
+    value = fields[name]
+    if name in _UNREAD.get(kind, ()):
       continue
+    if (kind, name) in _OPTIONAL and value is None:
+      continue
+    item_kind = str if name in _WORDS else int
     fits = type(value) is wanted
     if wanted is float:
       fits = type(value) in (int, float)
-    elif wanted is tuple:
+    elif wanted is tuple or (name == "sample_size" and type(value) is list):
       fits = isinstance(value, (tuple, list))
-      fits = fits and all(type(item) is int for item in value)
+      fits = fits and all(type(item) is item_kind for item in value)
     if not fits:
       what = {tuple: "a list of whole numbers", int: "a whole number"}
+      if name in _WORDS:
+        what[tuple] = "a list of names"
       raise errors.UserError(
         f"config.json: {name} = {value!r} must be "
         f"{what.get(wanted, f'of type {wanted.__name__}')}, such as "

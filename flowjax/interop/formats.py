@@ -13,10 +13,16 @@ import pathlib
 from typing import Any
 
 from flowjax import errors, models, schema
-from flowjax.interop import dit, flux, mmdit, tables
+from flowjax.interop import autoencoder, dit, flux, mmdit, tables
 
 FORMATS = ("torch", "diffusers", "original")
-NETWORKS: dict[str, Any] = {"dit": dit, "mmdit": mmdit, "flux": flux}
+NETWORKS: dict[str, Any] = {
+  "dit": dit,
+  "mmdit": mmdit,
+  "flux": flux,
+  "autoencoder": autoencoder,
+  "vq": autoencoder,
+}
 
 # The parameters of a network that belong to no format of others: a text
 # network's own texts for labels, in a file of their own.

@@ -52,14 +52,18 @@ def write(
     (folder / f"{stem}{INDEX}").write_text(text)
 
 
-def read(path: pathlib.Path) -> dict[str, np.ndarray]:
+def read(
+  path: pathlib.Path,
+  wanted: collections.abc.Callable[[str], bool] = lambda key: True,
+) -> dict[str, np.ndarray]:
   """Returns the tensors of a file, or of all files that an index names.
 
   They are mapped to memory, and read when touched. Raises CheckpointError,
-  which names the file and the key, for an index that is not true.
+  which names the file and the key, for an index that is not true; what is not
+  `wanted` may be anything.
   """
   if not path.name.endswith(INDEX):
-    return safetensors.read(path)
+    return safetensors.read(path, wanted)
   where = _read_index(path)
   tensors: dict[str, np.ndarray] = {}
   for name in sorted(set(where.values())):
@@ -72,8 +76,8 @@ def read(path: pathlib.Path) -> dict[str, np.ndarray]:
       raise errors.CheckpointError(
         f"{path} names {name}, which is missing: copy it, or all files, again."
       )
-    found = safetensors.read(file)
-    named = {key for key in where if where[key] == name}
+    found = safetensors.read(file, wanted)
+    named = {key for key in where if where[key] == name and wanted(key)}
     if found.keys() != named:
       key = min(found.keys() ^ named)
       holder = "the index alone" if key in named else "the file alone"

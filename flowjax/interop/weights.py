@@ -18,6 +18,7 @@ import numpy as np
 
 from flowjax import errors
 from flowjax.interop import (
+  autoencoder,
   diffusers_configs,
   files,
   folder_export,
@@ -147,11 +148,11 @@ def _open_folder(path: pathlib.Path) -> Weights:
     path = path / "transformer"
   if files.format_of(path / "config.json") == torch_export.FORMAT:
     description = _described(path / "config.json")
-    tensors = shards.read(_find(path, "model"))
+    tensors = shards.read(find(path, "model"))
     return Weights(path, tensors, {}, "torch", description)
   if (path / "config.json").exists():
-    return _open_diffusers(_find(path, folder_export.STEMS["diffusers"]))
-  tensors = shards.read(_find(path, folder_export.STEMS["original"]))
+    return _open_diffusers(find(path, folder_export.STEMS["diffusers"]))
+  tensors = shards.read(find(path, folder_export.STEMS["original"]))
   return Weights(path, tensors, _labels(path), "original", _marker(path))
 
 
@@ -172,6 +173,8 @@ def _open_diffusers(file: pathlib.Path) -> Weights:
       content["_class_name"],
     )
   tensors = shards.read(file)
+  if diffusers_configs.kind(content) in autoencoder.FIELDS:
+    tensors = autoencoder.renamed(tensors)
   if ours:
     config = formats.config_of(ours["model"], None, path)
     theirs = diffusers_configs.read(content, config)
@@ -199,7 +202,7 @@ def _open_file(path: pathlib.Path) -> Weights:
   return Weights(path, tensors, {}, left=dict(left))
 
 
-def _find(folder: pathlib.Path, stem: str) -> pathlib.Path:
+def find(folder: pathlib.Path, stem: str) -> pathlib.Path:
   """Returns the weights file of a folder, or the index of its files."""
   for suffix in (shards.INDEX, ".safetensors"):
     if (folder / f"{stem}{suffix}").exists():

@@ -9,8 +9,20 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from flowjax.models import blocks, coupling, dit, flux, lora, mmdit, uncertainty
+from flowjax.models import (
+  autoencoder,
+  blocks,
+  coupling,
+  dit,
+  flux,
+  lora,
+  mmdit,
+  text,
+  uncertainty,
+  vq,
+)
 from flowjax.ops import attention
 
 CONFIGS: dict[str, Any] = {
@@ -18,12 +30,16 @@ CONFIGS: dict[str, Any] = {
   "coupling": coupling.CouplingConfig,
   "mmdit": mmdit.MMDiTConfig,
   "flux": flux.FluxConfig,
+  "autoencoder": autoencoder.AutoencoderConfig,
+  "vq": vq.VQConfig,
 }
 _MODULES: dict[str, Any] = {
   "dit": dit,
   "coupling": coupling,
   "mmdit": mmdit,
   "flux": flux,
+  "autoencoder": autoencoder,
+  "vq": vq,
 }
 
 # Within it, a network has derivatives in forward mode (`jax.jvp`) as well.
@@ -62,6 +78,9 @@ class Network:
   uncertainty: collections.abc.Callable[..., jax.Array] | None = None
   # From all parameters to those of the network as it was built.
   own: collections.abc.Callable[[Params], Params] = lambda params: params
+  # From all parameters and a condition to what the network as it was built is
+  # told.
+  told: collections.abc.Callable[[Params, Cond], Cond] = lambda _, cond: cond
 
 
 def with_lora(network: Network, config: lora.LoraConfig) -> Network:
@@ -88,6 +107,107 @@ def with_lora(network: Network, config: lora.LoraConfig) -> Network:
     return network.own(lora.beside(config, params))
 
   return dataclasses.replace(network, init=init, apply=apply, own=own)
+
+
+def with_text_encoder(
+  network: Network,
+  config: text.TextConfig,
+  empty: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike],
+) -> Network:
+  """Returns the network with an encoder of captions, trained beside it.
+
+  Its parameters are "text_encoder". The condition has "token" [B, L] and
+  "token_mask" [B, L] in place of the text, and may have a "negative" of the
+  same; without a condition the caption is `empty`, token [L] and mask [L].
+  """
+  model = network.config
+  if not hasattr(model, "text_width") or model.num_classes:
+    raise ValueError(
+      f"vocabulary = {config.vocabulary}: a network {model.name!r} with "
+      f"num_classes = {model.num_classes} reads no text; take an MM-DiT or a "
+      "FLUX with num_classes = 0, or set vocabulary = 0."
+    )
+  if not model.text_width == model.pooled_width == config.width:
+    raise ValueError(
+      f"width = {config.width} must be that of the text, model.text_width = "
+      f"{model.text_width}, and model.pooled_width = {model.pooled_width}."
+    )
+  if model.text_tokens != config.tokens:
+    raise ValueError(
+      f"tokens = {config.tokens} and model.text_tokens = {model.text_tokens} "
+      "must be the same."
+    )
+  nothing = dict(zip(("token", "token_mask"), empty, strict=True))
+
+  def init(rng):
+    encoder = text.init(config, jax.random.fold_in(rng, 2))
+    return {**network.init(rng), text.GROUP: encoder}
+
+  def without(params):
+    return {key: params[key] for key in params if key != text.GROUP}
+
+  def encoded(params, cond):
+    mask_BL = cond["token_mask"].astype(bool)
+    text_BLE, pooled_BP = text.apply(
+      config, params[text.GROUP], cond["token"], mask_BL
+    )
+    return {"text": text_BLE, "pooled": pooled_BP, "text_mask": mask_BL}
+
+  def told(params, cond):
+    if "token" not in cond:
+      raise ValueError(
+        "The network reads captions, cond={'token': [B, L], 'token_mask': "
+        f"[B, L]}}, got the keys {sorted(cond)}."
+      )
+    others = {key: cond[key] for key in cond if key not in nothing}
+    if "negative" in cond:
+      others["negative"] = encoded(params, cond["negative"])
+    return {**others, **encoded(params, cond)}
+
+  def unconditional(cond):
+    if "negative" in cond:
+      return {**cond, **cond["negative"]}
+    emptied = {
+      key: jnp.broadcast_to(
+        jnp.asarray(row, cond[key].dtype)[None], cond[key].shape
+      )
+      for key, row in nothing.items()
+    }
+    return {**cond, **emptied}
+
+  def dropped(cond, rng):
+    emptied = unconditional(cond)
+    drop_B = jax.random.bernoulli(
+      rng, model.condition_dropout, cond["token"].shape[:1]
+    )
+    lost = {
+      key: jnp.where(drop_B[:, None], emptied[key], cond[key])
+      for key in nothing
+    }
+    return {**cond, **lost}
+
+  def apply(params, x_BHWC, t_B, cond, rng=None):
+    cond = cond if rng is None else dropped(cond, rng)
+    return network.apply(without(params), x_BHWC, t_B, told(params, cond))
+
+  def example(batch):
+    shape = (batch, config.tokens)
+    return {
+      "token": jnp.zeros(shape, jnp.int32),
+      "token_mask": jnp.ones(shape, bool),
+    }
+
+  return dataclasses.replace(
+    network,
+    init=init,
+    apply=apply,
+    unconditional=unconditional,
+    flops=network.flops + text.flops(config),
+    example=example,
+    dropped=dropped,
+    own=lambda params: network.own(without(params)),
+    told=told,
+  )
 
 
 def with_uncertainty(network: Network) -> Network:
@@ -155,9 +275,9 @@ def without_layers(
   module = _degradable(network, layers, "without_layers")
   module.check_layers(network.config, layers)
 
-  def apply(params, *inputs):
+  def apply(params, x_BHWC, t_B, cond, *rng):
     shallow = module.without_layers(network.config, network.own(params), layers)
-    return module.apply(*shallow, *inputs)
+    return module.apply(*shallow, x_BHWC, t_B, network.told(params, cond), *rng)
 
   return apply
 
@@ -173,7 +293,12 @@ def with_identity_attention(
   """
   module = _degradable(network, layers, "with_identity_attention")
   alone = module.with_identity_attention(network.config, layers)
-  return lambda params, *inputs: alone(network.own(params), *inputs)
+
+  def apply(params, x_BHWC, t_B, cond, *rng):
+    told = network.told(params, cond)
+    return alone(network.own(params), x_BHWC, t_B, told, *rng)
+
+  return apply
 
 
 def _degradable(network: Network, layers, way: str) -> Any:

@@ -93,9 +93,42 @@ FLUX: Rules = (
   *_ENDS,
 )
 
+# Beside a network that reads captions; divided as its blocks are.
+TEXT_ENCODER: Rules = (
+  (r"text_encoder/(place_)?embed/embedding", (None, "fsdp")),
+  (r"text_encoder/pooled/kernel", (None, "fsdp")),
+  *((rf"text_encoder/blocks/{name}", (None, *dims)) for name, dims in _STREAM),
+  (r"text_encoder/.*(?<!/qkv)(?<!/mlp/in)/(bias|scale)", ()),
+)
+
+# Text encoders: a table of tokens is divided both ways, as it is large.
+_TEXT: Rules = (
+  (r"token_embed/embedding", ("tensor", "fsdp")),
+  (r"blocks/qkv/kernel", (None, "fsdp", None, "tensor", None)),
+  (r"blocks/out/kernel", (None, "tensor", None, "fsdp")),
+  (r"blocks/mlp_out/kernel", (None, "tensor", "fsdp")),
+)
+CLIP: Rules = (
+  *_TEXT,
+  (r"pos_embed/embedding", (None, "fsdp")),
+  (r"blocks/qkv/bias", (None, None, "tensor", None)),
+  (r"blocks/mlp_in/kernel", (None, "fsdp", "tensor")),
+  (r"blocks/mlp_in/bias", (None, "tensor")),
+  (r"projection/kernel", ("fsdp", "tensor")),
+  (r".*(?<!/qkv)(?<!/mlp_in)/bias|.*/scale", ()),
+)
+T5: Rules = (
+  *_TEXT,
+  (r"position_bias/embedding", (None, "tensor")),
+  (r"blocks/mlp_in/kernel", (None, "fsdp", None, "tensor")),
+  (r".*/scale", ()),
+)
+
 
 def for_model(config: Any) -> Rules:
   """Returns the rules for the parameters of a model's config."""
+  if config.name in ("clip", "t5"):
+    return CLIP if config.name == "clip" else T5
   if config.name == "coupling":
     return COUPLING
   if config.name == "flux":

@@ -15,6 +15,7 @@ import ml_collections
 from flowjax import errors, models, schema
 from flowjax.data import config as data_config
 from flowjax.models import lora as adapters
+from flowjax.models import text as encoders
 from flowjax.parallel import mesh as meshes
 from flowjax.train import checkpoint as checkpoints
 from flowjax.train import ema as averages
@@ -64,6 +65,7 @@ class Experiment:
   data: data_config.DataConfig = _group(data_config.DataConfig)
   flow: flows.FlowConfig = _group(flows.FlowConfig)
   lora: adapters.LoraConfig = _group(adapters.LoraConfig)
+  text: encoders.TextConfig = _group(encoders.TextConfig)
   optim: optimizers.OptimConfig = _group(optimizers.OptimConfig)
   ema: averages.EmaConfig = _group(averages.EmaConfig)
   mesh: meshes.MeshConfig = _group(meshes.MeshConfig)
@@ -93,6 +95,7 @@ class Experiment:
         raise ValueError(
           f"model.{key} = {ours} and data.{key} = {theirs} must be the same."
         )
+    self._check_text()
     self._check_objective()
     self._check_sampling()
     self._check_channels()
@@ -104,6 +107,28 @@ class Experiment:
         'images needs the coupling "pairs" and the source of the images at '
         "t = 1, and any other flow neither."
       )
+
+  def _check_text(self):
+    """Refuses an encoder of other captions than those of the data."""
+    tokenizer = self.data.build_tokenizer()
+    if tokenizer is None and self.text.vocabulary:
+      raise ValueError(
+        f"text.vocabulary = {self.text.vocabulary} is for an encoder of "
+        "captions, and data.tokenizer, which makes tokens of them, is not set: "
+        "'bytes' or 'words'."
+      )
+    if tokenizer is None:
+      return
+    for key, wanted in (
+      ("vocabulary", tokenizer.vocabulary),
+      ("tokens", tokenizer.length),
+    ):
+      if getattr(self.text, key) != wanted:
+        raise ValueError(
+          f"text.{key} = {getattr(self.text, key)}, and data.tokenizer = "
+          f"{self.data.tokenizer!r} makes {wanted}: set config.text.{key}="
+          f"{wanted}."
+        )
 
   def _check_sampling(self):
     """Refuses a way to sample that this flow or this model does not allow."""

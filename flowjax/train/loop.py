@@ -32,6 +32,12 @@ from flowjax.train import (
 from flowjax.train import state as states
 from flowjax.train import step as steps
 
+# What is counted in batches: the key of its marks, and the metric.
+COUNTED = {
+  "corrupt": ("skipped", "corrupt_records"),
+  "truncated": ("truncated", "truncated_captions"),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
@@ -50,12 +56,14 @@ class Evaluator:
 class Result:
   """How a run ended: its state, and the seconds it has trained in all.
 
-  `corrupt` counts how often a corrupt record was passed over, in all sittings.
+  `corrupt` counts how often a corrupt record was passed over, in all sittings,
+  and `truncated` how often a caption was cut.
   """
 
   state: states.TrainState
   seconds: float
   corrupt: int
+  truncated: int = 0
 
 
 def train(
@@ -112,7 +120,8 @@ def train(
     with outlived("THE CURVES WERE NOT DRAWN"):
       if distributed.is_first():
         curves.draw(directory / "metrics.jsonl", directory / "curves.png")
-    return Result(state, session.seconds, int(session.corrupt))
+    counts = {name: int(count) for name, count in session.counts.items()}
+    return Result(state, session.seconds, *counts.values())
 
 
 @contextlib.contextmanager
@@ -209,7 +218,7 @@ def _restore_or_begin(run, saved, source):
   """Returns the state to go on from, and what earlier sittings add up to."""
   restored = saved.restore(run.abstract)
   if restored is None:
-    return run.initial_state(), {"train_seconds": 0.0, "corrupt": 0}
+    return run.initial_state(), {"train_seconds": 0.0}
   # Not config.json: it names the new data from the moment the change was
   # allowed, and a run killed before its next save has seen only the old.
   rows = workdir.difference(restored.extra["config"], run.experiment)
@@ -244,7 +253,9 @@ class _Session:
     self.started = time.monotonic()
     self.behind = metrics.Behind()
     self.first, self.bar = first, self._progress(first)
-    self.corrupt, self.skipped_in_row = before["corrupt"], 0
+    # What an earlier FlowJAX did not count begins with 0.
+    self.counts = {name: before.get(name, 0) for name in COUNTED}
+    self.skipped_in_row = 0
     self.watchdog = watchdog.Watchdog(run.experiment.log.hung_after)
     self._sum = jax.jit(jnp.sum, out_shardings=meshes.replicated(run.mesh))
 
@@ -267,13 +278,14 @@ class _Session:
     ):
       for number in range(self.first + 1, self.config.steps + 1):
         with self.bar.waiting():
-          batch, skipped = next(batches)
+          batch, marks = next(batches)
         if number == self.first + 1:
           step = distributed.compiled(step, state, batch)
         state, values = step(state, batch)
-        if skipped is not None:
-          self.corrupt = self.corrupt + self._sum(skipped)
-        self._report(number, {**values, "corrupt_records": self.corrupt})
+        for name, marks_B in marks.items():
+          self.counts[name] = self.counts[name] + self._sum(marks_B)
+        counts = {COUNTED[name][1]: n for name, n in self.counts.items()}
+        self._report(number, {**values, **counts})
         self.watchdog.beat()
         last = number == self.config.steps
         if last:
@@ -306,7 +318,7 @@ class _Session:
 
   @contextlib.contextmanager
   def _batches(self, first: int):
-    """Yields batches on the devices, and which of their records were corrupt.
+    """Yields batches on the devices, and marks of what is counted in them.
 
     They are read ahead: only a batch that is trained on may be counted, and
     only this thread may compute, as all processes must in the same order.
@@ -323,8 +335,12 @@ class _Session:
 
     def put(batch):
       batch = place(batch)
-      skipped = batch.pop("skipped", None)
-      return batch, skipped
+      marks = {
+        name: batch.pop(key)
+        for name, (key, _) in COUNTED.items()
+        if key in batch
+      }
+      return batch, marks
 
     with contextlib.closing(
       loader.to_device(host, put, self.config.data.prefetch)
@@ -347,8 +363,9 @@ class _Session:
     self.skipped_in_row = int(scalars["skipped_in_row"])
     last = number == self.config.steps
     if number % self.config.log.metrics_every == 0 or last:
-      if not scalars["corrupt_records"]:
-        del scalars["corrupt_records"]
+      for _, name in COUNTED.values():
+        if not scalars[name]:
+          del scalars[name]
       self.writer.write_scalars(number, {**scalars, **self.bar.rates()})
 
   def _is_stuck(self) -> bool:
@@ -382,7 +399,7 @@ class _Session:
       "config": schema.to_dict(self.config),
       "data": loader.state(self.config.data, number, self.source),
       "train_seconds": self.seconds,
-      "corrupt": int(self.corrupt),
+      **{name: int(count) for name, count in self.counts.items()},
     }
     return self.saved.save(number, state, extra)
 

@@ -102,6 +102,12 @@ def build(
   if config.lora.rank:
     with errors.naming("config.lora"):
       network = models.with_lora(network, config.lora)
+  if tokenizer := config.data.build_tokenizer():
+    token_BL, mask_BL = tokenizer([""])
+    with errors.naming("config.text"):
+      network = models.with_text_encoder(
+        network, config.text, (token_BL[0], mask_BL[0])
+      )
   if config.flow.uncertainty:
     network = models.with_uncertainty(network)
   with errors.naming("config.lora" if config.lora.rank else "config.model"):
@@ -118,6 +124,8 @@ def build(
     lambda: states.initial(network.init, optimizer, config.seed, frozen)
   )
   table = rules.for_model(config.model)
+  if config.text.vocabulary:
+    table = (*rules.TEXT_ENCODER, *table)
   if config.lora.rank:
     factors = lora.factors(config.lora, abstract_params)
     table = (*rules.of_factors(table, factors), *table)

@@ -61,9 +61,9 @@ def test_enlarged_digits_keep_their_mean_and_range():
 
 def test_enlarging_shifts_nothing():
   """From centre to centre, it commutes with turning an image round."""
-  image_NIJ, _ = digits._load()
-  large_NHW = digits._enlarge(image_NIJ[:20], (16, 24))
-  turned_NHW = digits._enlarge(image_NIJ[:20, ::-1, ::-1], (16, 24))
+  image_NIJ, _ = digits.load()
+  large_NHW = digits.enlarged(image_NIJ[:20], (16, 24))
+  turned_NHW = digits.enlarged(image_NIJ[:20, ::-1, ::-1], (16, 24))
   np.testing.assert_allclose(turned_NHW[:, ::-1, ::-1], large_NHW, atol=1e-6)
 
 

@@ -1,5 +1,6 @@
 """Mixtures of sources, and captions made of labels."""
 
+import dataclasses
 import itertools
 import json
 
@@ -219,6 +220,48 @@ def test_a_config_mixes_captioned_and_templated_sources(folder, tmp_path):
   # As JSON of a workdir has it, it is the same config.
   again = json.loads(json.dumps(schema.to_dict(config)))
   assert schema.build(config_lib.DataConfig, again, "config.data") == config
+
+
+def test_a_mixture_is_read_as_tokens_in_its_own_order():
+  pairs = (("scenes", 1.0), ("digits", 3.0))
+  config = config_lib.DataConfig(
+    source="mixture",
+    mixture=pairs,
+    templates=("a {}",),
+    image_size=(32, 32),
+    channels=3,
+    batch_size=16,
+    tokenizer="bytes",
+    tokens=24,
+  )
+  source = sources.open(config, "train")
+  batch = next(loader.batches(source, config))
+  assert batch["token"].shape == (16, 24) and "caption" not in batch
+  short = batch["token_mask"].sum(1) <= 5  # Those of digits: "a 7".
+  assert short.sum() == 12
+  model = {"num_classes": 0, "channels": 3, "image_size": (32, 32)}
+  sources.check(source, **model, batch_size=16)
+
+  config = dataclasses.replace(config, tokenizer=None)
+  raw = sources.open(config, "train")
+  with pytest.raises(errors.UserError, match="nothing makes tokens"):
+    sources.check(raw, **model, batch_size=16)
+
+
+def test_a_mixture_can_be_paired_with_a_source(tmp_path):
+  for i in range(3):
+    (tmp_path / "a").mkdir(exist_ok=True)
+    image = PIL.Image.fromarray(np.zeros((8, 8), np.uint8))
+    image.save(tmp_path / f"a/{i}.png")
+  config = config_lib.DataConfig(
+    source="mixture",
+    mixture=(("digits", 1.0),),
+    pair_source=f"folder:{tmp_path}",
+    held_out=0.0,
+    batch_size=4,
+  )
+  batch = next(loader.batches(sources.open(config, "train"), config))
+  assert batch["label"].shape == (4,) and (batch["source"] == -1.0).all()
 
 
 def test_labels_mix_with_captions_only_by_templates(folder):

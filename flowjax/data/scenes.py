@@ -1,0 +1,298 @@
+"""Scenes of real handwritten digits in colours, with captions that say what.
+
+Up to three of the digits of scikit-learn stand on black, 14 pixels high, and
+the caption says which and where: "a red 3 to the left of a blue 7". Nothing is
+stored: scene i is a pure function of the seed and i. Of each digit one colour
+is held out, so that training never sees that combination.
+"""
+
+# Shape suffixes: B batch, N digits, H height, W width, C channels.
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from flowjax import errors
+from flowjax.data import config as config_lib
+from flowjax.data import digits, order
+
+SIZE, SIDE = 32, 14  # Pixels of a scene and of a digit, both square.
+CELL = SIZE // 2
+LENGTH = {"train": 2**20, "held_out": 256}
+COMBINATIONS = ("seen", "held_out", "all")
+COLOURS = {
+  "red": (1.0, 0.1, 0.1),
+  "green": (0.1, 0.9, 0.1),
+  "blue": (0.2, 0.3, 1.0),
+  "yellow": (1.0, 0.9, 0.1),
+  "purple": (0.8, 0.1, 0.9),
+  "white": (1.0, 1.0, 1.0),
+}
+# What is said of the first of two things, and what of the second.
+INVERSE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+_OF = {
+  "left": "to the left of",
+  "right": "to the right of",
+  "above": "above",
+  "below": "below",
+}
+_ITS = {
+  "left": "to its left",
+  "right": "to its right",
+  "above": "above it",
+  "below": "below it",
+}
+WORDS = tuple(
+  "0 1 2 3 4 5 6 7 8 9 a above alone and below is it its left of one right the "
+  "there to".split()
+) + tuple(COLOURS)
+# How far two centres must be apart for one to be left of the other, or above.
+APART = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Thing:
+  """A digit in a colour, and where its centre is, in pixels."""
+
+  digit: int
+  colour: str
+  row: float
+  column: float
+
+  def __str__(self) -> str:
+    return f"a {self.colour} {self.digit}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+  """What is in a scene, what is said of it, and the relations that are said.
+
+  (i, "left", j) says that thing i is to the left of thing j. `images` are the
+  digits that were taken, among those of the source.
+  """
+
+  things: tuple[Thing, ...]
+  relations: tuple[tuple[int, str, int], ...]
+  caption: str
+  images: tuple[int, ...] = ()
+
+
+def holds(one: Thing, relation: str, other: Thing) -> bool:
+  """Whether the first of two things is where the relation says."""
+  down, across = one.row - other.row, one.column - other.column
+  away = {"left": -across, "right": across, "above": -down, "below": down}
+  return away[relation] >= APART
+
+
+@functools.cache
+def held_out_colour(digit: int) -> str:
+  """Returns the colour in which training never sees this digit."""
+  number = hashlib.blake2b(f"scenes {digit}".encode(), digest_size=8).digest()
+  return tuple(COLOURS)[int.from_bytes(number, "big") % len(COLOURS)]
+
+
+def is_held_out(thing: Thing) -> bool:
+  """Whether a thing is of a combination that training never sees."""
+  return held_out_colour(thing.digit) == thing.colour
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenes:
+  """Scenes of some digits, in combinations of one kind.
+
+  "seen" ones are those of training; in "held_out" ones a thing of each scene is
+  of a combination that it never sees; "all" are of any.
+  """
+
+  ink_NHW: np.ndarray  # From 0 to 1.
+  label_N: np.ndarray
+  hash: str
+  combinations: str
+  length: int
+  seed: int = 0
+  name: str = "scenes"
+  class_names: tuple[str, ...] = ()
+  num_classes: int = 0
+  shape: tuple[int, int, int] = (SIZE, SIZE, 3)
+
+  @property
+  def blank(self) -> dict[str, Any]:
+    return {"image": np.zeros(self.shape, np.float32), "caption": ""}
+
+  def __len__(self) -> int:
+    return self.length
+
+  def __getitem__(self, i: int) -> dict[str, Any]:
+    scene = self.scene(i)
+    return {"image": self._painted(scene), "caption": scene.caption}
+
+  def gather(self, records_B: np.ndarray) -> dict[str, np.ndarray]:
+    records = [self[int(i)] for i in records_B]
+    return {
+      "image": np.stack([record["image"] for record in records]),
+      "caption": np.array([record["caption"] for record in records]),
+    }
+
+  def fingerprint(self) -> dict[str, Any]:
+    return {
+      "records": len(self),
+      "hash": self.hash,
+      "seed": self.seed,
+      "combinations": self.combinations,
+    }
+
+  def scene(self, i: int) -> Scene:
+    """Returns what scene `i` is."""
+    draw = _dice(self.seed, i)
+    count = (1, 2, 2, 3)[next(draw) % 4]
+    images = tuple(next(draw) % len(self.label_N) for _ in range(count))
+    labels = [int(self.label_N[image]) for image in images]
+    places, relations = _arranged(count, draw)
+    colours = _colours(labels, self.combinations, draw)
+    things = tuple(
+      Thing(label, colour, row + (SIDE - 1) / 2, column + (SIDE - 1) / 2)
+      for label, colour, (row, column) in zip(
+        labels, colours, places, strict=True
+      )
+    )
+    caption = _said(things, relations, draw)
+    return Scene(things, relations, caption, images)
+
+  def _painted(self, scene: Scene) -> np.ndarray:
+    image_HWC = np.full(self.shape, -1.0, np.float32)
+    for thing, image in zip(scene.things, scene.images, strict=True):
+      top, left = (
+        round(at - (SIDE - 1) / 2) for at in (thing.row, thing.column)
+      )
+      colour_C = np.array(COLOURS[thing.colour], np.float32)
+      ink_HWC = self.ink_NHW[image][..., None] * colour_C
+      image_HWC[top : top + SIDE, left : left + SIDE] += 2.0 * ink_HWC
+    return image_HWC
+
+
+def open(config: config_lib.DataConfig, split: str) -> Scenes:
+  """Returns the scenes of `split`.
+
+  Training's are of training digits, in combinations that are seen; those held
+  out are of held-out digits, each with a combination that is not.
+  """
+  if (*config.image_size, config.channels) != (SIZE, SIZE, 3):
+    raise errors.UserError(
+      f"image_size={config.image_size} and channels={config.channels} do not "
+      f"suit scenes, which are {SIZE}x{SIZE} in 3 channels."
+    )
+  combinations = "seen" if split == "train" else "held_out"
+  return of_digits(config, split, combinations, length=LENGTH[split])
+
+
+def of_digits(
+  config: config_lib.DataConfig,
+  split: str,
+  combinations: str,
+  *,
+  length: int,
+  seed: int = 0,
+) -> Scenes:
+  """Returns scenes of the digits of `split`, in combinations of any kind."""
+  assert combinations in COMBINATIONS, combinations
+  image_NIJ, label_N = digits.load()
+  held_N = digits.held_out(image_NIJ, label_N, config.held_out)
+  keep_N = held_N if split == "held_out" else ~held_N
+  if not keep_N.any():
+    raise errors.UserError(
+      f"held_out={config.held_out} leaves no digits for the split {split!r} of "
+      "scenes: config.data.held_out=0.2 holds out every fifth."
+    )
+  kept_NIJ = image_NIJ[keep_N]
+  ink_NHW = (digits.enlarged(kept_NIJ, (SIDE, SIDE)) + 1.0) / 2.0
+  return Scenes(
+    ink_NHW,
+    label_N[keep_N],
+    digits.hash_of(kept_NIJ, label_N[keep_N]),
+    combinations,
+    length,
+    seed,
+  )
+
+
+def _dice(seed: int, i: int) -> Iterator[int]:
+  """Yields numbers that follow from the seed and the scene alone."""
+  key = order.mix(order.mix(seed) ^ np.uint64(i))
+  return iter(order.mix(key + np.arange(64, dtype=np.uint64)).tolist())
+
+
+def _arranged(count: int, draw: Iterator[int]):
+  """Returns the upper left corners of things, and the relations between them.
+
+  Two stand side by side or one above the other; a third beside the first of
+  them, across.
+  """
+  free = SIZE - SIDE + 1
+
+  def jitter():
+    return next(draw) % (CELL - SIDE + 1)
+
+  if count == 1:
+    return [(next(draw) % free, next(draw) % free)], ()
+  flipped = next(draw) % 2, next(draw) % 2  # Down, and across.
+  if count == 3:
+    corner = [CELL * flip for flip in flipped]
+    down, across = (CELL - at for at in corner)
+    cells = [corner, [corner[0], across], [down, corner[1]]]
+    places = [(row + jitter(), column + jitter()) for row, column in cells]
+    beside = (0, ("left", "right")[flipped[1]], 1)
+    over = (0, ("above", "below")[flipped[0]], 2)
+    return places, (beside, over) if next(draw) % 2 else (over, beside)
+  along = [CELL * flip + jitter() for flip in (flipped[0], 1 - flipped[0])]
+  base = next(draw) % free
+  aside = [min(max(base + next(draw) % 3 - 1, 0), free - 1) for _ in along]
+  if next(draw) % 2:
+    relation = ("left", "right")[flipped[0]]
+    return list(zip(aside, along, strict=True)), ((0, relation, 1),)
+  relation = ("above", "below")[flipped[0]]
+  return list(zip(along, aside, strict=True)), ((0, relation, 1),)
+
+
+def _colours(
+  labels: list[int], combinations: str, draw: Iterator[int]
+) -> list[str]:
+  """Returns a colour for each digit, all different."""
+  found: dict[int, str] = {}
+  if combinations == "held_out":
+    chosen = next(draw) % len(labels)
+    found[chosen] = held_out_colour(labels[chosen])
+  for place, label in enumerate(labels):
+    if place in found:
+      continue
+    never = () if combinations == "all" else (held_out_colour(label),)
+    able = [c for c in COLOURS if c not in (*found.values(), *never)]
+    found[place] = able[next(draw) % len(able)]
+  return [found[place] for place in range(len(labels))]
+
+
+def _said(things, relations, draw: Iterator[int]) -> str:
+  """Returns one of several ways to say what is in a scene."""
+  way = next(draw) % 4
+  if len(things) == 1:
+    (a,) = things
+    return (str(a), f"{a} alone", f"one {a.colour} {a.digit}", f"there is {a}")[
+      way
+    ]
+  (_, first, i), *rest = relations
+  a, b = things[0], things[i]
+  if rest:
+    ((_, second, j),) = rest
+    c = things[j]
+    if way < 2:
+      return f"{a} {_OF[first]} {b} and {_OF[second]} {c}"
+    return f"{a}, {b} {_ITS[INVERSE[first]]} and {c} {_ITS[INVERSE[second]]}"
+  return (
+    f"{a} {_OF[first]} {b}",
+    f"{b} {_OF[INVERSE[first]]} {a}",
+    f"{_OF[first]} {b} is {a}",
+    f"{a} and {b} {_ITS[INVERSE[first]]}",
+  )[way]

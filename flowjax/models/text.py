@@ -1,0 +1,157 @@
+"""A small encoder of captions, trained with the network that it tells.
+
+Tokens and their places are embedded, see each other in a few blocks, and are
+the text; their mean through one more map is the pooled text.
+"""
+
+# Shape suffixes: B batch, L text tokens, E width of the text, P width of the
+# pooled text, V vocabulary.
+
+import dataclasses
+import typing
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from flowjax.models import blocks, layers, sequences
+from flowjax.ops import attention, axes, products
+
+GROUP = "text_encoder"
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+  """An encoder of `tokens` tokens, each below `vocabulary`; 0: there is none.
+
+  `width` is that of the text and of the pooled text.
+  """
+
+  vocabulary: int = 0
+  tokens: int = 32
+  width: int = 128
+  depth: int = 2
+  heads: int = 4
+  mlp_ratio: float = 4.0
+  attention: str = "auto"
+  dtype: str = "float32"
+
+  def __post_init__(self):
+    for name in ("tokens", "width", "depth", "heads", "mlp_ratio"):
+      if getattr(self, name) <= 0:
+        raise ValueError(f"{name} = {getattr(self, name)} must be positive.")
+    if self.vocabulary < 0:
+      raise ValueError(
+        f"vocabulary = {self.vocabulary} is below 0; 0: no encoder."
+      )
+    if self.width % self.heads:
+      raise ValueError(
+        f"heads = {self.heads} does not divide width = {self.width}."
+      )
+    if self.attention not in attention.BODIES:
+      raise ValueError(
+        f"attention = {self.attention!r} is none of "
+        f"{', '.join(attention.BODIES)}."
+      )
+    if self.dtype not in blocks.DTYPES:
+      raise ValueError(
+        f"dtype = {self.dtype!r} is none of {', '.join(blocks.DTYPES)}."
+      )
+
+  @property
+  def mlp_width(self) -> int:
+    return int(self.mlp_ratio * self.width)
+
+
+class Block(nn.Module):
+  """Attention among the tokens, and an MLP, each after a norm."""
+
+  config: TextConfig
+
+  @nn.compact
+  def __call__(self, x_BLE: jax.Array, mask_BL: sequences.Mask):
+    config, dtype = self.config, blocks.DTYPES[self.config.dtype]
+    y_BLE = layers.RMSNorm(name="attention_norm")(x_BLE)
+    x_BLE = x_BLE + blocks.Attention(
+      config.heads,
+      config.width // config.heads,
+      qk_norm=False,
+      body=config.attention,
+      dtype=dtype,
+      name="attention",
+    )(y_BLE, None, mask_BT=mask_BL)
+    y_BLE = layers.RMSNorm(name="mlp_norm")(x_BLE)
+    x_BLE = x_BLE + blocks.Mlp("gelu", config.mlp_width, dtype, name="mlp")(
+      y_BLE
+    )
+    return axes.name(x_BLE, "batch", "tokens", "width"), None
+
+
+class TextEncoder(nn.Module):
+  """From tokens to the text and the pooled text."""
+
+  config: TextConfig
+
+  @nn.compact
+  def __call__(self, token_BL: jax.Array, mask_BL: jax.Array):
+    config, (batch, length) = self.config, token_BL.shape
+    table_VE = layers.Table(config.vocabulary, config.width, name="embed")()
+    place_LE = layers.Table(config.tokens, config.width, name="place_embed")()
+    word_BLE = products.rows(table_VE, token_BL.reshape(-1)).reshape(
+      batch, length, config.width
+    )
+    # Both are drawn small, as tables are; what blocks add to them is not.
+    x_BLE = layers.RMSNorm(name="embed_norm")(word_BLE + place_LE[None])
+    x_BLE = sequences.even(x_BLE.astype(blocks.DTYPES[config.dtype]))
+    x_BLE = axes.name(x_BLE, "batch", "tokens", "width")
+    seen_BL = sequences.seen(mask_BL, batch, length)
+    stack = nn.scan(
+      Block,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      in_axes=nn.broadcast,
+      length=config.depth,
+    )
+    x_BLE, _ = stack(config, name="blocks")(x_BLE, seen_BL)
+    text_BLE = layers.RMSNorm(name="norm")(x_BLE)[:, :length]
+    share_BL1 = mask_BL[..., None].astype(jnp.float32)
+    share_BL1 = share_BL1 / jnp.sum(share_BL1, axis=1, keepdims=True)
+    mean_BE = jnp.sum(share_BL1 * text_BLE.astype(jnp.float32), axis=1)
+    pooled_BP = layers.Dense((config.width,), name="pooled")(mean_BE)
+    return text_BLE, pooled_BP
+
+
+def init(config: TextConfig, rng: jax.Array) -> dict[str, Any]:
+  """Draws the parameters, float32."""
+  token_BL = jnp.zeros((1, config.tokens), jnp.int32)
+  module = TextEncoder(blocks.anywhere(config))
+  return module.init(rng, token_BL, jnp.ones_like(token_BL, bool))["params"]
+
+
+def apply(
+  config: TextConfig,
+  params: dict[str, Any],
+  token_BL: jax.Array,
+  mask_BL: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns text_BLE and pooled_BP; of each row a token must be real."""
+  if token_BL.shape[1:] != (config.tokens,) or mask_BL.shape != token_BL.shape:
+    raise ValueError(
+      f"The encoder takes tokens and their mask [B, {config.tokens}], not "
+      f"{token_BL.shape} and {mask_BL.shape}."
+    )
+  found = TextEncoder(config).apply({"params": params}, token_BL, mask_BL)
+  return typing.cast(tuple[jax.Array, jax.Array], found)
+
+
+def flops(config: TextConfig) -> int:
+  """Counts the arithmetic of a caption; a multiply-add is two.
+
+  A block of width E has L 2 (4 E^2 + 2 r E^2) + 4 L^2 E, for an MLP of ratio r;
+  the pooled text 2 E^2 more.
+  """
+  length, wide = config.tokens, config.width
+  kernels = 4 * wide * wide + 2 * wide * config.mlp_width
+  block = 2 * length * kernels + 4 * length**2 * wide
+  return config.depth * block + 2 * wide * wide
