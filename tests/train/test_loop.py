@@ -104,7 +104,9 @@ def _straight(tmp_path_factory):
 
 def test_how_long_steps_wait_for_data_is_written(straight):
   assert set(straight[2]) == set(range(2, 8))  # Not before there is a rate.
-  assert all(0.0 < seconds < 60.0 for seconds in straight[2].values())
+  # Two steps that are noted at once may have none between them.
+  assert all(0.0 <= seconds < 60.0 for seconds in straight[2].values())
+  assert straight[2][7] > 0.0
 
 
 def test_the_loss_is_written_for_every_step(straight):
