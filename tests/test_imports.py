@@ -20,7 +20,7 @@ ALLOWED = {
   "data": {"data"} | PLAIN,
   "train": {"train", "data", "parallel", "models", "flow"} | PLAIN,
   "evaluate": {"evaluate", "models", "flow"} | PLAIN,
-  "interop": {"interop", "models"} | PLAIN,
+  "interop": {"interop", "data", "parallel", "models"} | PLAIN,
 }
 # Third-party packages that only some rooms may know.
 OWNERS = {

@@ -22,7 +22,7 @@ SEAL = "flowjax"
 # Where and how a run computes may change between its restarts; what it
 # computes may not.
 FREE = {
-  "config": ("mesh", "log", "checkpoint", "sample"),
+  "config": ("mesh", "log", "checkpoint", "sample", "pipeline"),
   "data": ("workers", "prefetch", "data_dir", "on_corrupt"),
   "model": ("attention", "remat", "scan"),
   "optim": ("offload",),
