@@ -59,7 +59,7 @@ def prompts(
 
 def _told(captions: list[str], found: restored.Restored) -> dict[str, Any]:
   """Returns captions by the encoder that this run has."""
-  if tokenizer := found.config.data.captions():
+  if tokenizer := found.config.data.build_tokenizer():
     for caption in captions:
       tokenizer.require(caption)
     token_BL, mask_BL = tokenizer(captions)

@@ -115,7 +115,7 @@ def _real(
 def _cond(
   found: restored.Restored, asked: list[scenes.Scene]
 ) -> dict[str, np.ndarray]:
-  tokenizer = found.config.data.captions()
+  tokenizer = found.config.data.build_tokenizer()
   if tokenizer is None:
     raise errors.UserError("A run on scenes reads captions: set tokenizer.")
   token_BL, mask_BL = tokenizer([scene.caption for scene in asked])
