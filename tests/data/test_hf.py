@@ -276,3 +276,9 @@ def test_windows_deal_out_each_record_once_an_epoch(size):
   first = {int(g) for g in owner[epochs[0][:3]]}
   assert len(first) <= size + 1
   assert not (order.draw(6, position) == stream).all()
+
+
+def test_a_window_has_another_permutation_in_each_epoch():
+  order = windows.Windows(np.array([20]), 1)
+  epochs = order.draw(0, np.arange(100)).reshape(5, 20)
+  assert len({tuple(epoch) for epoch in epochs}) == 5

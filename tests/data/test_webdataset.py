@@ -228,6 +228,15 @@ def test_a_shard_that_is_cut_off_keeps_what_is_whole(two, caplog, part):
   assert "1 are cut off" in said or "end too early" in said
 
 
+def test_an_image_that_is_cut_off_is_named_and_left_out(two, caplog):
+  path = two / "a-010.tar"
+  write(path, [("x.txt", b"a text"), ("x.png", encoded(3) + bytes(9000))])
+  path.write_bytes(path.read_bytes()[:5000])
+  left, said = unsound(two, caplog, on_no_caption="skip")
+  assert left == list(range(12))
+  assert "1 are cut off, the first is x.png (a-010.tar)" in said
+
+
 def test_a_broken_header_ends_a_shard_and_is_told(two, caplog):
   path = two / "a-008.tar"
   with tarfile.open(path) as tar:
