@@ -20,6 +20,7 @@ import tarfile
 import tempfile
 import time
 from typing import Any
+from unittest import mock
 
 import measure
 
@@ -158,8 +159,10 @@ def read(config, image_bytes: float, seconds: float) -> dict[str, Any]:
   }
 
 
-def prepare(folder: pathlib.Path, kind: str, count: int) -> dict[str, Any]:
-  """Makes the index of `count` records, in 1,000 folders or shards.
+def prepare(
+  folder: pathlib.Path, kind: str, count: int, folders: int = FOLDERS
+) -> dict[str, Any]:
+  """Makes the index of `count` records, in so many folders or shards.
 
   The folders are there and their files are not: `os.scandir` is made to tell of
   them, so that a listing is all but what the disk takes. Each shard holds one
@@ -170,23 +173,26 @@ def prepare(folder: pathlib.Path, kind: str, count: int) -> dict[str, Any]:
   from flowjax.data import index, listing, shards, sources
 
   config = millions_of(folder, kind)
-  each, cpu = count // FOLDERS, time.process_time()
+  each, cpu = count // folders, time.process_time()
   root = folder / kind
   if kind == "folder":
-    for i in range(FOLDERS):
+    for i in range(folders):
       path = root / f"part{i:04d}"
       path.mkdir(parents=True)
       os.utime(path, (1e9, 1e9))
     os.utime(root, (1e9, 1e9))
-    real = listing.os.scandir
-    listing.os.scandir = lambda path: (
-      real(path) if pathlib.Path(path) == root else Told(each)
-    )
-    sources.open(config, "train")
-    return {"list_cpu_seconds": time.process_time() - cpu}
+    real = os.scandir
+
+    def told(path):
+      return real(path) if pathlib.Path(path) == root else Told(each)
+
+    with mock.patch.object(listing.os, "scandir", told):
+      sources.open(config, "train")
+    used = time.process_time() - cpu
+    return {"list_cpu_seconds": used, "list_peak_bytes": memory()["VmHWM"]}
   root.mkdir()
   content = jpeg(np.random.default_rng(0), 64)
-  for i in range(FOLDERS):
+  for i in range(folders):
     path = str(root / f"{i:04d}.tar")
     with tarfile.open(path, "w") as tar:
       add(tar, "0.jpg", content)
@@ -268,7 +274,7 @@ def begin(folder: pathlib.Path, kind: str, count: int) -> dict[str, Any]:
   fingerprint = time.perf_counter() - began
   after = memory()
   assert len(batch["image"]) == config.batch_size
-  assert len(source) == count // FOLDERS * FOLDERS
+  assert len(source) == count
   return {
     "records": len(source),
     "open_seconds": opened,

@@ -28,7 +28,7 @@ class Folder:
   """One split of the images under a root, in the order of their paths."""
 
   listing: listing.Listing
-  row_N: np.ndarray  # Of the listing.
+  row_N: np.ndarray  # Of the listing, in 32 bits: each worker has its own.
   label_N: np.ndarray | None  # None: captions.
   class_names: tuple[str, ...]
   read: images.Reader
@@ -113,7 +113,7 @@ def open(config: config_lib.DataConfig, split: str) -> Folder:
   else:
     row_N, label_N, classes = _labels(found, read.endings)
   split_N = listing.of_split(found.arrays["hashes"][row_N], config, split)
-  row_N = row_N[split_N]
+  row_N = row_N[split_N].astype(np.uint32)
   if not len(row_N):
     raise errors.DataError(
       f"The split {split!r} of {root!r} is empty at "

@@ -86,6 +86,13 @@ def open(
   root: str, endings: tuple[str, ...], config: config_lib.DataConfig
 ) -> Listing:
   """Lists `root`, or takes the listing that is kept in `config.index_dir`."""
+  listing = _open(root, endings, config)
+  for note in listing.arrays.header["notes"]:
+    log.warning("%s", note)
+  return listing
+
+
+def _open(root, endings, config) -> Listing:
   header = {
     "root": os.path.abspath(root),
     "endings": list(endings),
@@ -154,7 +161,7 @@ def _stamp(path: str) -> list[int]:
 
 def _list(root, endings, config, header) -> Listing:
   built, hashes, lines = names.Builder(), array("Q"), array("q")
-  directories, lists = [], []
+  directories, lists, notes = [], [], list[str]()
   for directory, files, texts, found in _walk(root, endings):
     prefix = f"{directory.path}/" if directory.path else ""
     paths = [prefix + file for file in files]
@@ -177,7 +184,7 @@ def _list(root, endings, config, header) -> Listing:
         f"{root!r} has captions in {lists[0]} and in {beside} .txt files "
         "beside images: keep one of both."
       )
-    line_N, list_N = _match(root, lists, hash_N, config)
+    line_N, list_N = _match(root, lists, hash_N, config, notes)
     arrays["list_of"] = list_N
   if lists or beside:
     arrays["line_of"] = line_N
@@ -185,6 +192,7 @@ def _list(root, endings, config, header) -> Listing:
     "directories": [dataclasses.astuple(d) for d in directories],
     "lists": [[path, *_stamp(os.path.join(root, path))] for path in lists],
     "captioned": bool(lists or beside),
+    "notes": notes,
   }
   return _listing(root, index.Index(header, arrays))
 
@@ -223,11 +231,11 @@ def _walk(root: str, endings: tuple[str, ...]) -> Iterator[tuple]:
     stack += [(name, above) for name in sorted(inner, reverse=True)]
 
 
-def _match(root, lists, hash_N, config) -> tuple[np.ndarray, np.ndarray]:
+def _match(root, lists, hash_N, config, notes) -> tuple[np.ndarray, np.ndarray]:
   """Finds for each image the line that names it."""
   hashes, offsets, numbers = array("Q"), array("q"), array("i")
   for number, path in enumerate(lists):
-    for offset, key in _lines(root, path, config):
+    for offset, key in _lines(root, path, config, notes):
       hashes.append(key)
       offsets.append(offset)
       numbers.append(number)
@@ -246,14 +254,14 @@ def _match(root, lists, hash_N, config) -> tuple[np.ndarray, np.ndarray]:
   line_N[hit_N] = np.frombuffer(offsets, np.int64)[row_N]
   list_N[hit_N] = np.frombuffer(numbers, np.int32)[row_N]
   if spare := len(hash_M) - int(hit_N.sum()):
-    log.warning(
-      "%d of the %d captions in %s are left out: they name images that are not "
-      "there, or one a second time.", spare, len(hash_M), ", ".join(lists),
-    )  # fmt: skip
+    notes.append(
+      f"{spare} of the {len(hash_M)} captions in {', '.join(lists)} are left "
+      "out: they name images that are not there, or one a second time."
+    )
   return line_N, list_N
 
 
-def _lines(root, path, config) -> Iterator[tuple[int, int]]:
+def _lines(root, path, config, notes) -> Iterator[tuple[int, int]]:
   """Yields the offset of each line that has a caption, and its image's hash."""
   prefix = path[: path.rfind("/") + 1]
   place = os.path.join(root, *path.split("/"))
@@ -277,8 +285,7 @@ def _lines(root, path, config) -> Iterator[tuple[int, int]]:
       if text is not None:
         yield begin, hashed(prefix + name)
   if bad:
-    log.warning("%d lines of %s are left out, the first is %s.",
-      bad, place, first)  # fmt: skip
+    notes.append(f"{bad} lines of {place} are left out, the first is {first}.")
 
 
 def parse(line: bytes, key: str | None) -> tuple[str, str | None]:

@@ -124,7 +124,7 @@ def _make(path: str, place: str, header: dict) -> index.Index:
       begin, size = sample.get(kind, (ABSENT, 0))
       at[kind].append(begin)
       sizes[kind].append(size)
-  arrays = {"hashes": np.array(hashes, np.uint64)}
+  arrays: dict[str, np.ndarray] = {"hashes": np.array(hashes, np.uint64)}
   for kind in KINDS:
     at_M = np.array(at[kind], np.int64)
     if (at_M >= 0).any():

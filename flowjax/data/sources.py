@@ -80,7 +80,7 @@ def open(config: config_lib.DataConfig, split: str) -> Source:
   if config.pair_source is not None:
     alone = dataclasses.replace(config, pair_source=None)
     other = dataclasses.replace(
-      alone, source=config.pair_source, tokenizer=None, words=()
+      alone, source=config.pair_source, mixture=(), tokenizer=None, words=()
     )
     return pairs.paired(open(alone, split), open(other, split))
   kind, _, place = config.source.partition(":")
@@ -138,7 +138,7 @@ def check(
 
   To one without `num_classes` labels and texts are nothing.
   """
-  if "caption" in getattr(source, "blank", {}):
+  if "caption" in blank(source):
     reader = "an autoencoder passes them over"
     raise errors.UserError(
       f"{source.name} has captions, and nothing makes tokens of them: set "
@@ -179,9 +179,9 @@ def check(
       "channels of config.data and config.model the same."
     )
   for key, wide in (("text", text_width), ("pooled", pooled_width)):
-    blank = getattr(source, "blank", {})
-    if wide and key in blank and blank[key].shape[-1] != wide:
+    empty = blank(source)
+    if wide and key in empty and empty[key].shape[-1] != wide:
       raise errors.UserError(
-        f"{source.name}: {key!r} is {blank[key].shape[-1]} wide, and "
+        f"{source.name}: {key!r} is {empty[key].shape[-1]} wide, and "
         f"config.model.{key}_width={wide}: make them the same."
       )

@@ -1,16 +1,18 @@
 """Mixtures of sources, and captions made of labels."""
 
+import dataclasses
 import itertools
 import json
 
-import ml_collections
 import numpy as np
+import PIL.Image
 import pytest
-from ml_collections.config_flags import config_flags
 
 from flowjax import errors, schema
+from flowjax.commands import configs
 from flowjax.data import config as config_lib
 from flowjax.data import loader, mixture, order, sources, texts
+from flowjax.train import experiment
 
 
 class Numbers:
@@ -67,7 +69,7 @@ def test_weights_are_taken_as_they_are_written():
   assert mixture.slots_of((2.0, 1.0)) == (2, 1)
   assert mixture.slots_of((0.25, 0.1, 1e-3)) == (250, 100, 1)
   with pytest.raises(errors.UserError, match="fewer digits, or as ratios"):
-    mixture.slots_of((1 / 3, 2 / 3))
+    mixture.slots_of((1 / 3, 0.667))
   for weight in (0.0, -1.0):
     with pytest.raises(errors.UserError, match="above 0"):
       mixture.slots_of((1.0, weight))
@@ -220,14 +222,54 @@ def test_a_config_mixes_captioned_and_templated_sources(folder, tmp_path):
   assert schema.build(config_lib.DataConfig, again, "config.data") == config
 
 
+def test_a_mixture_is_read_as_tokens_in_its_own_order():
+  pairs = (("scenes", 1.0), ("digits", 3.0))
+  config = config_lib.DataConfig(
+    source="mixture",
+    mixture=pairs,
+    templates=("a {}",),
+    image_size=(32, 32),
+    channels=3,
+    batch_size=16,
+    tokenizer="bytes",
+    tokens=24,
+  )
+  source = sources.open(config, "train")
+  batch = next(loader.batches(source, config))
+  assert batch["token"].shape == (16, 24) and "caption" not in batch
+  short = batch["token_mask"].sum(1) <= 5  # Those of digits: "a 7".
+  assert short.sum() == 12
+  model = {"num_classes": 0, "channels": 3, "image_size": (32, 32)}
+  sources.check(source, **model, batch_size=16)
+
+  config = dataclasses.replace(config, tokenizer=None)
+  raw = sources.open(config, "train")
+  with pytest.raises(errors.UserError, match="nothing makes tokens"):
+    sources.check(raw, **model, batch_size=16)
+
+
+def test_a_mixture_can_be_paired_with_a_source(tmp_path):
+  for i in range(3):
+    (tmp_path / "a").mkdir(exist_ok=True)
+    image = PIL.Image.fromarray(np.zeros((8, 8), np.uint8))
+    image.save(tmp_path / f"a/{i}.png")
+  config = config_lib.DataConfig(
+    source="mixture",
+    mixture=(("digits", 1.0),),
+    pair_source=f"folder:{tmp_path}",
+    held_out=0.0,
+    batch_size=4,
+  )
+  batch = next(loader.batches(sources.open(config, "train"), config))
+  assert batch["label"].shape == (4,) and (batch["source"] == -1.0).all()
+
+
 def test_labels_mix_with_captions_only_by_templates(folder):
   pairs = ((f"folder:{folder}", 1.0), ("digits", 1.0))
   values = {"source": "mixture", "mixture": pairs, "held_out": 0.0}
   values |= {"image_size": (8, 8), "channels": 1}
   for name in ("x", "y"):
     (folder / f"{name}.npy").unlink()
-  import PIL.Image
-
   for name in ("x", "y"):
     image = PIL.Image.fromarray(np.zeros((8, 8), np.uint8))
     image.save(folder / f"{name}.png")
@@ -269,11 +311,18 @@ def test_an_impossible_config_is_refused(values):
     schema.build(config_lib.DataConfig, values, "config.data")
 
 
-def test_a_command_line_can_name_a_mixture():
-  from absl import flags
-
-  values = flags.FlagValues()
-  config = ml_collections.ConfigDict({"mixture": (), "templates": ()})
-  config_flags.DEFINE_config_dict("config", config, flag_values=values)
-  values(["x", "--config.mixture=(('digits', 1.0), ('folder:x', 2.0))"])
-  assert values.config.mixture == (("digits", 1.0), ("folder:x", 2.0))
+def test_a_command_line_can_name_a_mixture_and_what_is_none_by_default():
+  config = experiment.defaults("dit")
+  words = [
+    "--config.data.source=mixture",
+    "--config.data.mixture=(('folder:x', 1), ('digits', 2.5))",
+    "--config.data.templates=('a {}',)",
+    "--config.data.captions=True",
+    "--config.data.caption_key=said",
+    "--config.model.image_size=(8, 8)",
+    "--config.model.channels=1",
+  ]
+  data = configs.overridden(config, words, "test").data
+  assert data.mixture == (("folder:x", 1.0), ("digits", 2.5))
+  assert data.templates == ("a {}",)
+  assert data.captions is True and data.caption_key == "said"

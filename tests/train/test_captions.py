@@ -61,7 +61,9 @@ def captioned(tokens=TOKENS, **groups):
 def _batch():
   source = scenes.open(captioned().data, "train")
   drawn = source.gather(np.arange(8))
-  token_BL, mask_BL = captioned().data.captions()(drawn["caption"].tolist())
+  token_BL, mask_BL = captioned().data.build_tokenizer()(
+    drawn["caption"].tolist()
+  )
   return {"image": drawn["image"], "token": token_BL, "token_mask": mask_BL}
 
 
@@ -98,14 +100,17 @@ def test_eight_devices_train_the_encoder_as_one_does(batch):
 def test_captions_that_are_cut_are_counted_and_shown(tmp_path):
   config = captioned(tokens=5)
   result = loop.train(config, tmp_path, evaluators=lambda run: [])
-  tokenizer, source = config.data.captions(), scenes.open(config.data, "train")
+  tokenizer, source = (
+    config.data.build_tokenizer(),
+    scenes.open(config.data, "train"),
+  )
   assert 0 < result.truncated < 16
   lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
   rows = [json.loads(line) for line in lines]
   assert rows[-1]["truncated_captions"] == result.truncated
   assert "corrupt_records" not in rows[-1]
   # Those of a longer text fit.
-  assert not config.data.captions().truncated(["a red 3"]).any()
+  assert not config.data.build_tokenizer().truncated(["a red 3"]).any()
   assert tokenizer.truncated([source.scene(i).caption for i in range(64)]).any()
 
 

@@ -68,10 +68,14 @@ def _train_and_signal(config, directory, number, at):
   return subprocess.run(list(map(str, words)), capture_output=True, text=True)
 
 
-def _losses(directory):
+def _of_each_step(directory, name):
   lines = (directory / "metrics.jsonl").read_text().splitlines()
   rows = [json.loads(line) for line in lines]
-  return {row["step"]: row["loss"] for row in rows if "loss" in row}
+  return {row["step"]: row[name] for row in rows if name in row}
+
+
+def _losses(directory):
+  return _of_each_step(directory, "loss")
 
 
 def _assert_same(a, b):
@@ -93,7 +97,16 @@ def _no_curves():
 @pytest.fixture(name="straight", scope="module")
 def _straight(tmp_path_factory):
   directory = tmp_path_factory.mktemp("straight")
-  return _train(TINY, directory), _losses(directory)
+  state = _train(TINY, directory)
+  waits = _of_each_step(directory, "data_wait_seconds")
+  return state, _losses(directory), waits
+
+
+def test_how_long_steps_wait_for_data_is_written(straight):
+  assert set(straight[2]) == set(range(2, 8))  # Not before there is a rate.
+  # Two steps that are noted at once may have none between them.
+  assert all(0.0 <= seconds < 60.0 for seconds in straight[2].values())
+  assert straight[2][7] > 0.0
 
 
 def test_the_loss_is_written_for_every_step(straight):
