@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from flowjax import errors, schema
-from flowjax.data import archive, embeddings, records, sources
+from flowjax.data import archive, embeddings, reading, records, sources
 from flowjax.data import config as data_config
 
 # What of config.data changes neither the records nor their order.
@@ -65,9 +65,11 @@ def plan(
   fields += found
   if "label" in blank:
     fields.append(records.Field("label", "int32"))
-  for name in ORIGINALS:
-    if name in blank:
-      fields.append(records.Field(name, "int32", (2,)))
+  if config.originals:
+    known = _first_sound(source)
+    fields += [
+      records.Field(name, "int32", (2,)) for name in ORIGINALS if name in known
+    ]
   if texts:
     fields += texts.fields(_floats(dtype))
   layout = records.Layout(tuple(fields), "caption" in blank)
@@ -148,6 +150,16 @@ def _encoded(
       texts = dataclasses.replace(texts, parts=tuple(parts))
   names = ("mean", "log_variance")
   return [records.Field(n, _floats(dtype), shape) for n in names], shape, texts
+
+
+def _first_sound(source: sources.Source) -> sources.Record:
+  """Returns one record: what its source says of originals, all of it do."""
+  for i in range(min(len(source), reading.IN_A_ROW)):
+    try:
+      return source[i]
+    except sources.Corrupt:
+      continue
+  return {}
 
 
 def _floats(dtype: str | None) -> str:

@@ -83,7 +83,7 @@ class WebDataset:
     row = rows[i - int(self.end_S[shard]) + len(rows)]
     content, name = self._member(path, found, row, self.choice.kind)
     return {
-      "image": self.read(content, name),
+      **self.read.record(content, name),
       "caption": self._caption(path, found, row),
     }
 

@@ -18,7 +18,8 @@ from flowjax import errors
 from flowjax.commands import encode
 from flowjax.data import archive, archive_writing, embeddings, sources
 from flowjax.data import config as config_lib
-from flowjax.train import lock
+from flowjax.models import dit
+from flowjax.train import experiment, lock
 
 ROOT = pathlib.Path(__file__).parents[2]
 CAPTIONS = ("a red 3", "eine rote 3", "लाल ३", "أحمر", "")
@@ -256,6 +257,56 @@ def test_another_command_into_the_folder_is_refused(photos, tmp_path):
   (tmp_path / "full" / "thesis.tex").touch()
   with pytest.raises(errors.UserError, match="'thesis.tex'"):
     work_of(tmp_path / "full", config)
+
+
+def test_sizes_and_crops_of_the_originals(tmp_path):
+  """A wide image, a high one, and one that a camera stored on its side."""
+  for i, (size, turned) in enumerate(
+    (((40, 20), False), ((10, 32), False), ((64, 16), True))
+  ):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6 if turned else 1
+    image = PIL.Image.new("RGB", size)
+    (tmp_path / "class").mkdir(exist_ok=True)
+    image.save(tmp_path / f"class/{i}.png", exif=exif)
+  config = config_of(tmp_path, originals=True)
+  encode.encode(work_of(tmp_path / "out", config))
+  stored = reopened(tmp_path / "out")
+  sizes = [stored[i]["size"].tolist() for i in range(3)]
+  crops = [stored[i]["crop"].tolist() for i in range(3)]
+  # Scaled to 8x16, 26x8 (25.6) and, upright, 32x8: cut to 8x8 in the middle.
+  assert sizes == [[20, 40], [32, 10], [64, 16]]
+  assert crops == [[0, 4], [9, 0], [12, 0]]
+  assert "size" not in sources.open(config_of(tmp_path), "train")[0]
+
+
+def test_latents_of_another_autoencoder_are_refused(
+  photos, tmp_path, monkeypatch
+):
+  out = tmp_path / "out"
+  encode.encode(work_of(out, config_of(photos), Encoder()))
+  config = experiment.Experiment(
+    pipeline="models/sd3",
+    model=dit.DiTConfig(image_size=(4, 4), channels=3, patch_size=2),
+    data=config_lib.DataConfig(
+      source=f"arrayrecord:{out}", image_size=(4, 4), channels=3
+    ),
+  )
+  opened = []
+
+  def frozen(scale):
+    return lambda folder: opened.append(folder) or Encoder(scale=scale)
+
+  monkeypatch.setattr(encode, "frozen", frozen(0.5))
+  encode.refuse_others(config, tmp_path)
+  assert opened == [str(tmp_path / "models/sd3")]
+  monkeypatch.setattr(encode, "frozen", frozen(0.7))
+  with pytest.raises(errors.DataError, match="by other networks than") as error:
+    encode.refuse_others(config, tmp_path)
+  said = str(error.value)
+  assert str(out) in said and "'models/sd3'" in said
+  assert "frozen.vae.scaling_factor: 0.5 -> 0.7" in said
+  encode.refuse_others(dataclasses.replace(config, pipeline=None), tmp_path)
 
 
 def test_what_fails_is_counted_or_ends_it(photos, tmp_path):
