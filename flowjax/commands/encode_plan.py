@@ -57,6 +57,15 @@ def plan(
   """
   source = next(iter(splits.values()))
   blank = sources.blank(source)
+  if "image" not in blank or config.pair_source is not None:
+    raise errors.UserError(
+      f"{source.name} cannot be encoded: "
+      + (
+        "set config.data.pair_source=None, and encode each of the two."
+        if config.pair_source is not None
+        else "it holds latents already."
+      )
+    )
   fields = [records.Field(archive.NUMBER, "int64")]
   if encoder is None:
     found, shape, texts = _as_they_are(blank, dtype)

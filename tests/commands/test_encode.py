@@ -337,6 +337,34 @@ def test_what_fails_is_counted_or_ends_it(photos, tmp_path):
     encode.encode(work_of(tmp_path / "d", config_of(tmp_path / "none")))
 
 
+def test_a_disk_that_refuses_is_named(photos, tmp_path):
+  """The second shard is to be written where there is a folder."""
+  out = tmp_path / "out"
+  work = work_of(out, config_of(photos))
+  (out / f"{archive.name('train', 1)}.partial").mkdir()
+  with pytest.raises(errors.UserError, match="cannot be written: .* goes on"):
+    encode.encode(work)
+  (out / f"{archive.name('train', 1)}.partial").rmdir()
+  encode.encode(work)
+  encode.encode(work_of(tmp_path / "straight", config_of(photos)))
+  assert content(out) == content(tmp_path / "straight")
+
+
+def test_what_has_no_images_is_refused(photos, tmp_path):
+  config, out = config_of(photos), tmp_path / "out"
+  encode.encode(work_of(out, config, Encoder()))
+  values = {"image_size": (4, 4), "channels": 3, "held_out": 0.0}
+  again = config_lib.DataConfig(source=f"arrayrecord:{out}", **values)
+  with pytest.raises(errors.UserError, match="it holds latents already"):
+    work_of(tmp_path / "again", again)
+  pair = dataclasses.replace(again, pair_source=again.source)
+  with pytest.raises(errors.UserError, match="with their variance, which are"):
+    sources.open(pair, "train")
+  pair = dataclasses.replace(config, pair_source=config.source)
+  with pytest.raises(errors.UserError, match="encode each of the two"):
+    work_of(tmp_path / "pair", pair)
+
+
 def test_verify_names_what_is_wrong(photos, tmp_path, capsys):
   good = tmp_path / "good"
   encode.encode(work_of(good, config_of(photos), Encoder()))
