@@ -33,6 +33,7 @@ from flowjax.train import experiment, presets
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = (
   "README.md",
+  "docs/encode.md",
   "docs/flow.md",
   "docs/house.md",
   "docs/interop.md",

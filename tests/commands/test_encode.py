@@ -4,8 +4,10 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 
@@ -197,8 +199,36 @@ sys.exit(door.main(sys.argv[1:]))
 """
 
 
+def by_two(words):
+  """Runs a command in two processes; returns how they ended, and all said."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  count = r"--xla_force_host_platform_device_count=\d+"
+  job = {
+    **os.environ,
+    "PYTHONPATH": str(ROOT),
+    "XLA_FLAGS": re.sub(count, "", os.environ["XLA_FLAGS"]),
+    "FLOWJAX_COORDINATOR": f"127.0.0.1:{port}",
+    "FLOWJAX_PROCESSES": "2",
+  }
+  started = [
+    subprocess.Popen(
+      [sys.executable, "-m", "flowjax", *words],
+      env={**job, "FLOWJAX_PROCESS": str(process)},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for process in range(2)
+  ]
+  texts = [process.communicate()[0] for process in started]
+  return [process.returncode for process in started], texts
+
+
 @pytest.mark.slow
-def test_kill_9_and_the_same_command_again(tmp_path, capsys):
+@pytest.mark.timeout(900)
+def test_killed_and_gone_on_with_by_two_processes(tmp_path, capsys):
   config = tmp_path / "config.py"
   config.write_text(
     "from flowjax.train import experiment\n"
@@ -222,7 +252,10 @@ def test_kill_9_and_the_same_command_again(tmp_path, capsys):
   left = content(tmp_path / "out")
   assert archive.name("train", 1) in left and archive.INDEX not in left
   assert archive.name("train", 2) + ".partial" in left
-  assert door.main(words("out")) == 0 and door.main(words("straight")) == 0
+  codes, said = by_two(words("out"))
+  assert codes == [0, 0], said
+  assert "2 of 5 shards are there" in said[0] and "2 of 5" in said[1]
+  assert door.main(words("straight")) == 0
   assert content(tmp_path / "out") == content(tmp_path / "straight")
   assert door.main(["encode", "--verify", f"--out={tmp_path / 'out'}"]) == 0
   assert "held_out: 359 records" in capsys.readouterr().out
