@@ -235,6 +235,7 @@ def test_the_commands_know_such_a_run(data, tmp_path, capsys, monkeypatch):
   assert door.main(["sample", run, f"--out={out}", "--num=3"]) == 0
   assert np.load(out).shape == (3, *SHAPE) and np.isfinite(np.load(out)).all()
   assert (told[0]["negative"]["text"] == 7.0).all()
+  assert told[0]["text"].dtype == told[0]["pooled"].dtype == np.float32
   assert door.main(["evaluate", run]) == 0
   found = restored.open(tmp_path / "run").run
   # What is lowered is what the loader gives.
