@@ -20,13 +20,14 @@ ALLOWED = {
   "data": {"data"} | PLAIN,
   "train": {"train", "data", "parallel", "models", "flow"} | PLAIN,
   "evaluate": {"evaluate", "models", "flow"} | PLAIN,
-  "interop": {"interop", "models"} | PLAIN,
+  "interop": {"interop", "data", "parallel", "models"} | PLAIN,
 }
 # Third-party packages that only some rooms may know.
 OWNERS = {
   "flax": {"models"},
   "grain": {"data"},
   "tensorflow_datasets": {"data"},
+  "pyarrow": {"data"},
   "orbax": {"train"},
   "tensorboardX": {"train"},
   "torch": {"interop"},

@@ -10,8 +10,8 @@ import numpy as np
 from flowjax import errors, models
 from flowjax.data import sources
 from flowjax.evaluate import sampling
+from flowjax.parallel import distributed, placing
 from flowjax.parallel import mesh as meshes
-from flowjax.parallel import placing
 from flowjax.train import flows, latents, loop, methods, parts
 
 Draw = collections.abc.Callable[..., np.ndarray]
@@ -55,6 +55,7 @@ def build(
         for push in pushes
       ],
       worse=worse.experiment.flow.predictor(worse.network) if worse else None,
+      together=distributed.together,
     )
 
   def draw(
@@ -87,6 +88,35 @@ def build(
   return draw
 
 
+def reconstructor(
+  run: parts.Parts, count: int
+) -> collections.abc.Callable[[Any], tuple[np.ndarray, np.ndarray]]:
+  """Returns `(params) -> (images, reconstructions)` of held-out images.
+
+  Latents are at their mean.
+  """
+  network = run.network
+  images, _ = held_out(run, count)
+  size = meshes.padded(min(count, run.experiment.data.batch_size), run.mesh)
+
+  @jax.jit
+  def reconstruct(params, x_BHWC):
+    return network.decode(params, network.encode(params, x_BHWC)[0])
+
+  def draw(params: Any) -> tuple[np.ndarray, np.ndarray]:
+    with meshes.use(run.mesh), loop.out_of_memory_advice():
+      found = sampling.by_batches(
+        lambda batch: reconstruct(params, batch["image"]),
+        {"image": images},
+        size,
+        placing.put_whole(run.mesh),
+        placing.fetch,
+      )
+    return images, found
+
+  return draw
+
+
 def conditions(
   run: parts.Parts, count: int, labels: np.ndarray | None = None
 ) -> dict[str, Any]:
@@ -115,6 +145,11 @@ def held_out(
     key: value if value.dtype.kind in "biu" else value.astype(np.float32)
     for key, value in cond.items()
   }
+
+
+def reads_captions(network: models.Network) -> bool:
+  """Whether the network has an encoder of its own, and is told tokens."""
+  return "token" in jax.eval_shape(lambda: network.example(1))
 
 
 def reads_text(network: models.Network) -> bool:

@@ -136,7 +136,7 @@ def begin(
 
 def encode(work: encoding.Work) -> archive.Index:
   """Writes the shards that are missing, each process its own, and the index."""
-  distributed.wait()
+  distributed.meet()
   missing = archive_writing.missing(work.folder, work.plan)
   # Nobody writes before all have looked.
   distributed.agree("missing shards", {"count": len(missing)})
@@ -150,10 +150,10 @@ def encode(work: encoding.Work) -> archive.Index:
   if total:
     with progress.counter("records", total) as done:
       work.write(mine, done)
-  distributed.wait()
+  distributed.meet()
   if distributed.is_first():
     archive_writing.finish(work.folder, work.plan)
-  distributed.wait()
+  distributed.meet()
   return archive.read(work.folder)
 
 

@@ -53,6 +53,16 @@ def size(text: str) -> int:
   return max(1, int(float(found.group(1)) * unit))
 
 
+def pixels(text: str) -> tuple[int, int]:
+  """Reads a height and a width, such as 1024x768."""
+  found = re.fullmatch(r"(\d+)x(\d+)", text)
+  if not found or not all(map(int, found.groups())):
+    raise argparse.ArgumentTypeError(
+      f"{text!r} must be height x width in pixels, such as 1024x768"
+    )
+  return int(found.group(1)), int(found.group(2))
+
+
 def seed(text: str) -> int:
   """Reads a seed: 0, 1, ... below 2^32."""
   if not text.isdecimal() or int(text) >= 2**32:

@@ -5,6 +5,11 @@ of FlowJAX, the workdir of another run, or a safetensors file with the keys of
 the paper's own code; sharded or not. What the network is comes from the
 folder's config.json; for a file, and for all else, from --config.
 
+Of a pipeline of SD3 or FLUX the autoencoder, the text encoders, their
+tokenizers and the scheduler are kept in the workdir as they are, and
+`flowjax sample --prompt` draws with them. How the pipeline samples by itself
+becomes config.sample, unless there is a --config.
+
 example:
   flowjax import --from=exported --workdir=runs/imported \\
     --config.data.source=folder:/data/latents
@@ -23,9 +28,8 @@ import ml_collections
 import numpy as np
 
 from flowjax import errors, models, schema
-from flowjax.commands import configs, flags, restored
+from flowjax.commands import configs, flags, pipeline, restored
 from flowjax.interop import lazy, lora, tables, weights
-from flowjax.models import lora as adapters
 from flowjax.parallel import placing
 from flowjax.train import begin, experiment, manifest, parts
 
@@ -57,6 +61,7 @@ def run(args) -> None:
   begin.require_new(args.workdir)
   found = _open(args)
   config = _config(args, found)
+  config = pipeline.named(config, args.source)
   paths, leaves = found.leaves(config.model)
   if args.lora:
     config, factors = _with_adapters(config, args.lora)
@@ -64,16 +69,31 @@ def run(args) -> None:
     leaves = itertools.chain(leaves, _leaves(factors))
   built = parts.build(config)
   named = manifest.named_leaves(built.abstract.params)
-  fresh = sorted(named.keys() - set(paths))
+  _require_places(built, set(paths) - named.keys())
+  published = manifest.named_leaves(built.published())
+  fresh = sorted(named.keys() - set(paths) - published.keys())
   placed = begin.place(built, _shown(leaves, len(paths)))
   if fresh:
     placed |= begin.draw(built, fresh)
+  kept = pipeline.keep(config, args.source, args.workdir)
+  placed |= published
   begin.save(built, placed, args.workdir)
-  for line in _summary(found, built, fresh):
+  for line in [*_summary(found, built, fresh), *kept]:
     print(line)
   print(f"Step 0 of a run in {args.workdir}. To train on:")
   saved = args.workdir / "config.json"
   print(f"  flowjax train --config={saved} --workdir={args.workdir}")
+
+
+def _require_places(built: parts.Parts, without: set[str]) -> None:
+  """Refuses parameters for which the run that is to begin has no place."""
+  if without:
+    decay = built.experiment.reconstruction.codebook_decay
+    raise errors.UserError(
+      f"{', '.join(sorted(without))}: config.reconstruction.codebook_decay = "
+      f"{decay} makes a codebook of averages, which are not in these weights. "
+      "Leave it out: an imported codebook is trained by its loss."
+    )
 
 
 class _Run(weights.Weights):
@@ -104,8 +124,7 @@ def _open(args) -> weights.Weights:
     return weights.open(args.source)
   run = restored.open(args.source)
   args.config = args.config or str(args.source / "config.json")
-  params = {k: v for k, v in run.params.items() if k != "uncertainty"}
-  params = adapters.merged(run.config.lora, params)
+  params = run.network_params()
   model = schema.to_dict(run.config.model)
   return _Run(
     args.source, tables.flatten(params), {}, description={"model": model}
@@ -136,6 +155,7 @@ def _config(args, found: weights.Weights) -> experiment.Experiment:
     start = experiment.defaults(str(found.network))
     model = found.config()
     _fill(start.flow, _flow(found), "flow")
+    _fill(start.sample, pipeline.sampling(args.source, model), "sample")
     _fill(start.sample, found.description.get("sample", {}), "sample")
   else:
     start = configs.start(args.config)

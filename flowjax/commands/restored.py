@@ -10,6 +10,7 @@ import numpy as np
 
 from flowjax import errors
 from flowjax.commands import configs, drawing, flags
+from flowjax.models import lora as adapters
 from flowjax.parallel import mesh as meshes
 from flowjax.train import (
   checkpoint,
@@ -36,6 +37,13 @@ class Restored:
   @property
   def config(self) -> experiment.Experiment:
     return self.run.experiment
+
+  def network_params(self) -> dict[str, Any]:
+    """Returns the parameters of the network alone, adapters merged."""
+    if self.config.is_autoencoder:
+      return self.run.network.own(self.params)
+    params = {k: v for k, v in self.params.items() if k != "uncertainty"}
+    return adapters.merged(self.config.lora, params)
 
   def draw(
     self,
@@ -76,14 +84,21 @@ class Restored:
     return images_NHWC
 
 
-def open(directory: pathlib.Path, *, ema: bool = True) -> Restored:
+def open(
+  directory: pathlib.Path,
+  *,
+  ema: bool = True,
+  image_size: tuple[int, int] | None = None,
+) -> Restored:
   """Restores the averaged (or raw) weights of a workdir, and only these.
 
   The mesh is over all devices of this machine, whatever the run was trained
-  on. Raises UserError if there is no checkpoint, CheckpointError if none is
-  sound.
+  on. The network draws images of `image_size`, by default of that of training.
+  Raises UserError if there is no checkpoint, CheckpointError if none is sound.
   """
   config = workdir.read_config(directory)
+  if image_size is not None:
+    config = _resized(config, image_size)
   model = config.model
   if hasattr(model, "attention"):
     # The body that the run was trained with may not exist on this machine.
@@ -121,6 +136,34 @@ def open(directory: pathlib.Path, *, ema: bool = True) -> Restored:
   return Restored(directory, run, restored.step, params, restored.extra)
 
 
+def require_field(found: Restored, what: str) -> None:
+  """Refuses an autoencoder, which draws no samples and has no likelihood."""
+  if found.config.is_autoencoder:
+    raise errors.UserError(
+      f"{found.directory} is the run of an autoencoder, which maps images to "
+      f"latents and back: there is nothing in it to {what}. `flowjax evaluate` "
+      "shows what it reconstructs, and `flowjax export --format=diffusers` "
+      "writes it for a network of its latents."
+    )
+
+
+def _resized(
+  config: experiment.Experiment, image_size: tuple[int, int]
+) -> experiment.Experiment:
+  """Returns the config with images of another size."""
+  if config.model.name not in ("mmdit", "flux"):
+    raise errors.UserError(
+      f"--size: a network {config.model.name!r} draws images of the size that "
+      "it was trained on; an MM-DiT and a FLUX draw any."
+    )
+  with errors.naming("--size"):
+    model, data = (
+      dataclasses.replace(group, image_size=image_size)
+      for group in (config.model, config.data)
+    )
+    return dataclasses.replace(config, model=model, data=data)
+
+
 def worse(
   directory: pathlib.Path | None, better: Restored, *, ema: bool = True
 ) -> Restored | None:
@@ -132,6 +175,7 @@ def worse(
   if directory is None:
     return None
   found = open(directory, ema=ema)
+  require_field(found, "guide away from")
   runs = better, found
   if any(run.run.network.inverse is not None for run in runs):
     raise errors.UserError(
@@ -228,6 +272,17 @@ def method(config: experiment.Experiment, args) -> methods.SampleConfig:
   ]
   changed = configs.adjusted(config, [*args.overrides, *words], "sample")
   return changed.sample
+
+
+def refuse_method(found: Restored, args) -> None:
+  """Refuses flags of sampling for a run that draws no samples."""
+  given = [f"--{name}" for name in _METHOD if getattr(args, name) is not None]
+  if given or args.overrides:
+    raise errors.UserError(
+      f"{[*given, *args.overrides][0]} would be without effect: "
+      f"{found.directory} is the run of an autoencoder, which draws no "
+      "samples. Leave it out."
+    )
 
 
 def _refuse_for_inverse(words: list[str]) -> None:

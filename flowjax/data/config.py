@@ -15,10 +15,10 @@ class DataConfig:
   """A source, how its images are cut, and how batches are drawn from it.
 
   `source` is one of `sources.KINDS`; docs/data.md has an example of each.
-  `tokenizer`, "bytes" or "words", makes `tokens` tokens of each caption;
-  `words` are those that "words" knows. The order of the examples follows from
-  `shuffle_seed` and `batch_size` alone: neither `workers`, nor `prefetch`, nor
-  the number of processes changes it.
+  `tokenizer`, "bytes" or "words" or "files:<dir>", makes `tokens` tokens of
+  each caption; `words` are those that "words" knows. The order of the examples
+  follows from `shuffle_seed` and `batch_size` alone: neither `workers`, nor
+  `prefetch`, nor the number of processes changes it.
   """
 
   source: str = "digits"
@@ -91,8 +91,8 @@ class DataConfig:
       )
     if not 1 <= self.max_pixels <= MOST_PIXELS:
       raise ValueError(
-        f"max_pixels={self.max_pixels} must be from 1 to {MOST_PIXELS:,}, above "
-        "which Pillow takes any image for a bomb."
+        f"max_pixels={self.max_pixels} must be from 1 to {MOST_PIXELS:,}: "
+        "above, Pillow takes any image for a bomb."
       )
     if not 0.0 <= self.held_out < 1.0:
       raise ValueError(
@@ -101,10 +101,13 @@ class DataConfig:
       )
 
   def _check_tokenizer(self):
-    if self.tokenizer not in (None, *tokenizers.NAMES):
+    known = (None, *tokenizers.NAMES)
+    files = (self.tokenizer or "").startswith(tokenizers.FILES)
+    if self.tokenizer not in known and not files:
       raise ValueError(
-        f"tokenizer={self.tokenizer!r} must be one of {tokenizers.NAMES}, or "
-        "None for data without captions."
+        f"tokenizer={self.tokenizer!r} must be one of {tokenizers.NAMES}, "
+        f"{tokenizers.FILES}<dir> for one read from a folder, or None for data "
+        "without captions."
       )
     if self.tokens < 2:
       raise ValueError(

@@ -113,6 +113,12 @@ def open(
 def _place(header: dict[str, Any], folder: str | None) -> str | None:
   if folder is None:
     return None
+  inside = os.path.abspath(os.path.expanduser(folder)) + os.sep
+  if inside.startswith(header["root"].rstrip(os.sep) + os.sep):
+    raise errors.UserError(
+      f"config.data.index_dir={folder!r} lies within {header['root']!r}, whose "
+      "listing it is to keep, and would change it: choose another folder."
+    )
   name = os.path.basename(header["root"])
   key = hashed(json.dumps(header))
   return os.path.join(os.path.expanduser(folder), f"{name}-{key:016x}.index")

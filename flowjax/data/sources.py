@@ -135,18 +135,25 @@ def check(
   source: Source,
   *,
   batch_size: int,
-  num_classes: int,
+  num_classes: int | None,
   channels: int,
   image_size: tuple[int, int],
   text_width: int | None = None,
   pooled_width: int | None = None,
 ) -> None:
-  """Refuses a source that a model of these sizes cannot be trained on."""
+  """Refuses a source that a model of these sizes cannot be trained on.
+
+  To one without `num_classes` labels and texts are nothing.
+  """
   if "caption" in getattr(source, "blank", {}):
+    reader = "an autoencoder passes them over"
     raise errors.UserError(
       f"{source.name} has captions, and nothing makes tokens of them: set "
-      "config.data.tokenizer to 'bytes' or 'words', and config.text."
+      "config.data.tokenizer to 'bytes' or 'words', and "
+      + ("config.text." if num_classes is not None else f"{reader}.")
     )
+  if num_classes is None:
+    num_classes = source.num_classes
   if (source.num_classes == 0) != (num_classes == 0):
     kind = ("labels", "texts")[source.num_classes == 0]
     raise errors.UserError(

@@ -6,6 +6,8 @@ Each caption ends with a token that says so; the empty one is that token alone.
 # Shape suffixes: B captions, L tokens.
 
 import dataclasses
+import functools
+import pathlib
 import re
 from collections.abc import Sequence
 from typing import Protocol
@@ -13,9 +15,12 @@ from typing import Protocol
 import numpy as np
 
 from flowjax import errors, schema
+from flowjax.data import tokenizer_files
 
 PADDING, END = 0, 1
 NAMES = ("bytes", "words")
+# And behind this the folder of a pretrained one.
+FILES = "files:"
 
 
 class Tokenizer(Protocol):
@@ -105,8 +110,14 @@ class Words(_Plain):
     super().require(caption)
 
 
+# Files may be large, and a config is asked again and again.
+_of_files = functools.cache(tokenizer_files.read)
+
+
 def build(name: str, length: int, words: Sequence[str] = ()) -> Tokenizer:
-  """Returns the tokenizer of that name."""
+  """Returns the tokenizer of that name, or of the files that it names."""
+  if name.startswith(FILES):
+    return _of_files(pathlib.Path(name.removeprefix(FILES)), length)
   if name == "bytes":
     return Bytes(length)
   assert name == "words", name

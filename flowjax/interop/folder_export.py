@@ -56,6 +56,8 @@ def export(
     )
   table = formats.layout(config, format)
   index = pipelines.read(pipeline, config) if pipeline else {}
+  if pipeline and scheduler and pipelines.same_scheduler(pipeline, scheduler):
+    scheduler = None  # The pipeline's own is copied as it is.
   about = {"dtype": dtype, "model": schema.to_dict(config), **(about or {})}
   marker = files.export_folder(out_dir, format=name(format), marker=MARKER)
   with marker as new:

@@ -45,6 +45,11 @@ def layout(config: Any) -> tables.Table:
   return _BY_NAME[config.name].layout(config)
 
 
+def is_weight(key: str) -> bool:
+  """Says whether a tensor is one of the weights, and not a row of numbers."""
+  return not key.endswith(clip.UNREAD)
+
+
 def open(folder: pathlib.Path) -> Found:
   """Finds the text encoder of a folder; nothing but headers is read.
 
@@ -66,7 +71,7 @@ def open(folder: pathlib.Path) -> Found:
     )
   module = _KINDS[kind]
   file = weights.find(folder, STEM)
-  tensors = shards.read(file, lambda key: not key.endswith(clip.UNREAD))
+  tensors = shards.read(file, is_weight)
   with errors.naming(str(folder)):
     tensors = module.renamed(tensors)
     try:

@@ -10,6 +10,7 @@ it, mapped if there is a projection.
 
 import dataclasses
 import functools
+import typing
 from typing import Any
 
 import flax.linen as nn
@@ -224,4 +225,5 @@ def apply(
     raise ValueError(
       f"{token_BL.shape[1]} tokens: this CLIP reads at most {config.positions}."
     )
-  return Encoder(config).apply({"params": params}, token_BL, mask_BL)
+  found = Encoder(config).apply({"params": params}, token_BL, mask_BL)
+  return typing.cast(tuple[jax.Array, jax.Array], found)

@@ -13,6 +13,7 @@ float16 holds; here it is float32, and products are bfloat16 or float32.
 import dataclasses
 import functools
 import math
+import typing
 from typing import Any
 
 import flax.linen as nn
@@ -206,4 +207,5 @@ def apply(
 
   `mask_BL` is true where a token is real.
   """
-  return Encoder(config).apply({"params": params}, token_BL, mask_BL), None
+  text_BLE = Encoder(config).apply({"params": params}, token_BL, mask_BL)
+  return typing.cast(jax.Array, text_BLE), None
