@@ -294,15 +294,16 @@ def test_another_command_into_the_folder_is_refused(photos, tmp_path):
 
 def test_sizes_and_crops_of_the_originals(tmp_path):
   """A wide image, a high one, and one that a camera stored on its side."""
+  photos = tmp_path / "in"
   for i, (size, turned) in enumerate(
     (((40, 20), False), ((10, 32), False), ((64, 16), True))
   ):
     exif = PIL.Image.Exif()
     exif[0x0112] = 6 if turned else 1
     image = PIL.Image.new("RGB", size)
-    (tmp_path / "class").mkdir(exist_ok=True)
-    image.save(tmp_path / f"class/{i}.png", exif=exif)
-  config = config_of(tmp_path, originals=True)
+    (photos / "class").mkdir(parents=True, exist_ok=True)
+    image.save(photos / f"class/{i}.png", exif=exif)
+  config = config_of(photos, originals=True)
   encode.encode(work_of(tmp_path / "out", config))
   stored = reopened(tmp_path / "out")
   sizes = [stored[i]["size"].tolist() for i in range(3)]
@@ -310,7 +311,7 @@ def test_sizes_and_crops_of_the_originals(tmp_path):
   # Scaled to 8x16, 26x8 (25.6) and, upright, 32x8: cut to 8x8 in the middle.
   assert sizes == [[20, 40], [32, 10], [64, 16]]
   assert crops == [[0, 4], [9, 0], [12, 0]]
-  assert "size" not in sources.open(config_of(tmp_path), "train")[0]
+  assert "size" not in sources.open(config_of(photos), "train")[0]
 
 
 def test_latents_of_another_autoencoder_are_refused(
