@@ -139,8 +139,11 @@ def held_out(
   # The mean is what an autoencoder takes for the latents of an image.
   image = "mean" if "mean" in records[0] else "image"
   images = np.stack([record[image] for record in records])
+  cond = {key: np.stack([record[key] for record in records]) for key in keys}
+  # Embeddings can be stored in half the bytes; a network reads float32.
   return images.astype(np.float32), {
-    key: np.stack([record[key] for record in records]) for key in keys
+    key: value if value.dtype.kind in "biu" else value.astype(np.float32)
+    for key, value in cond.items()
   }
 
 

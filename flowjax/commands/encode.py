@@ -21,13 +21,13 @@ from typing import Any
 
 import jax
 
-from flowjax import errors
+from flowjax import errors, schema
 from flowjax.commands import configs, encode_plan, encoding, flags
-from flowjax.data import archive, archive_writing, records, sources
+from flowjax.data import archive, archive_writing, arrayrecord, records, sources
 from flowjax.data import config as data_config
 from flowjax.parallel import distributed
 from flowjax.parallel import mesh as meshes
-from flowjax.train import lock, loop, progress
+from flowjax.train import experiment, lock, loop, progress
 
 DTYPES = (*records.FLOATS, "uint8")
 
@@ -65,6 +65,12 @@ def add_flags(parser) -> None:
     default=32,
     help="how many images a process encodes at once",
   )
+  parser.add_argument(
+    "--compute_dtype",
+    choices=("bfloat16", "float32"),
+    default="bfloat16",
+    help="in which the frozen networks compute",
+  )
 
 
 def run(args) -> None:
@@ -76,6 +82,8 @@ def run(args) -> None:
     raise errors.UserError("--config is missing: it names the source.")
   archive.library()
   data, pipeline = configs.data(args.config, args.overrides)
+  # Captions are kept as they are, for whatever makes tokens of them.
+  data = dataclasses.replace(data, tokenizer=None, words=(), originals=True)
   splits = _splits(args.splits, data)
   with lock.WorkdirLock(args.out, flag="--out"), loop.out_of_memory_advice():
     mesh = meshes.build(meshes.MeshConfig(data=1, fsdp=-1), jax.local_devices())
@@ -83,7 +91,7 @@ def run(args) -> None:
     work = begin(
       args.out,
       splits,
-      frozen(pipeline, mesh) if pipeline else None,
+      frozen(pipeline, mesh, args.compute_dtype) if pipeline else None,
       data,
       dtype=args.dtype,
       shard_size=args.shard_size,
@@ -185,11 +193,37 @@ def summary(folder: pathlib.Path, index: archive.Index) -> str:
   return " ".join([f"{folder}:", *lines])
 
 
-def frozen(folder: str, mesh: Any) -> encode_plan.Encoder:
-  """Opens the frozen networks of a pipeline on a mesh."""
+def frozen(
+  folder: str, mesh: Any = None, dtype: str = "bfloat16"
+) -> encode_plan.Encoder:
+  """Opens the frozen networks of a pipeline, of which nothing is read yet."""
   from flowjax.interop import frozen as pipelines
 
-  return pipelines.open(folder, mesh=mesh)
+  return pipelines.open(folder, mesh=mesh, dtype=dtype)
+
+
+def refuse_others(
+  config: experiment.Experiment, directory: pathlib.Path
+) -> None:
+  """Refuses latents that other networks made than those of config.pipeline.
+
+  A folder that is not found from here is looked for in the workdir.
+  """
+  encoded = arrayrecord.of(config.data)
+  if encoded is None or config.pipeline is None or not encoded.about["frozen"]:
+    return
+  folder = pathlib.Path(config.pipeline)
+  folder = folder if folder.is_dir() else directory / folder
+  found = frozen(str(folder)).fingerprint()
+  made, here = ({**f, "dtype": None} for f in (encoded.about["frozen"], found))
+  if rows := schema.difference(made, here, "frozen"):
+    raise errors.DataError(
+      f"{encoded.folder} was encoded by other networks than those of "
+      f"config.pipeline = {config.pipeline!r}, or to another scale:\n  "
+      + "\n  ".join(rows)
+      + "\n(records -> pipeline). Name the pipeline that encoded them, or "
+      "encode them again."
+    )
 
 
 def _splits(
@@ -202,9 +236,7 @@ def _splits(
         f"--splits={names} must be of {', '.join(sources.SPLITS)}."
       )
     try:
-      # Captions are kept as they are, for whatever makes tokens of them.
-      plain = dataclasses.replace(config, tokenizer=None, words=())
-      found[name] = sources.open(plain, name)
+      found[name] = sources.open(config, name)
     except errors.UserError as error:
       if name == "held_out":
         raise type(error)(

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from flowjax import errors, schema
-from flowjax.data import archive, embeddings, records, sources
+from flowjax.data import archive, embeddings, reading, records, sources
 from flowjax.data import config as data_config
 
 # What of config.data changes neither the records nor their order.
@@ -57,6 +57,15 @@ def plan(
   """
   source = next(iter(splits.values()))
   blank = sources.blank(source)
+  if "image" not in blank or config.pair_source is not None:
+    raise errors.UserError(
+      f"{source.name} cannot be encoded: "
+      + (
+        "set config.data.pair_source=None, and encode each of the two."
+        if config.pair_source is not None
+        else "it holds latents already."
+      )
+    )
   fields = [records.Field(archive.NUMBER, "int64")]
   if encoder is None:
     found, shape, texts = _as_they_are(blank, dtype)
@@ -65,9 +74,11 @@ def plan(
   fields += found
   if "label" in blank:
     fields.append(records.Field("label", "int32"))
-  for name in ORIGINALS:
-    if name in blank:
-      fields.append(records.Field(name, "int32", (2,)))
+  if config.originals:
+    known = _first_sound(source)
+    fields += [
+      records.Field(name, "int32", (2,)) for name in ORIGINALS if name in known
+    ]
   if texts:
     fields += texts.fields(_floats(dtype))
   layout = records.Layout(tuple(fields), "caption" in blank)
@@ -148,6 +159,16 @@ def _encoded(
       texts = dataclasses.replace(texts, parts=tuple(parts))
   names = ("mean", "log_variance")
   return [records.Field(n, _floats(dtype), shape) for n in names], shape, texts
+
+
+def _first_sound(source: sources.Source) -> sources.Record:
+  """Returns one record: what its source says of originals, all of it do."""
+  for i in range(min(len(source), reading.IN_A_ROW)):
+    try:
+      return source[i]
+    except sources.Corrupt:
+      continue
+  return {}
 
 
 def _floats(dtype: str | None) -> str:

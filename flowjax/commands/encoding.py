@@ -17,6 +17,7 @@ from flowjax.data import (
   embeddings,
   prefetch,
   reading,
+  records,
   sources,
 )
 
@@ -76,9 +77,10 @@ class Work:
     values, captions = self._values([example for _, example in sound])
     values[archive.NUMBER] = np.array([number for number, _ in sound])
     finite_B = np.ones(len(sound), bool)
-    for value in values.values():
-      if value.dtype.kind == "f":
-        finite_B &= np.isfinite(value.reshape(len(value), -1)).all(axis=1)
+    for field in self.plan.layout.fields:
+      if field.dtype in records.FLOATS:
+        flat_BN = np.asarray(values[field.name]).reshape(len(sound), -1)
+        finite_B &= np.isfinite(flat_BN).all(axis=1)
     for number in values[archive.NUMBER][~finite_B].tolist():
       reason = f"Record {number} is not finite, once it is encoded."
       self._fail(writer, number, sources.Corrupt(reason))

@@ -12,7 +12,7 @@ import logging
 import pathlib
 
 from flowjax import schema
-from flowjax.commands import configs, drawing, flags
+from flowjax.commands import configs, drawing, encode, flags
 from flowjax.data import loader, sources
 from flowjax.evaluate import pictures, validation
 from flowjax.flow import losses
@@ -45,6 +45,7 @@ def run(args) -> None:
   if args.compiler_flags:
     print(compiler_flags.apply())
   distributed.agree("config", schema.to_dict(config))
+  encode.refuse_others(config, args.workdir)
   result = loop.train(
     config,
     args.workdir,

@@ -77,36 +77,41 @@ def writing(folder: pathlib.Path, split: str, shard: int) -> Iterator["Writer"]:
   try:
     yield writer
     writer.close()
-    archive.sync(partial)
-    known = archive.Shard(0, 0, "", tuple(writer.failed))
-    if writer.count:
-      known = dataclasses.replace(
-        known,
-        records=writer.count,
-        bytes=partial.stat().st_size,
-        checksum=archive.checksum(partial),
-      )
-      os.replace(partial, path)
-    else:
-      path.unlink(missing_ok=True)
-    archive.write_json(_beside(path), dataclasses.asdict(known))
+    with _explained(folder):
+      archive.sync(partial)
+      known = archive.Shard(0, 0, "", tuple(writer.failed))
+      if writer.count:
+        known = dataclasses.replace(
+          known,
+          records=writer.count,
+          bytes=partial.stat().st_size,
+          checksum=archive.checksum(partial),
+        )
+        os.replace(partial, path)
+      else:
+        path.unlink(missing_ok=True)
+      archive.write_json(_beside(path), dataclasses.asdict(known))
   finally:
-    writer.close()
-    partial.unlink(missing_ok=True)
+    # What was written so far goes, so it does not matter that it does not fit.
+    with contextlib.suppress(errors.UserError):
+      writer.close()
+    with contextlib.suppress(OSError):
+      partial.unlink(missing_ok=True)
 
 
 class Writer:
   """Writes the records of one shard, and remembers those that failed."""
 
   def __init__(self, path: pathlib.Path):
-    self.count = 0
+    self._path, self.count = path, 0
     self.failed: list[tuple[int, str]] = []
     self._file = archive.library().ArrayRecordWriter(str(path), _OPTIONS)
 
   def write(self, parts: Sequence[bytes]) -> None:
     """Writes records, in their order."""
-    for part in parts:
-      self._file.write(part)
+    with _explained(self._path.parent):
+      for part in parts:
+        self._file.write(part)
     self.count += len(parts)
 
   def fail(self, number: int, reason: str) -> None:
@@ -115,8 +120,9 @@ class Writer:
 
   def close(self) -> None:
     """Writes what is buffered; may be called twice."""
-    if self._file.is_open():
-      self._file.close()
+    with _explained(self._path.parent):
+      if self._file.is_open():
+        self._file.close()
 
 
 def write_empty(folder: pathlib.Path, part: bytes) -> None:
@@ -221,6 +227,18 @@ def _wrong_numbers(plan, split, number, shard, found) -> list[str]:
     + (f" (the first is {lost[0]})" if lost else "")
     + f", and has {twice} twice"
   ]
+
+
+@contextlib.contextmanager
+def _explained(folder: pathlib.Path) -> Iterator[None]:
+  """Says what to do where the disk refuses; ArrayRecord raises RuntimeError."""
+  try:
+    yield
+  except (OSError, RuntimeError) as error:
+    raise errors.UserError(
+      f"{folder} cannot be written: {error}. Make room there, or correct its "
+      "permissions, and give the same command again: it goes on."
+    ) from error
 
 
 def _beside(path: pathlib.Path) -> pathlib.Path:

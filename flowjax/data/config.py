@@ -49,6 +49,8 @@ class DataConfig:
   mixture: tuple[tuple[str, float], ...] = ()
   max_pixels: int = 80_000_000  # An image of more is corrupt, and not decoded.
   index_dir: str | None = None  # Where listings of files and shards are kept.
+  # Records of images also say their "size", and the "crop" that was taken.
+  originals: bool = False
 
   def __post_init__(self):
     if len(self.image_size) != 2 or min(self.image_size) < 1:

@@ -56,10 +56,10 @@ class Folder:
 
   def __getitem__(self, i: int) -> sources.Record:
     path = self.listing.path(self.file(i))
-    image_HWC = self.read(_content(path), path)
+    image = self.read.record(_content(path), path)
     if self.label_N is None:
-      return {"image": image_HWC, "caption": self._caption(i, path)}
-    return {"image": image_HWC, "label": self.label_N[i]}
+      return {**image, "caption": self._caption(i, path)}
+    return {**image, "label": self.label_N[i]}
 
   def _caption(self, i: int, path: str) -> str:
     row, arrays = int(self.row_N[i]), self.listing.arrays

@@ -103,18 +103,18 @@ class Hf:
     row = int(row_N[i - int(begin_G[number])])
     name = f"Row {place.first + row} of {place.path}"
     content = _bytes(group.column(self.columns.image)[row])
-    image_HWC = self.read(content or b"", name)
+    image = self.read.record(content or b"", name)
     told = group.column(self.columns.told)[row]
     if not self.num_classes:
       text = b"" if not told.is_valid else told.as_buffer().to_pybytes()
-      return {"image": image_HWC, "caption": texts.decode(text, name)}
+      return {**image, "caption": texts.decode(text, name)}
     label = told.as_py()
     if label is None or not 0 <= label < self.num_classes:
       raise errors.DataError(
         f"{name} has the label {label}, which is out of range: there are "
         f"{self.num_classes} classes. It is of a split without labels."
       )
-    return {"image": image_HWC, "label": np.int32(label)}
+    return {**image, "label": np.int32(label)}
 
   def _group(self, place: Place) -> tuple[Any, np.ndarray]:
     wanted = (self.columns.image, self.columns.told)

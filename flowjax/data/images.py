@@ -14,6 +14,8 @@ from flowjax.data import sources
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 LATENTS = (".npy",)
+# A tag of Exif, and its values for an image that is stored on its side.
+_ORIENTATION, _LYING = 0x0112, (5, 6, 7, 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Reader:
 
   shape: tuple[int, int, int]
   max_pixels: int
+  originals: bool = False
 
   @property
   def endings(self) -> tuple[str, ...]:
@@ -44,10 +47,19 @@ class Reader:
       name=name,
     )
 
+  def record(self, content: bytes, name: str) -> dict[str, np.ndarray]:
+    """Returns the image and, with `originals`, what it was cut from."""
+    found = {"image": self(content, name)}
+    if self.originals and self.endings is IMAGES:
+      found |= original(content, self.shape[:2])
+    return found
+
 
 def reader(config: config_lib.DataConfig) -> Reader:
   """Returns what reads the images of `config`; refuses to without Pillow."""
-  made = Reader((*config.image_size, config.channels), config.max_pixels)
+  made = Reader(
+    (*config.image_size, config.channels), config.max_pixels, config.originals
+  )
   if made.endings is IMAGES:
     _pillow()
   return made
@@ -87,6 +99,29 @@ def decode(
     raise sources.Corrupt(f"{name} is corrupt: {_reason(error)}.") from error
   image_HWC = pixels.astype(np.float32) / 127.5 - 1.0
   return image_HWC.reshape(*image_size, channels)
+
+
+def original(
+  content: bytes, image_size: tuple[int, int]
+) -> dict[str, np.ndarray]:
+  """Returns "size", height and width of an image, and "crop", how it is cut.
+
+  That is how far from the top and from the left, in pixels of the image once
+  its short side fits (arXiv:2307.01952, section 2.2). Only a header is read.
+  """
+  with _pillow().Image.open(io.BytesIO(content), formats=FORMATS) as image:
+    width, height = image.size
+    if image.getexif().get(_ORIENTATION, 1) in _LYING:
+      width, height = height, width
+  scale = min(height / image_size[0], width / image_size[1])
+  crop = [
+    round((side / scale - wanted) / 2)
+    for side, wanted in zip((height, width), image_size, strict=True)
+  ]
+  return {
+    "size": np.array([height, width], np.int32),
+    "crop": np.array(crop, np.int32),
+  }
 
 
 def decode_array(

@@ -82,7 +82,14 @@ def open(config: config_lib.DataConfig, split: str) -> Source:
     other = dataclasses.replace(
       alone, source=config.pair_source, mixture=(), tokenizer=None, words=()
     )
-    return pairs.paired(open(alone, split), open(other, split))
+    both = open(alone, split), open(other, split)
+    for source in both:
+      if "image" not in blank(source):
+        raise errors.UserError(
+          f"{source.name} holds latents with their variance, which are not "
+          "paired: encode images, or leave out config.data.pair_source."
+        )
+    return pairs.paired(*both)
   kind, _, place = config.source.partition(":")
   if kind in KINDS and not place and "<" in KINDS[kind]:
     raise errors.UserError(

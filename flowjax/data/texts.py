@@ -96,7 +96,8 @@ class Templated:
     record = self.source[i]
     name = self.source.class_names[int(record["label"])].replace("_", " ")
     caption = self.templates[template].replace("{}", name)
-    return {"image": record["image"], "caption": clean(caption)}
+    image = {key: record[key] for key in record if key != "label"}
+    return {**image, "caption": clean(caption)}
 
   def draw(self, seed: int, position_B: np.ndarray) -> np.ndarray:
     """Returns the record of each position, and in which words."""

@@ -38,10 +38,11 @@ class Tfds:
 
   def __getitem__(self, i: int) -> sources.Record:
     record = self._record(i)
-    image_HWC = self.read(record[self.image_key] or b"", self._place(i))
+    content = record[self.image_key] or b""
+    image = self.read.record(content, self._place(i))
     if not self.num_classes:
       caption = texts.decode(_bytes(record[self.told_key]), self._place(i))
-      return {"image": image_HWC, "caption": caption}
+      return {**image, "caption": caption}
     label = np.asarray(record[self.told_key], np.int32)
     if not 0 <= label < self.num_classes:
       raise errors.DataError(
@@ -49,7 +50,7 @@ class Tfds:
         f"are {self.num_classes} classes. -1 marks a split without labels: "
         "take another by config.data.train_split or eval_split."
       )
-    return {"image": image_HWC, "label": label}
+    return {**image, "label": label}
 
   def _record(self, i: int) -> dict[str, Any]:
     try:

@@ -84,7 +84,7 @@ class WebDataset:
     found = _member(path, shard, self.choice.kind, row)
     assert found is not None
     return {
-      "image": self.read(*found),
+      **self.read.record(*found),
       "caption": self._caption(path, shard, row),
     }
 

@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flowjax import errors
-from flowjax.data import tokenizer_files
+from flowjax.data import embeddings, tokenizer_files
 from flowjax.interop import (
   folder_export,
   pipelines,
@@ -75,6 +75,32 @@ class Frozen:
     if self.kind == "flux":
       return self.text_tokens
     return self._tokenizer("text_encoder").length + self.text_tokens
+
+  @functools.cached_property
+  def parts(self) -> tuple[embeddings.Part, ...]:
+    """Says where in a text, and in its pooled vector, each encoder's words are.
+
+    Of weights only headers are read.
+    """
+    found: list[embeddings.Part] = []
+    column = pooled = 0
+    for name in pipelines.encoders(self.index):
+      config = self._found(name).config
+      if config.name == "t5":
+        tokens = (self.text_length - self.text_tokens, self.text_length)
+        columns = (0, config.text_width)
+        found.append(embeddings.Part(name, tokens, columns))
+        continue
+      part = embeddings.Part(
+        name, pooled=(pooled, pooled + config.pooled_width)
+      )
+      if self.kind == "sd3":
+        columns = (column, column + config.text_width)
+        tokens = (0, self._tokenizer(name).length)
+        part = dataclasses.replace(part, tokens=tokens, columns=columns)
+      found.append(part)
+      column, pooled = column + config.text_width, part.pooled[1]
+    return tuple(found)
 
   def texts(self, captions: Captions) -> dict[str, np.ndarray]:
     """Returns text [B, L, E] and pooled [B, P] of captions, in float32.

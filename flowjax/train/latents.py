@@ -151,7 +151,7 @@ def dropped(
         texts.width, part.columns
       )
       text_BLE = jnp.where(
-        drop_B[:, None, None] & inside_LE, empty["text"], text_BLE
+        drop_B[:, None, None] & inside_LE[None], empty["text"], text_BLE
       )
       kept_B = ~drop_B | kept_BL.get(part.tokens, False)
       kept_BL[part.tokens] = kept_B

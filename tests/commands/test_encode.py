@@ -4,8 +4,10 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 
@@ -18,7 +20,8 @@ from flowjax import errors
 from flowjax.commands import encode
 from flowjax.data import archive, archive_writing, embeddings, sources
 from flowjax.data import config as config_lib
-from flowjax.train import lock
+from flowjax.models import dit
+from flowjax.train import experiment, lock
 
 ROOT = pathlib.Path(__file__).parents[2]
 CAPTIONS = ("a red 3", "eine rote 3", "लाल ३", "أحمر", "")
@@ -196,8 +199,36 @@ sys.exit(door.main(sys.argv[1:]))
 """
 
 
+def by_two(words):
+  """Runs a command in two processes; returns how they ended, and all said."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  count = r"--xla_force_host_platform_device_count=\d+"
+  job = {
+    **os.environ,
+    "PYTHONPATH": str(ROOT),
+    "XLA_FLAGS": re.sub(count, "", os.environ["XLA_FLAGS"]),
+    "FLOWJAX_COORDINATOR": f"127.0.0.1:{port}",
+    "FLOWJAX_PROCESSES": "2",
+  }
+  started = [
+    subprocess.Popen(
+      [sys.executable, "-m", "flowjax", *words],
+      env={**job, "FLOWJAX_PROCESS": str(process)},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for process in range(2)
+  ]
+  texts = [process.communicate()[0] for process in started]
+  return [process.returncode for process in started], texts
+
+
 @pytest.mark.slow
-def test_kill_9_and_the_same_command_again(tmp_path, capsys):
+@pytest.mark.timeout(900)
+def test_killed_and_gone_on_with_by_two_processes(tmp_path, capsys):
   config = tmp_path / "config.py"
   config.write_text(
     "from flowjax.train import experiment\n"
@@ -221,7 +252,10 @@ def test_kill_9_and_the_same_command_again(tmp_path, capsys):
   left = content(tmp_path / "out")
   assert archive.name("train", 1) in left and archive.INDEX not in left
   assert archive.name("train", 2) + ".partial" in left
-  assert door.main(words("out")) == 0 and door.main(words("straight")) == 0
+  codes, said = by_two(words("out"))
+  assert codes == [0, 0], said
+  assert "2 of 5 shards are there" in said[0] and "2 of 5" in said[1]
+  assert door.main(words("straight")) == 0
   assert content(tmp_path / "out") == content(tmp_path / "straight")
   assert door.main(["encode", "--verify", f"--out={tmp_path / 'out'}"]) == 0
   assert "held_out: 359 records" in capsys.readouterr().out
@@ -258,6 +292,57 @@ def test_another_command_into_the_folder_is_refused(photos, tmp_path):
     work_of(tmp_path / "full", config)
 
 
+def test_sizes_and_crops_of_the_originals(tmp_path):
+  """A wide image, a high one, and one that a camera stored on its side."""
+  photos = tmp_path / "in"
+  for i, (size, turned) in enumerate(
+    (((40, 20), False), ((10, 32), False), ((64, 16), True))
+  ):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6 if turned else 1
+    image = PIL.Image.new("RGB", size)
+    (photos / "class").mkdir(parents=True, exist_ok=True)
+    image.save(photos / f"class/{i}.png", exif=exif)
+  config = config_of(photos, originals=True)
+  encode.encode(work_of(tmp_path / "out", config))
+  stored = reopened(tmp_path / "out")
+  sizes = [stored[i]["size"].tolist() for i in range(3)]
+  crops = [stored[i]["crop"].tolist() for i in range(3)]
+  # Scaled to 8x16, 26x8 (25.6) and, upright, 32x8: cut to 8x8 in the middle.
+  assert sizes == [[20, 40], [32, 10], [64, 16]]
+  assert crops == [[0, 4], [9, 0], [12, 0]]
+  assert "size" not in sources.open(config_of(photos), "train")[0]
+
+
+def test_latents_of_another_autoencoder_are_refused(
+  photos, tmp_path, monkeypatch
+):
+  out = tmp_path / "out"
+  encode.encode(work_of(out, config_of(photos), Encoder()))
+  config = experiment.Experiment(
+    pipeline="models/sd3",
+    model=dit.DiTConfig(image_size=(4, 4), channels=3, patch_size=2),
+    data=config_lib.DataConfig(
+      source=f"arrayrecord:{out}", image_size=(4, 4), channels=3
+    ),
+  )
+  opened = []
+
+  def frozen(scale):
+    return lambda folder: opened.append(folder) or Encoder(scale=scale)
+
+  monkeypatch.setattr(encode, "frozen", frozen(0.5))
+  encode.refuse_others(config, tmp_path)
+  assert opened == [str(tmp_path / "models/sd3")]
+  monkeypatch.setattr(encode, "frozen", frozen(0.7))
+  with pytest.raises(errors.DataError, match="by other networks than") as error:
+    encode.refuse_others(config, tmp_path)
+  said = str(error.value)
+  assert str(out) in said and "'models/sd3'" in said
+  assert "frozen.vae.scaling_factor: 0.5 -> 0.7" in said
+  encode.refuse_others(dataclasses.replace(config, pipeline=None), tmp_path)
+
+
 def test_what_fails_is_counted_or_ends_it(photos, tmp_path):
   class Broken(Encoder):
     def encode(self, image_BHWC):
@@ -284,6 +369,34 @@ def test_what_fails_is_counted_or_ends_it(photos, tmp_path):
     (tmp_path / "none" / f"{i}.txt").write_text("a")
   with pytest.raises(errors.DataError, match="All 3 records .* failed"):
     encode.encode(work_of(tmp_path / "d", config_of(tmp_path / "none")))
+
+
+def test_a_disk_that_refuses_is_named(photos, tmp_path):
+  """The second shard is to be written where there is a folder."""
+  out = tmp_path / "out"
+  work = work_of(out, config_of(photos))
+  (out / f"{archive.name('train', 1)}.partial").mkdir()
+  with pytest.raises(errors.UserError, match="cannot be written: .* goes on"):
+    encode.encode(work)
+  (out / f"{archive.name('train', 1)}.partial").rmdir()
+  encode.encode(work)
+  encode.encode(work_of(tmp_path / "straight", config_of(photos)))
+  assert content(out) == content(tmp_path / "straight")
+
+
+def test_what_has_no_images_is_refused(photos, tmp_path):
+  config, out = config_of(photos), tmp_path / "out"
+  encode.encode(work_of(out, config, Encoder()))
+  values = {"image_size": (4, 4), "channels": 3, "held_out": 0.0}
+  again = config_lib.DataConfig(source=f"arrayrecord:{out}", **values)
+  with pytest.raises(errors.UserError, match="it holds latents already"):
+    work_of(tmp_path / "again", again)
+  pair = dataclasses.replace(again, pair_source=again.source)
+  with pytest.raises(errors.UserError, match="with their variance, which are"):
+    sources.open(pair, "train")
+  pair = dataclasses.replace(config, pair_source=config.source)
+  with pytest.raises(errors.UserError, match="encode each of the two"):
+    work_of(tmp_path / "pair", pair)
 
 
 def test_verify_names_what_is_wrong(photos, tmp_path, capsys):

@@ -6,21 +6,25 @@ is compared with what diffusers says and draws.
 
 # Shape suffixes: B batch, H height, W width, C channels.
 
+import dataclasses
 import json
 import pathlib
 import shutil
 
 import jax
 import numpy as np
+import PIL.Image
 import pytest
 
 from flowjax import __main__ as door
 from flowjax import errors
-from flowjax.commands import pipeline
+from flowjax.commands import encode, pipeline
+from flowjax.data import config as data_config
+from flowjax.data import sources
 from flowjax.interop import frozen, pipelines
 from flowjax.models import flux, mmdit
 from flowjax.parallel import mesh as meshes
-from flowjax.train import workdir
+from flowjax.train import experiment, workdir
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -307,6 +311,75 @@ def test_a_fingerprint_tells_another_pipeline(saved, tmp_path):
   second = frozen.open(tmp_path / "other").fingerprint()
   assert first["vae"] != second.pop("vae")
   assert {key: first[key] for key in second} == second
+
+
+def test_what_is_encoded_once_is_what_the_parts_say(saved, tmp_path):
+  kind, _, folder = saved
+  rng = np.random.default_rng(0)
+  for i, prompt in enumerate(PROMPTS):
+    pixels = rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8)
+    PIL.Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    (tmp_path / f"{i}.txt").write_text(prompt)
+  config = tmp_path / "config.py"
+  config.write_text(
+    "from flowjax.train import experiment\n"
+    "get_config = lambda: experiment.defaults('mmdit')\n"
+  )
+  out = tmp_path / "out"
+  command(
+    "encode", f"--config={config}", f"--out={out}", "--splits=train",
+    f"--config.pipeline={folder}", f"--config.data.source=folder:{tmp_path}",
+    f"--config.data.image_size=({SIZE}, {SIZE})", "--config.data.channels=3",
+    "--config.data.held_out=0.0", "--compute_dtype=float32", "--batch_size=8",
+    "--dtype=float32",
+  )  # fmt: skip
+  command("encode", "--verify", f"--out={out}")
+  data = data_config.DataConfig(
+    source=f"arrayrecord:{out}", image_size=(8, 8), channels=4
+  )
+  stored = sources.open(data, "train")
+  found = stored.gather(np.arange(2))
+  parts = frozen.open(folder, dtype="float32")
+  told = parts.texts(PROMPTS)
+  for key in ("text", "pooled"):
+    np.testing.assert_allclose(found[key], told[key], atol=1e-4)
+    empty = parts.texts([""])[key][0]
+    np.testing.assert_allclose(stored.encoded.empty[key], empty, atol=1e-4)
+  image_BHWC = np.stack(
+    [
+      np.asarray(PIL.Image.open(tmp_path / f"{i}.png"), np.float32) / 127.5 - 1
+      for i in range(2)
+    ]
+  )
+  mean_BHWC, log_variance_BHWC = parts.encode(image_BHWC)
+  np.testing.assert_allclose(found["mean"], mean_BHWC, atol=1e-4)
+  np.testing.assert_allclose(
+    found["log_variance"], log_variance_BHWC, atol=1e-3
+  )
+  assert [part.name for part in stored.encoded.texts.parts] == list(
+    pipelines.encoders(parts.index)
+  )
+  # Each box holds what its encoder says, and nothing of another.
+  for part in parts.parts:
+    text_BLE, pooled_BP = parts._encoded(part.name, PROMPTS)
+    if part.tokens:
+      box = told["text"][:, slice(*part.tokens), slice(*part.columns)]
+      np.testing.assert_array_equal(box, text_BLE)
+    if part.pooled:
+      np.testing.assert_array_equal(
+        told["pooled"][:, slice(*part.pooled)], pooled_BP
+      )
+  # A run that names the pipeline is of these latents, and of no others.
+  model = mmdit.MMDiTConfig(image_size=(8, 8), channels=4, num_classes=0)
+  run = experiment.Experiment(model=model, data=data, pipeline=str(folder))
+  encode.refuse_others(run, tmp_path)
+  other = shutil.copytree(folder, tmp_path / "other")
+  content = json.loads((other / "vae/config.json").read_text())
+  content["scaling_factor"] = 0.25
+  (other / "vae/config.json").write_text(json.dumps(content))
+  run = dataclasses.replace(run, pipeline=str(other))
+  with pytest.raises(errors.DataError, match="scaling_factor: 1.5 -> 0.25"):
+    encode.refuse_others(run, tmp_path)
 
 
 def noise(count, size=(8, 8)):

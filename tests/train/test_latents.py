@@ -35,12 +35,15 @@ TEXTS = embeddings.Texts(
     embeddings.Part("c", (2, 4), (0, 6), None),
   ),
 )
+# The embedded empty caption: 7 wherever an encoder speaks.
+EMPTY = np.full((4, 6), 7.0)
+EMPTY[:2, 5] = 0.0
 SD3 = (0.463, 0.463, 0.463)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-  """Latents and texts, of which the empty caption is 7 throughout."""
+  """Latents with embedded texts, and the empty caption."""
   folder = tmp_path_factory.mktemp("latents")
   layout = records.Layout(
     (
@@ -172,11 +175,11 @@ def test_no_text_is_the_empty_caption(data):
   drop = np.asarray(found["pooled"])[:, 0] == 7.0
   assert 0 < drop.sum() < 8
   np.testing.assert_array_equal(
-    (np.asarray(found["text"]) == 7.0).all(axis=(1, 2)), drop
+    (np.asarray(found["text"]) == EMPTY).all(axis=(1, 2)), drop
   )
   cond = {key: batch_of()[key] for key in ("text", "pooled")}
   told = latents.with_negative(data, cond)["negative"]
-  assert sorted(told) == ["pooled", "text"] and (told["text"] == 7.0).all()
+  assert sorted(told) == ["pooled", "text"] and (told["text"] == EMPTY).all()
   given = {**cond, "negative": cond}
   assert latents.with_negative(data, given) is given
   long = {**cond, "text": np.zeros((8, 5, 6))}
@@ -201,7 +204,7 @@ from flowjax.train import experiment
 def get_config():
   c = experiment.defaults("mmdit")
   c.steps = 3
-  c.model.update(image_size=(4, 4), channels=2, patch_size=2, width=16,
+  c.model.update(image_size=(4, 4), channels=2, patch_size=2, head_size=8,
                  depth=1, heads=2, num_classes=0, text_width=6, text_tokens=4,
                  pooled_width=4, condition_dropout=0.0)
   c.data.update(source="SOURCE", image_size=(4, 4), channels=2, batch_size=8)
@@ -234,7 +237,8 @@ def test_the_commands_know_such_a_run(data, tmp_path, capsys, monkeypatch):
   out = tmp_path / "latents.npy"
   assert door.main(["sample", run, f"--out={out}", "--num=3"]) == 0
   assert np.load(out).shape == (3, *SHAPE) and np.isfinite(np.load(out)).all()
-  assert (told[0]["negative"]["text"] == 7.0).all()
+  assert (told[0]["negative"]["text"] == EMPTY).all()
+  assert told[0]["text"].dtype == told[0]["pooled"].dtype == np.float32
   assert door.main(["evaluate", run]) == 0
   found = restored.open(tmp_path / "run").run
   # What is lowered is what the loader gives.
@@ -249,7 +253,9 @@ def test_the_commands_know_such_a_run(data, tmp_path, capsys, monkeypatch):
 
 
 def test_the_group_is_in_every_config():
-  config = experiment.build(experiment.defaults("mmdit"))
+  values = experiment.defaults("dit")
+  values.model.update(image_size=(8, 8), channels=1, num_classes=10)
+  config = experiment.build(values)
   assert config.encoded == latents.EncodedConfig() and config.pipeline is None
   again = experiment.build(experiment.to_config_dict(config))
   assert again == config
