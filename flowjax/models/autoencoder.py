@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from flowjax import schema
-from flowjax.models import blocks, convolutions
+from flowjax.models import blocks, convolution_flops, convolutions
 
 # The logarithm of a variance is kept within, as published.
 LOG_VARIANCE = (-30.0, 20.0)
@@ -189,7 +189,7 @@ def flops(config: AutoencoderConfig) -> int:
   """Counts the arithmetic of encoding and decoding, per example."""
   features, height_width = 2 * config.latent_channels, config.latent_size
   area = height_width[0] * height_width[1]
-  total = convolutions.flops(config, features)
+  total = convolution_flops.of(config, features)
   if config.use_quant_conv:
     total += 2 * area * features**2
   if config.use_post_quant_conv:

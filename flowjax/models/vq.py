@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from flowjax import schema
-from flowjax.models import autoencoder, convolutions
+from flowjax.models import autoencoder, convolution_flops, convolutions
 
 SMOOTHING = 1e-5
 
@@ -218,7 +218,7 @@ def flops(config: VQConfig) -> int:
   """Counts the arithmetic of encoding and decoding, per example."""
   area = config.latent_size[0] * config.latent_size[1]
   maps = 2 * config.latent_channels + config.codes
-  total = convolutions.flops(config, config.latent_channels)
+  total = convolution_flops.of(config, config.latent_channels)
   return total + 2 * area * config.vector_width * maps
 
 

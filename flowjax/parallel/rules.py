@@ -102,8 +102,9 @@ AUTOENCODER: Rules = (
   (r"(codebook/embedding|running_codebook/sum)", ("fsdp", None)),
   (r"running_codebook/count", ("fsdp",)),
   (r"(post_)?quant_conv/kernel|running_steps/count", ()),
+  (r"(en|de)coder/in/kernel|encoder/out/kernel", (None, None, None, "fsdp")),
   (
-    r"(en|de)coder/(\w+/)*(in|out|conv_\d|shortcut|up|down)/kernel",
+    r"(en|de)coder/\w+/(block_\d+/)?(conv_\d|shortcut|up|down)/kernel",
     (None, None, None, "fsdp"),
   ),
   (

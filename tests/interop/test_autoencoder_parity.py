@@ -2,19 +2,22 @@
 
 # Shape suffixes: B batch, H height, W width, C channels.
 
-import dataclasses
 import json
 
-import diffusers
 import jax
 import numpy as np
 import pytest
-import torch
+from safetensors import numpy as safetensors
 
+from flowjax import errors
 from flowjax.interop import diffusers_configs, formats, vae
 from flowjax.models import autoencoder, tiles, vq
 
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
 TOLERANCE = 1e-4
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 SIDE = 32
 SMALL = dict(
   image_size=(SIDE, SIDE), widths=(16, 32), depth=1, groups=8, channels=3
@@ -93,10 +96,12 @@ def test_what_is_encoded_and_decoded(pair):
   x_BHWC = images(2, SIDE, SIDE, 3)
   with torch.no_grad():
     found = theirs.encode(torch_of(x_BHWC))
+  own = module_of(config)
+  encode = jax.jit(lambda x: own.encode(config, params, x))
   if config.name == "vq":
-    h_BHWC = vq.latents(config, params, x_BHWC)
+    h_BHWC = jax.jit(lambda x: vq.latents(config, params, x))(x_BHWC)
     close(h_BHWC, numpy_of(found.latents))
-    chosen_BHWC, index_BHW = vq.encode(config, params, x_BHWC)
+    chosen_BHWC, index_BHW = encode(x_BHWC)
     with torch.no_grad():
       theirs_BCHW, _, (_, _, index_N) = theirs.quantize(found.latents)
     close(chosen_BHWC, numpy_of(theirs_BCHW))
@@ -104,7 +109,7 @@ def test_what_is_encoded_and_decoded(pair):
     assert len(np.unique(index_BHW)) > 3
     z_BHWC = h_BHWC
   else:
-    mean, log_variance = autoencoder.encode(config, params, x_BHWC)
+    mean, log_variance = encode(x_BHWC)
     close(mean, numpy_of(found.latent_dist.mean))
     close(log_variance, numpy_of(found.latent_dist.logvar))
     with torch.no_grad():
@@ -113,7 +118,7 @@ def test_what_is_encoded_and_decoded(pair):
     z_BHWC = autoencoder.sample(mean, log_variance, jax.random.key(0))
   with torch.no_grad():
     image = theirs.decode(torch_of(z_BHWC)).sample
-  ours = module_of(config).decode(config, params, z_BHWC)
+  ours = jax.jit(lambda z: own.decode(config, params, z))(z_BHWC)
   close(ours, numpy_of(image))
   assert np.std(ours) > 0.05
 
@@ -122,14 +127,58 @@ def test_the_way_back(pair, tmp_path):
   config, params, theirs, folder = pair
   theirs.save_pretrained(tmp_path)
   ours, read = vae.open(tmp_path)
-  assert (
-    ours == dataclasses.replace(config, code_width=2)
-    if (config.name == "vq")
-    else ours == config
-  )
+  assert ours == config
   jax.tree.map(np.testing.assert_array_equal, read, params)
   content = json.loads((folder / "config.json").read_text())
   assert diffusers_configs.write(ours) == content
+
+
+def changed(folder, **fields):
+  """Writes other fields into a folder's config.json."""
+  path = folder / "config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_older_names_of_attention_are_read(tmp_path):
+  config = CONFIGS["kl"]
+  params, path = random_params(config), tmp_path / WEIGHTS
+  vae.write(tmp_path, config, params)
+  older = {"to_q": "query", "to_k": "key", "to_v": "value"}
+  older |= {"to_out.0": "proj_attn"}
+  tensors = {}
+  for key, tensor in safetensors.load_file(path).items():
+    for new, old in older.items():
+      key = key.replace(f".{new}.", f".{old}.")
+    tensors[key] = tensor
+  assert "decoder.mid_block.attentions.0.proj_attn.bias" in tensors
+  safetensors.save_file(tensors, path)
+  _, read = vae.open(tmp_path, dtype="bfloat16")
+  assert read["decoder"]["in"]["bias"].dtype == "bfloat16"
+  _, read = vae.open(tmp_path)
+  jax.tree.map(np.testing.assert_array_equal, read, params)
+  safetensors.save_file({**tensors, "encoder.more": np.zeros(3, "f4")}, path)
+  with pytest.raises(errors.CheckpointError, match="unmapped    encoder.more"):
+    vae.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("fields", "text"),
+  [
+    (dict(latents_mean=[0.1]), "latents_mean"),
+    (dict(act_fn="gelu"), "act_fn = 'gelu'"),
+    (dict(out_channels=1), "out_channels = 1"),
+    (dict(up_block_types=["UpDecoderBlock2D"] * 2), "up_block_types"),
+    (dict(down_block_types=[1, 2]), "list of names"),
+    (dict(norm_num_groups=7), "groups=7 does not divide"),
+    (dict(_class_name="AutoencoderTiny"), "no network of FlowJAX"),
+    (dict(_class_name="DiTTransformer2DModel"), "autoencoder is"),
+  ],
+)
+def test_folders_that_are_refused(tmp_path, fields, text):
+  vae.write(tmp_path, CONFIGS["kl"], random_params(CONFIGS["kl"]))
+  changed(tmp_path, **fields)
+  with pytest.raises(errors.UserError, match=text):
+    vae.open(tmp_path)
 
 
 def test_tiles_fade_as_theirs():
