@@ -138,7 +138,9 @@ def jit_step(run: parts.Parts):
   # One part is summed once as it is.
   apart = config.optim.accumulate > 1
   summing = sums.Sums(
-    config.optim.reduce_dtype, run.mesh.shape["data"] if apart else 1
+    config.optim.reduce_dtype,
+    run.mesh.shape["data"] if apart else 1,
+    run.rules,
   )
   if summing.shares > 1:
     network = models.over_shares(network, summing.over)
