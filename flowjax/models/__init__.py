@@ -48,6 +48,8 @@ AUTOENCODERS = ("autoencoder", "vq")
 
 # Within it, a network has derivatives in forward mode (`jax.jvp`) as well.
 forward_mode = attention.forward_mode
+# Values of `attention` with which it has not.
+REVERSE_ALONE = attention.REVERSE_ALONE
 
 # Values of `remat` that need the memory of the host.
 OFFLOADING = blocks.OFFLOADING

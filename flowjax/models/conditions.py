@@ -37,9 +37,10 @@ class LabelEmbed(nn.Module):
       "text", layers.normal, (rows, self.tokens, self.text_width)
     )
     pooled_KP = self.param("pooled", layers.normal, (rows, self.pooled_width))
+    name = "/".join(self.path)
     return (
-      products.rows(text_KLE, label_B),
-      products.rows(pooled_KP, label_B),
+      products.rows(text_KLE, label_B, called=f"{name}/text"),
+      products.rows(pooled_KP, label_B, called=f"{name}/pooled"),
     )
 
 

@@ -277,4 +277,5 @@ def _embed(config: CouplingConfig, params, x_BHWC, cond, rng):
     )
   if rng is not None:
     label_B = dropped(config, cond, rng)["label"]
-  return products.rows(params["label_embed"]["embedding"], label_B)
+  table = params["label_embed"]["embedding"]
+  return products.rows(table, label_B, called="label_embed/embedding")

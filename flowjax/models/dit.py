@@ -201,7 +201,8 @@ class DiT(nn.Module):
     labels = layers.Table(
       config.num_classes + 1, config.width, name="label_embed"
     )()
-    c_BD = nn.silu(time_BD + products.rows(labels, label_B))
+    label_BD = products.rows(labels, label_B, called="label_embed/embedding")
+    c_BD = nn.silu(time_BD + label_BD)
 
     x_BTD, _ = _stacked(config)(config, name="blocks")(
       x_BTD, c_BD, rope, identity_L, sequences.seen(None, batch, tokens)

@@ -80,7 +80,7 @@ class Dense(nn.Module):
     multiply = functools.partial(
       products.product, x, names=names, contract=self.contract, terms=terms
     )
-    y = multiply(kernel)
+    y = multiply(kernel, called="/".join((*self.path, "kernel")))
     if self.has_variable("params", FACTORS[0]):
       a: jax.Array = self.get_variable("params", FACTORS[0])
       b: jax.Array = self.get_variable("params", FACTORS[1])

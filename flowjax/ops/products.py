@@ -21,18 +21,23 @@ from jax.interpreters import ad, batching, mlir
 from flowjax.ops import axes
 
 _FREE = jax.sharding.PartitionSpec.UNCONSTRAINED
-_sums: contextvars.ContextVar[str] = contextvars.ContextVar(
-  "flowjax_sums", default="float32"
+# From the name of a kernel to the axes of the mesh that divide its dims.
+Places = collections.abc.Callable[[str], tuple[str | None, ...]]
+_sums: contextvars.ContextVar[tuple[str, Places]] = contextvars.ContextVar(
+  "flowjax_sums", default=("float32", lambda name: ())
 )
 
 
 @contextlib.contextmanager
-def summing(dtype: str) -> collections.abc.Iterator[None]:
+def summing(
+  dtype: str, places: Places = lambda name: ()
+) -> collections.abc.Iterator[None]:
   """Lets gradients of kernels be summed over devices in `dtype`.
 
-  It is read while a function is traced.
+  Where `places` says that devices divide a kernel, each gets only its own part
+  of the sum. It is read while a function is traced.
   """
-  token = _sums.set(dtype)
+  token = _sums.set((dtype, places))
   try:
     yield
   finally:
@@ -46,10 +51,12 @@ def product(
   names: collections.abc.Sequence[str | None],
   contract: int = 1,
   terms: int = 1,
+  called: str = "",
 ) -> jax.Array:
   """Contracts the last `contract` dims of x with the first of a kernel.
 
-  `names` are those of the first dims of x. The first contracted dim is cut into
+  `names` are those of the first dims of x, and the kernel is `called` so among
+  the parameters. The first contracted dim is cut into
   `terms` ranges, whose products are a first dim of the result: it remains to
   sum them, which devices that have a range each do once for several products.
   """
@@ -57,7 +64,7 @@ def product(
   features = kernel.shape[contract:]
   names = names[: len(lead)]
   axes.check(lead[: len(names)], names)
-  sharing = _sharing(names)
+  sharing = _sharing(names, kernel.shape, called)
   if not any(sharing.dims) and terms == 1:
     # One row per token makes the gradient of the kernel a plain matmul, which a
     # CPU does twice as fast.
@@ -100,10 +107,10 @@ def total(terms: jax.Array) -> jax.Array:
   return _sum(terms, 0)
 
 
-def rows(table: jax.Array, index_B: jax.Array) -> jax.Array:
+def rows(table: jax.Array, index_B: jax.Array, called: str = "") -> jax.Array:
   """Returns the rows of a table with these indices, one for each example."""
   axes.check(index_B.shape, ["batch"])
-  sharing = _sharing(["batch"])
+  sharing = _sharing(["batch"], table.shape, called)
   if not any(sharing.dims):
     return jnp.take(table, index_B, axis=0)
   copies = _copy(table, table.dtype, sharing)
@@ -116,19 +123,29 @@ class _Sharing(NamedTuple):
   """Which devices have a copy of a kernel, and how their gradients are summed.
 
   For each shared dim `dims` has the axes of the mesh that split it. `kernel`
-  are the axes that divide kernels.
+  are the axes that divide kernels; `place` has what divides each dim of this
+  one, or is empty where those axes do not.
   """
 
   dims: tuple[tuple[str, ...], ...]
   kernel: tuple[str, ...]
+  place: tuple[str | None, ...]
   sum_dtype: str
 
 
-def _sharing(names: collections.abc.Sequence[str | None]) -> _Sharing:
+def _sharing(names, shape: tuple[int, ...], called: str) -> _Sharing:
   dims = tuple(axes.carriers(name) if name else () for name in names)
+  sum_dtype, places = _sums.get()
   if not any(dims):
-    return _Sharing((), (), _sums.get())
-  return _Sharing(dims, axes.carriers("kernel"), _sums.get())
+    return _Sharing((), (), (), sum_dtype)
+  kernel = axes.carriers("kernel")
+  # Of a stack of kernels this is one: it lacks the first dims.
+  place = tuple(
+    axis if axis and dim % axes.size(axis) == 0 else None
+    for axis, dim in zip(places(called)[-len(shape) :], shape, strict=False)
+  )
+  is_divided = kernel and set(kernel) <= set(place)
+  return _Sharing(dims, kernel, place if is_divided else (), sum_dtype)
 
 
 def _copy(kernel: jax.Array, dtype: Any, sharing: _Sharing) -> jax.Array:
@@ -152,7 +169,8 @@ def _copy(kernel: jax.Array, dtype: Any, sharing: _Sharing) -> jax.Array:
     groups=tuple(groups),
     dtype=jnp.dtype(dtype),
     back=(kernel.dtype, jnp.dtype(sharing.sum_dtype)),
-    at=0,
+    place=sharing.place if inside else (),
+    lead=(),
   )
   order = [*outside, *inside]
   by_axis = copies.reshape(*(sizes[a] for a in order), *kernel.shape)
@@ -162,8 +180,9 @@ def _copy(kernel: jax.Array, dtype: Any, sharing: _Sharing) -> jax.Array:
   return by_axis.reshape(*ways, *kernel.shape)
 
 
-def _copied(kernel, *, ways, groups, dtype, back, at):
-  del back
+def _copied(kernel, *, ways, groups, dtype, back, place, lead):
+  del back, place
+  at = len(lead)
   whole = kernel.astype(dtype)  # What travels is as small as it can be.
   shape = (*kernel.shape[:at], *ways, *kernel.shape[at:])
   kept = [i for i in range(len(shape)) if not at <= i < at + len(ways)]
@@ -173,12 +192,14 @@ def _copied(kernel, *, ways, groups, dtype, back, at):
   return jax.lax.with_sharding_constraint(copies, spec)
 
 
-def _summed(cotangent, kernel, *, ways, groups, dtype, back, at):
-  del kernel, groups, dtype
+def _summed(cotangent, kernel, *, ways, groups, dtype, back, place, lead):
+  del kernel, dtype
   if type(cotangent) is ad.Zero:
     return [None]
   kernel_dtype, sum_dtype = back
-  found = cotangent.astype(sum_dtype)
+  found, at = cotangent.astype(sum_dtype), len(lead)
+  if place:
+    return [_scattered(found, groups, place, lead).astype(kernel_dtype)]
   for dim in reversed(range(at, at + len(ways))):
     found = _sum(found, dim)
     if dim > at:
@@ -187,18 +208,50 @@ def _summed(cotangent, kernel, *, ways, groups, dtype, back, at):
   return [found.astype(kernel_dtype)]
 
 
+def _scattered(x, groups, place, lead):
+  """Returns the sum over copies, of which each device gets its own part.
+
+  XLA finds out by itself that a part will do, but on TPUs only for some shapes;
+  in others it sends twice as much.
+  """
+  *outside, inside = groups
+  (divided,) = (i for i, axis in enumerate(place) if axis in inside)
+  alone = tuple(None if i == divided else a for i, a in enumerate(place))
+
+  def scatter(x):
+    # A device has one copy, and of what was batched over devices one as well.
+    shape, own = x.shape[: len(lead)], x.shape[len(lead) + len(groups) :]
+    kept = tuple(n for n in shape if n > 1)
+    found = jax.lax.psum_scatter(
+      x.reshape(*kept, *own),
+      inside,
+      scatter_dimension=len(kept) + divided,
+      tiled=True,
+    )
+    found = jax.lax.psum(found, *outside) if outside else found
+    return found.reshape(*shape, *found.shape[len(kept) :])
+
+  spec = jax.sharding.PartitionSpec
+  return jax.shard_map(
+    scatter,
+    in_specs=spec(*lead, *groups, *alone),
+    out_specs=spec(*lead, *place),
+  )(x)
+
+
 def _sum(x, dim):
   # Unlike jnp.sum, which goes through float32.
   return jax.lax.reduce(x, np.zeros((), x.dtype), jax.lax.add, (dim,))
 
 
-def _batched(arguments, dims, *, at, **params):
+def _batched(axis, arguments, dims, *, lead, **params):
   kernel = jnp.moveaxis(arguments[0], dims[0], 0)
-  return _copies.bind(kernel, at=at + 1, **params), 0
+  return _copies.bind(kernel, lead=(axis.spmd_name, *lead), **params), 0
 
 
-def _shaped(kernel, *, ways, groups, dtype, back, at):
-  del groups, back
+def _shaped(kernel, *, ways, groups, dtype, back, place, lead):
+  del groups, back, place
+  at = len(lead)
   shape = (*kernel.shape[:at], *ways, *kernel.shape[at:])
   return jax.core.ShapedArray(shape, dtype)
 
@@ -208,4 +261,4 @@ _copies.def_impl(_copied)
 _copies.def_abstract_eval(_shaped)
 mlir.register_lowering(_copies, mlir.lower_fun(_copied, multiple_results=False))
 ad.deflinear2(_copies, _summed)
-batching.primitive_batchers[_copies] = _batched
+batching.fancy_primitive_batchers[_copies] = _batched

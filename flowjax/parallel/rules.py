@@ -161,6 +161,14 @@ def for_model(config: Any) -> Rules:
   return SWIGLU if config.mlp == "swiglu" else DIT
 
 
+def dims(rules: Rules, name: str) -> tuple[str | None, ...]:
+  """Returns the axes for the dims of a name; none where no rule matches."""
+  for pattern, axes in rules:
+    if re.fullmatch(pattern, name):
+      return axes
+  return ()
+
+
 def of_factors(
   rules: Rules,
   factors: collections.abc.Mapping[

@@ -9,6 +9,7 @@ stays where it is until the last part is done.
 import collections.abc
 import contextlib
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from flowjax.ops import axes as activation_axes
 from flowjax.ops import products
 from flowjax.parallel import mesh as meshes
+from flowjax.parallel import rules
 
 AXIS = "data"
 DTYPES = ("float32", "bfloat16")
@@ -28,15 +30,19 @@ class Sums:
   """Sums in `dtype`; with `shares` above 1, those over `data` come last.
 
   Then a tree of parameters has a first dim of shares, one for each place along
-  `data`. With one share trees are as they are.
+  `data`. With one share trees are as they are. `table` says which devices need
+  which part of a sum.
   """
 
   dtype: str = "float32"
   shares: int = 1
+  table: rules.Rules = ()
 
   def traced(self) -> contextlib.AbstractContextManager[None]:
     """Within this context, gradients of kernels are summed in `dtype`."""
-    return products.summing(self.dtype)
+    return products.summing(
+      self.dtype, functools.partial(rules.dims, self.table)
+    )
 
   def spread(self, tree: Any) -> Any:
     """Returns a copy for each share."""

@@ -219,7 +219,7 @@ class Experiment:
     self.sample.guidance.pushes(models.build(self.model))
 
   def _check_objective(self):
-    """Refuses a normalizing flow that is to be trained as a field."""
+    """Refuses a model that cannot be trained by the objective."""
     invertible = self.model.name == "coupling"
     if invertible and self.flow.objective != "maximum_likelihood":
       raise ValueError(
@@ -230,6 +230,17 @@ class Experiment:
       raise ValueError(
         f"sample.guidance.scale = {self.sample.guidance.scale}: a model of "
         "coupling layers has no field to guide; set 1.0."
+      )
+    body = getattr(self.model, "attention", "auto")
+    if (
+      not invertible
+      and self.flow.objective == "maximum_likelihood"
+      and body in models.REVERSE_ALONE
+    ):
+      raise ValueError(
+        f"model.attention = {body!r} knows reverse mode alone, and the "
+        "divergence of 'maximum_likelihood' along the ODE is a derivative in "
+        "forward mode: set config.model.attention='auto' or 'blockwise'."
       )
 
   def _check_channels(self):

@@ -150,7 +150,9 @@ def jit_step(run: parts.Parts):
   # mean over examples, which shares of a batch could find apart.
   apart = config.optim.accumulate > 1 and not config.is_autoencoder
   summing = sums.Sums(
-    config.optim.reduce_dtype, run.mesh.shape["data"] if apart else 1
+    config.optim.reduce_dtype,
+    run.mesh.shape["data"] if apart else 1,
+    run.rules,
   )
   if summing.shares > 1:
     network = models.over_shares(network, summing.over)

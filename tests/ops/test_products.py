@@ -9,11 +9,14 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flowjax.ops import products
+from flowjax.ops import axes, products
+from flowjax.parallel import collectives
 from flowjax.parallel import mesh as meshes
 
 MESH = dict(data=2, fsdp=2, context=2)
 NAMES = ("batch", "tokens")
+# Of a stack, as rules name it: a kernel is one of them.
+DIVIDED = {"blocks/in/kernel": (None, "fsdp", None, None)}
 
 
 def _inputs():
@@ -22,12 +25,12 @@ def _inputs():
   return kernel, rng.standard_normal((8, 4, 16), np.float32)
 
 
-def _loss(kernel, x, dtype="float32"):
-  y = products.product(x.astype(dtype), kernel, names=NAMES)
+def _loss(kernel, x, dtype="float32", called=""):
+  y = products.product(x.astype(dtype), kernel, names=NAMES, called=called)
   return jnp.sum(jnp.square(products.total(y).astype(jnp.float32)))
 
 
-def _lowered(dtype, sums):
+def _lowered(dtype, sums, called=""):
   """Lowers the gradient for a kernel that is divided over `fsdp`."""
   mesh = meshes.build(meshes.MeshConfig(**MESH))
   divided = NamedSharding(mesh, P("fsdp"))
@@ -36,19 +39,24 @@ def _lowered(dtype, sums):
   x = jax.device_put(x, NamedSharding(mesh, P(("data", "fsdp"), "context")))
 
   def gradient(kernel, x):
-    with products.summing(sums):
-      return jax.grad(_loss)(kernel, x, dtype)
+    with products.summing(sums, lambda name: DIVIDED.get(name, ())):
+      return jax.grad(_loss)(kernel, x, dtype, called)
 
   with meshes.use(mesh):
     program = jax.jit(gradient, out_shardings=divided)
     return program.lower(kernel, x), (kernel, x)
 
 
-def test_gradients_and_derivatives_are_those_of_one_device():
-  lowered, inputs = _lowered("float32", "float32")
+@pytest.mark.parametrize("called", ["", *DIVIDED])
+def test_gradients_are_those_of_one_device(called):
+  lowered, inputs = _lowered("float32", "float32", called)
   found = lowered.compile()(*inputs)
   wanted = jax.grad(_loss)(*_inputs())
   np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_derivatives_are_those_of_one_device():
+  inputs = _inputs()
   with meshes.use(meshes.build(meshes.MeshConfig(**MESH))):
     ahead = jax.jvp(_loss, inputs, inputs)[1]
   np.testing.assert_allclose(
@@ -64,6 +72,53 @@ def test_gradients_are_summed_in_the_dtype_that_is_said(dtype, sums):
   short = {"float32": "f32", "bfloat16": "bf16"}[sums]
   found = re.findall(r"stablehlo.reduce\(.*\) -> (tensor<\S*16x4x8x\S+)>", text)
   assert found[-2:] == [f"tensor<4x16x4x8x{short}", f"tensor<16x4x8x{short}"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sums", ["float32", "bfloat16"])
+def test_of_a_divided_kernel_each_device_gets_its_part(dtype, sums):
+  """From `fsdp`, and only the parts are summed over the others."""
+  text = _lowered(dtype, sums, *DIVIDED)[0].as_text()
+  short = {"float32": "f32", "bfloat16": "bf16"}[sums]
+  whole, part = f"tensor<16x4x8x{short}>", f"tensor<8x4x8x{short}>"
+  summed = re.findall(
+    r"stablehlo\.(reduce_scatter|all_reduce)\".*?: \((\S+)\) -> (\S+)",
+    text,
+    re.DOTALL,
+  )
+  assert summed == [("reduce_scatter", whole, part), ("all_reduce", part, part)]
+
+
+def test_shares_of_a_gradient_stay_apart():
+  """As of an accumulated batch: each place along `data` keeps its own."""
+  mesh = meshes.build(meshes.MeshConfig(data=2, fsdp=4))
+  kernel, x = _inputs()
+  kernels = np.stack([kernel, -kernel])
+  shares = x.reshape(2, 4, *x.shape[1:])
+
+  def loss(kernels, shares):
+    def one(kernel, x):
+      return _loss(kernel, x, called="blocks/in/kernel")
+
+    return jnp.sum(jax.vmap(one, spmd_axis_name="data")(kernels, shares))
+
+  def gradient(kernels, shares):
+    with products.summing("float32", DIVIDED.__getitem__):
+      return jax.grad(loss)(kernels, shares)
+
+  within = {**meshes.ACTIVATIONS, "batch": ("fsdp",)}
+  divided = NamedSharding(mesh, P("data", "fsdp"))
+  with meshes.use(mesh), axes.rules(within):
+    program = jax.jit(gradient, in_shardings=divided, out_shardings=divided)
+    program = program.lower(kernels, shares).compile()
+  found = program(*jax.device_put((kernels, shares), divided))
+  wanted = jax.vmap(jax.grad(_loss))(kernels, shares)
+  np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-4)
+  sent = collectives.read(program.as_text(), mesh)
+  assert {(one.kind, one.axes) for one in sent} == {
+    ("all-gather", ("fsdp",)),
+    ("reduce-scatter", ("fsdp",)),
+  }
 
 
 def test_a_kernel_is_cast_before_it_is_gathered():

@@ -75,6 +75,18 @@ def test_impossible_values_are_refused(group, key, value, text):
     experiment.build(values)
 
 
+@pytest.mark.parametrize("body", ["cudnn", "splash", "ring", "ring_ulysses"])
+def test_a_body_without_forward_mode_cannot_find_a_likelihood(body):
+  """The divergence of the field is found by `jax.jvp`."""
+  config = _config(attention=body)
+  experiment.build(config)
+  config.flow.objective = "maximum_likelihood"
+  with pytest.raises(errors.UserError, match=f"'{body}'.*'blockwise'"):
+    experiment.build(config)
+  config.model.attention = "blockwise"
+  experiment.build(config)
+
+
 def test_unknown_keys_and_wrong_types_name_the_remedy():
   values = _config().to_dict()
   values["optim"]["learnin_rate"] = 1.0

@@ -61,7 +61,8 @@ BODIES = ("auto", *_ALONE, *_TOGETHER)
 # measured: below it the matrix of a head is at most 4 MiB.
 _MANY_KEYS = 1024
 
-_REVERSE_ALONE = ("cudnn", "splash", "ring", "ring_ulysses")
+# Without derivatives in forward mode.
+REVERSE_ALONE = ("cudnn", "splash", "ring", "ring_ulysses")
 _forward: contextvars.ContextVar[bool] = contextvars.ContextVar(
   "flowjax_forward_mode", default=False
 )
@@ -154,7 +155,7 @@ def obstacle(body: str, q_BTNH: jax.Array) -> str | None:
 
   Only shape and dtype are read.
   """
-  if _forward.get() and body in _REVERSE_ALONE:
+  if _forward.get() and body in REVERSE_ALONE:
     return "it knows reverse mode alone, and a derivative here goes forward."
   if body == "cudnn":
     return cudnn.obstacle(q_BTNH)
