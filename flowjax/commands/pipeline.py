@@ -146,8 +146,12 @@ def texts(
   return cond
 
 
-def latent_size(parts: frozen.Frozen, size: tuple[int, int]) -> tuple[int, int]:
-  """Returns the height and width of the latents of images of a size."""
+def latent_size(
+  parts: frozen.Frozen | None, size: tuple[int, int] | None
+) -> tuple[int, int] | None:
+  """Returns the height and width of what is drawn for images of a size."""
+  if parts is None or size is None:
+    return size
   factor = pipelines.factor(parts.folder)
   if any(side % factor for side in size):
     near = "x".join(str(max(1, round(side / factor)) * factor) for side in size)
