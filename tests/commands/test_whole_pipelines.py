@@ -346,6 +346,7 @@ def our_images(directory, tmp_path, starts, *words):
   return np.clip(np.load(tmp_path / "images.npy"), -1.0, 1.0)
 
 
+@pytest.mark.slow
 def test_prompts_become_the_pictures_that_diffusers_draws(
   saved, run, tmp_path, capsys
 ):
@@ -366,6 +367,7 @@ def test_prompts_become_the_pictures_that_diffusers_draws(
   np.testing.assert_allclose(found, wanted, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_out_again_it_is_the_same_pipeline(saved, run, tmp_path):
   kind, theirs, folder = saved
   config = workdir.read_config(run)
