@@ -56,6 +56,19 @@ class _Part:
   run: collections.abc.Mapping[str, collections.abc.Callable[..., Any]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Where in a text and in its pooled vector the words of one encoder are.
+
+  Each is a range, from and below; None where the encoder has no part in it.
+  """
+
+  name: str
+  tokens: tuple[int, int] | None = None
+  columns: tuple[int, int] | None = None
+  pooled: tuple[int, int] | None = None
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Frozen:
   """The parts of one folder; made by `open`."""
@@ -75,6 +88,27 @@ class Frozen:
     if self.kind == "flux":
       return self.text_tokens
     return self._tokenizer("text_encoder").length + self.text_tokens
+
+  @property
+  def parts(self) -> tuple[Place, ...]:
+    """Where the words of each encoder are; all else is zero."""
+    found, column, start = [], 0, 0
+    clip_tokens = self.text_length - self.text_tokens
+    for name in pipelines.encoders(self.index):
+      config = text_encoders.open(self.folder / name).config
+      if config.name == "t5":
+        tokens = clip_tokens, self.text_length
+        found.append(Place(name, tokens, (0, config.width)))
+        continue
+      pooled = start, start + config.pooled_width
+      start = pooled[1]
+      if not clip_tokens:
+        found.append(Place(name, pooled=pooled))
+        continue
+      columns = column, column + config.width
+      column = columns[1]
+      found.append(Place(name, (0, clip_tokens), columns, pooled))
+    return tuple(found)
 
   def texts(self, captions: Captions) -> dict[str, np.ndarray]:
     """Returns text [B, L, E] and pooled [B, P] of captions, in float32.
