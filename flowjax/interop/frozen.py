@@ -92,7 +92,8 @@ class Frozen:
   @property
   def parts(self) -> tuple[Place, ...]:
     """Where the words of each encoder are; all else is zero."""
-    found, column, start = [], 0, 0
+    found: list[Place] = []
+    column, start = 0, 0
     clip_tokens = self.text_length - self.text_tokens
     for name in pipelines.encoders(self.index):
       config = text_encoders.open(self.folder / name).config
