@@ -1,9 +1,9 @@
-# Two commands on a fresh machine: `make demo` and `make test`.
+# On a fresh machine: `make demo`, `make demo-text` and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast lint clean
+.PHONY: demo demo-text test test-fast lint clean
 
 # A stamp is written when its install is complete: an interrupted one is
 # repeated, a complete one is not.
@@ -21,6 +21,9 @@ $(VENV)/test.installed: $(VENV)/demo.installed
 
 demo: $(VENV)/demo.installed
 	$(BIN)/python launch/demo.py
+
+demo-text: $(VENV)/demo.installed
+	$(BIN)/python launch/demo_text.py
 
 test: $(VENV)/test.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -15,9 +15,10 @@ VERSION = (
 # jax 0.10 is the last for Python 3.11; 0.12 needs 3.12. Both are tested.
 JAX = "jax>=0.10,<0.13"
 
+ARRAY_RECORD = "array_record>=0.8"
 TFDS = [
   "tensorflow-datasets>=4.9.10,<5",
-  "array_record>=0.8",
+  ARRAY_RECORD,
   # tensorflow-datasets imports it without declaring it.
   "importlib_resources",
 ]
@@ -26,6 +27,7 @@ TORCH = ["torch>=2.6,<2.14"]
 ADAPTIVE = ["diffrax>=0.7,<0.8"]
 COUPLINGS = ["scipy>=1.13", "ott-jax>=0.6,<0.7"]
 CLU = "clu>=0.0.12,<0.1"
+HF = ["pyarrow>=18"]
 DIGITS = ["scikit-learn>=1.5,<2"]
 TEXT = ["tokenizers>=0.21,<0.24"]
 
@@ -35,6 +37,10 @@ TPU_AOT = ["jax[tpu]>=0.10,<0.13; " + LINUX]
 EXTRAS = {
   "demo": DIGITS,
   "tfds": TFDS,
+  # Data sets in local parquet and arrow files.
+  "hf": HF,
+  # `flowjax encode`, and training on what it wrote.
+  "encode": [ARRAY_RECORD],
   "torch": TORCH,
   # Solvers that choose their own steps, and couplings by optimal transport.
   "adaptive": ADAPTIVE,
@@ -45,6 +51,8 @@ EXTRAS = {
   "clu": [CLU, "tensorflow>=2.18", "tensorboard>=2.18"],
   "gpu": ["jax[cuda13]>=0.10,<0.13"],
   "tpu": ["jax[tpu]>=0.10,<0.13"],
+  # With it jax finds the other pods of a job in Kubernetes.
+  "k8s": ["jax[k8s]>=0.10,<0.13"],
   # To compile for what is not here (`flowjax plan`): libtpu, as jax pins it,
   # and the CUDA plugin without NVIDIA's own packages.
   "tpu-aot": TPU_AOT,
@@ -52,6 +60,7 @@ EXTRAS = {
   "test": [
     *DIGITS,
     *TFDS,
+    *HF,
     *ADAPTIVE,
     *COUPLINGS,
     *TEXT,

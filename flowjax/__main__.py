@@ -5,24 +5,8 @@ import logging
 import sys
 
 import flowjax
-from flowjax import errors, schema
+from flowjax import commands, errors, schema
 from flowjax.commands import flags, quiet
-
-COMMANDS = {
-  "train": "train a network from a config, or continue a workdir",
-  "sample": "draw a grid of samples from a workdir",
-  "evaluate": "score the samples of a workdir against held-out data",
-  "compare": "draw several workdirs side by side, with their scores",
-  "export": "write the weights of a workdir for PyTorch, diffusers and others",
-  "import": "make a workdir of weights from diffusers and others",
-  "describe": "show parameters, FLOPs, sharding and memory of a config",
-  "bench": "time the training step of a config on this machine",
-  "plan": "see whether a config fits a cluster, and how fast it would be",
-  "doctor": "see what works on this machine, or in this job, and what is off",
-}
-
-# All others are run by all processes of a job together.
-ALONE = ("describe", "plan")
 
 
 def main(words: list[str] | None = None) -> int:
@@ -41,21 +25,21 @@ def main(words: list[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
   if not words or words[0] in ("-h", "--help"):
-    print(flags.overview(COMMANDS))
+    print(flags.overview(commands.COMMANDS))
     return 0
   if words[0] == "--version":
     print(f"flowjax {flowjax.__version__}")
     return 0
   name = words[0]
-  if name not in COMMANDS:
+  if name not in commands.COMMANDS:
     raise errors.UserError(
-      f"There is no command {name!r}. {schema.closest(name, COMMANDS)}"
+      f"There is no command {name!r}. {schema.closest(name, commands.COMMANDS)}"
     )
   command = importlib.import_module(f"flowjax.commands.{name}")
   parser = flags.Parser(name, description=command.__doc__)
   command.add_flags(parser)
   args = parser.read(words[1:])
-  if name in ALONE:
+  if name in commands.ALONE:
     command.run(args)
     return 0
   # Not before: it imports jax, and help comes at once.

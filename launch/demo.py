@@ -6,6 +6,7 @@ WORKDIR is runs/demo by default. It runs the same commands that are printed, so
 each can be repeated by hand. Exits with 1 if a score is not what it should be.
 """
 
+import collections.abc
 import importlib.util
 import json
 import pathlib
@@ -16,6 +17,17 @@ from flowjax import __main__ as door
 from flowjax.commands import evaluate
 
 HERE = pathlib.Path(__file__).resolve().parent.parent
+# What every demo leaves behind.
+FILES = {
+  "sample grid": "samples.png",
+  "curves": "curves.png",
+  "metrics": "metrics.jsonl",
+  "samples on the way": "samples",
+  "checkpoint": "checkpoints",
+  "scores": "report.json",
+}
+
+Goals = collections.abc.Callable[[dict], dict[str, bool]]
 
 
 def main(workdir: str = "runs/demo", *overrides: str) -> int:
@@ -28,12 +40,28 @@ def main(workdir: str = "runs/demo", *overrides: str) -> int:
     ["export", into, "--format=torch", f"--out={workdir}/export"]
     + ["--verify"] * torch,
   ]
+  files = {**FILES, "weights for PyTorch": "export"}
+  code = tell(commands, pathlib.Path(workdir), goals, files)
+  if not torch and code in (0, 1):
+    print("  (pip install -e '.[torch]' to check the weights in PyTorch)")
+  return code
+
+
+def tell(
+  commands: list[list[str]],
+  folder: pathlib.Path,
+  goals: Goals,
+  files: collections.abc.Mapping[str, str],
+) -> int:
+  """Runs commands, and prints the scores, the goals and where everything is.
+
+  Returns the code of the first command that fails, or 1 if a goal is missed.
+  """
   for words in commands:
     print(f"\n$ flowjax {shlex.join(words)}", flush=True)
     code = door.main(words)
     if code:
       return code
-  folder = pathlib.Path(workdir)
   report = json.loads((folder / "report.json").read_text())
   print("\nScores, on the averaged weights and data that training never saw:")
   evaluate.print_report(report)
@@ -42,18 +70,8 @@ def main(workdir: str = "runs/demo", *overrides: str) -> int:
   for text, is_met in reached.items():
     print(f"  {'met   ' if is_met else 'MISSED'}  {text}")
   print("\nWhere everything is:")
-  for name, file in (
-    ("sample grid", "samples.png"),
-    ("curves", "curves.png"),
-    ("metrics", "metrics.jsonl"),
-    ("samples on the way", "samples"),
-    ("checkpoint", "checkpoints"),
-    ("weights for PyTorch", "export"),
-    ("scores", "report.json"),
-  ):
+  for name, file in files.items():
     print(f"  {name:<20} {folder / file}")
-  if not torch:
-    print("  (pip install -e '.[torch]' to check the weights in PyTorch)")
   return 0 if all(reached.values()) else 1
 
 

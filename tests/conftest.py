@@ -48,6 +48,10 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+# Tracing a program makes many objects at once, of which few go in circles.
+gc.set_threshold(50_000, 20, 50)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _what_is_old_stays():
   """Keeps the collector from searching all that earlier modules left."""

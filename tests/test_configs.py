@@ -16,8 +16,13 @@ FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 VARIANTS = {
   "digits_dit.py": [""],
   "digits_nf.py": ["", ":additive"],
+  "digits_autoencoder.py": ["", ":vq", ":vq_ema"],
+  "imagenet_autoencoder.py": [
+    f":{kind}_f{2**level}" for kind in ("kl", "vq") for level in range(6)
+  ],
   "digits_mmdit.py": ["", ":sd3.5"],
   "digits_flux.py": [""],
+  "scenes_mmdit.py": ["", ":flux"],
   "sd3.py": [":medium", ":3.5_medium", ":3.5_large"],
   "flux_dev.py": [""],
   "flux_schnell.py": [""],
@@ -63,6 +68,8 @@ def test_it_builds_and_its_header_says_how_to_run_it(name):
   file, _, variant = name.partition(":")
   header = (FOLDER / file).read_text().split('"""')[1]
   assert f"flowjax train --config=configs/{file}" in header
+  if file == "imagenet_autoencoder.py":
+    assert variant.endswith(f"_f{config.model.factor}")
   if file == "imagenet_dit.py":
     size, patch = variant.split("_")
     network = models.build(config.model)
@@ -79,6 +86,7 @@ def test_it_builds_and_its_header_says_how_to_run_it(name):
   [
     ("digits_dit.py", dict(width=16, depth=1, heads=2)),
     ("imagenet_dit.py:s_8", dict(width=16, depth=1, heads=2)),
+    ("digits_autoencoder.py:vq_ema", dict(widths=(8, 8), groups=4)),
     ("sd3.py:3.5_medium", dict(heads=1, depth=3, dual_layers=1, **TEXT)),
     (
       "flux_dev.py",

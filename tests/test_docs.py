@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flowjax import __main__ as door
-from flowjax import errors
+from flowjax import commands, errors, schema
 from flowjax.commands import configs
 from flowjax.commands import flags as command_flags
+from flowjax.data import config as data_config
+from flowjax.data import sources
 from flowjax.flow import (
   couplings,
   distances,
@@ -33,6 +34,7 @@ from flowjax.train import experiment, presets
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = (
   "README.md",
+  "docs/autoencoders.md",
   "docs/flow.md",
   "docs/house.md",
   "docs/interop.md",
@@ -211,7 +213,7 @@ def test_commands_that_are_shown_can_be_given(page):
         # That of a workdir is not here either.
         if not config.endswith(".json"):
           configs.load(str(ROOT / config.removeprefix("--config=")), flags)
-      if words[:1] == ["flowjax"] and words[1] in door.COMMANDS:
+      if words[:1] == ["flowjax"] and words[1] in commands.COMMANDS:
         command = importlib.import_module(f"flowjax.commands.{words[1]}")
         parser = command_flags.Parser(words[1])
         command.add_flags(parser)
@@ -255,6 +257,19 @@ def test_functions_that_are_named_exist():
       assert hasattr(modules[module], name), f"{module}.{name}"
 
 
+def test_what_is_shown_of_data_is_a_config_and_every_source_is_there():
+  text = (ROOT / "docs/data.md").read_text()
+  blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+  assert len(blocks) >= 6
+  for block in blocks:
+    config = defaults()
+    exec(block, {"config": config})
+    schema.build(data_config.DataConfig, config.data.to_dict(), "config.data")
+  rows = tables(text)["`config.data.source`"]
+  listed = [names(row["`config.data.source`"])[0] for row in rows]
+  assert {name.split(":")[0] for name in listed} == set(sources.KINDS)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
   file = ROOT / page
@@ -278,7 +293,7 @@ def test_the_formats_of_weights():
   assert networks.keys() == formats.NETWORKS.keys()
   for name, row in networks.items():
     held = [f for f in rows if hasattr(formats.NETWORKS[name], f"{f}_layout")]
-    assert held == [f for f in rows if row[f"`{f}`"] != "not yet"]
+    assert held == [f for f in rows if row[f"`{f}`"] != "no"]
     (kind,) = names(row["`diffusers`"])
     assert diffusers_configs.CLASSES[kind] == name
 

@@ -27,6 +27,7 @@ OWNERS = {
   "flax": {"models"},
   "grain": {"data"},
   "tensorflow_datasets": {"data"},
+  "pyarrow": {"data"},
   "orbax": {"train"},
   "tensorboardX": {"train"},
   "torch": {"interop"},

@@ -60,6 +60,8 @@ def run(args) -> None:
     raise errors.UserError(f"--num={args.num} samples have no distance; 1000.")
   workdir.require_writable(args.out, "--out")
   runs = [restored.open(directory) for directory in args.workdirs]
+  for found in runs:
+    restored.require_field(found, "compare")
   judge = _judge(runs, args.seed)
   names = _names(args.workdirs)
   rows = []

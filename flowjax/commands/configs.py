@@ -11,6 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from flowjax import errors, schema
+from flowjax.data import config as data_config
 from flowjax.train import experiment, workdir
 
 Words = collections.abc.Sequence[str]
@@ -30,6 +31,18 @@ def load(file: str, overrides: Words) -> experiment.Experiment:
   (naming the closest), a value of the wrong type or an impossible value.
   """
   return _overridden(_from_file(file), overrides, f"--config={file}")
+
+
+def data(
+  file: str, overrides: Words
+) -> tuple[data_config.DataConfig, str | None]:
+  """Loads what a config says of its data, and the pipeline that encodes it.
+
+  The rest may be of a model that is trained on what that gives.
+  """
+  values = _values(_from_file(file), overrides, f"--config={file}").to_dict()
+  found = schema.build(data_config.DataConfig, values["data"], "config.data")
+  return found, values["pipeline"]
 
 
 def start(file: str) -> ml_collections.ConfigDict:
@@ -93,6 +106,13 @@ def _from_dict(config: ml_collections.ConfigDict) -> Define:
 def _overridden(
   define: Define, overrides: Words, where: str
 ) -> experiment.Experiment:
+  return experiment.build(_values(define, overrides, where))
+
+
+def _values(
+  define: Define, overrides: Words, where: str
+) -> ml_collections.ConfigDict:
+  """Returns a config with what overrides it; its values are not looked at."""
   before = _parse(define, [], where)
   nones = [word for word in overrides if word.endswith("=None")]
   others = [word for word in overrides if word not in nones]
@@ -111,7 +131,7 @@ def _overridden(
   _forget_options(before, config, {_key(word) for word in overrides})
   for word in nones:
     _set_none(config, _key(word))
-  return experiment.build(config)
+  return config
 
 
 def _forget_options(

@@ -1,8 +1,8 @@
 """Says what FlowJAX sees here, and what is off; on one machine or across a job.
 
-Devices, processes, versions, the attention bodies that work, how fast the
-workdir is written, and how fast devices add up along each axis of a mesh. Ends
-with exit code 2, and advice, where something is off.
+Devices, what joins them, processes, versions, the attention bodies that work,
+how fast the workdir is written, and how fast devices add up along each axis of
+a mesh. Ends with exit code 2, and advice, where something is off.
 
 example:
   flowjax doctor --workdir=runs/digits --mesh=data=2,fsdp=-1
@@ -133,6 +133,9 @@ def devices(off: list[str]) -> Facts:
   peak = chips.peak_flops(first)
   if peak:
     found["peak of a device"] = f"{peak / 1e12:.0f} TFLOP/s in bfloat16"
+  interconnect = chips.wires_of(first.device_kind)
+  if interconnect:
+    found["interconnect"] = f"{interconnect} (data sheet)"
   off += _device_trouble(first.platform, each.tolist())
   return found
 

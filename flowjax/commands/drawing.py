@@ -10,9 +10,9 @@ import numpy as np
 from flowjax import errors, models
 from flowjax.data import sources
 from flowjax.evaluate import sampling
+from flowjax.parallel import distributed, placing
 from flowjax.parallel import mesh as meshes
-from flowjax.parallel import placing
-from flowjax.train import flows, loop, methods, parts
+from flowjax.train import flows, latents, loop, methods, parts
 
 Draw = collections.abc.Callable[..., np.ndarray]
 
@@ -55,6 +55,7 @@ def build(
         for push in pushes
       ],
       worse=worse.experiment.flow.predictor(worse.network) if worse else None,
+      together=distributed.together,
     )
 
   def draw(
@@ -69,6 +70,7 @@ def build(
       count = len(jax.tree.leaves(cond)[0])
       chosen = [origin[i % len(origin)] for i in range(count)]
       starts = np.stack([record["source"] for record in chosen])
+    cond = latents.with_negative(run.experiment.data, cond)
     with meshes.use(run.mesh), loop.out_of_memory_advice():
       return sampling.draw(
         sampler,
@@ -82,6 +84,35 @@ def build(
         starts=starts,
         **options,
       )
+
+  return draw
+
+
+def reconstructor(
+  run: parts.Parts, count: int
+) -> collections.abc.Callable[[Any], tuple[np.ndarray, np.ndarray]]:
+  """Returns `(params) -> (images, reconstructions)` of held-out images.
+
+  Latents are at their mean.
+  """
+  network = run.network
+  images, _ = held_out(run, count)
+  size = meshes.padded(min(count, run.experiment.data.batch_size), run.mesh)
+
+  @jax.jit
+  def reconstruct(params, x_BHWC):
+    return network.decode(params, network.encode(params, x_BHWC)[0])
+
+  def draw(params: Any) -> tuple[np.ndarray, np.ndarray]:
+    with meshes.use(run.mesh), loop.out_of_memory_advice():
+      found = sampling.by_batches(
+        lambda batch: reconstruct(params, batch["image"]),
+        {"image": images},
+        size,
+        placing.put_whole(run.mesh),
+        placing.fetch,
+      )
+    return images, found
 
   return draw
 
@@ -105,10 +136,17 @@ def held_out(
   records = [source[i % len(source)] for i in range(count)]
   told = jax.eval_shape(lambda: run.network.example(1)).keys()
   keys = [key for key in records[0] if key in (*told, "text_mask")]
-  images = np.stack([record["image"] for record in records])
-  return images, {
+  # The mean is what an autoencoder takes for the latents of an image.
+  image = "mean" if "mean" in records[0] else "image"
+  images = np.stack([record[image] for record in records])
+  return images.astype(np.float32), {
     key: np.stack([record[key] for record in records]) for key in keys
   }
+
+
+def reads_captions(network: models.Network) -> bool:
+  """Whether the network has an encoder of its own, and is told tokens."""
+  return "token" in jax.eval_shape(lambda: network.example(1))
 
 
 def reads_text(network: models.Network) -> bool:

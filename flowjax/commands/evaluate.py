@@ -3,7 +3,11 @@
 Writes `report.json` into the workdir. For digits also `samples.png`: how many
 samples a classifier of real digits recognises, the Fréchet distance in its
 features beside that of real digits among themselves, and how near samples
-come to the training images. For any source: the validation loss.
+come to the training images. For scenes also `samples.png`, and how much of the
+captions a detector, fitted on real scenes, finds in pictures: of combinations
+that training saw and never saw, without guidance, and of other captions. For
+any source: the validation loss. Of an autoencoder: PSNR and losses of held-out
+images, and `reconstructions.png`.
 
 example:
   flowjax evaluate --workdir=runs/digits
@@ -14,13 +18,22 @@ import dataclasses
 import numpy as np
 
 from flowjax import errors
-from flowjax.commands import export, flags, restored, train
+from flowjax.commands import (
+  drawing,
+  export,
+  flags,
+  obedience,
+  restored,
+  train,
+)
 from flowjax.data import sources
 from flowjax.evaluate import digits, pictures
 from flowjax.flow import losses
 from flowjax.parallel import distributed
 from flowjax.parallel import mesh as meshes
 from flowjax.train import loop, methods, progress, workdir
+
+SHOWN = 50  # reconstructions
 
 
 def add_flags(parser) -> None:
@@ -45,6 +58,12 @@ def add_flags(parser) -> None:
     type=flags.count,
     help="how many values a pixel has; default: config.flow.levels",
   )
+  parser.add_argument(
+    "--judge_steps",
+    type=flags.count,
+    default=1500,
+    help="for how many steps the detector of scenes is fitted",
+  )
   restored.add_method(parser)
   parser.add_argument("--seed", type=flags.seed, default=0, help="of the noise")
 
@@ -53,6 +72,9 @@ def run(args) -> None:
   """Evaluates, writes the report, and prints it."""
   found = restored.open(args.workdir, ema=args.ema)
   workdir.require_writable(args.workdir / "report.json", "report")
+  if found.config.is_autoencoder:
+    _reconstructions(found, args)
+    return
   method = restored.method(found.config, args)
   restored.refuse_unheeded(found, method, args)
   likelihood = _likelihood(found, args) if args.likelihood else None
@@ -66,11 +88,39 @@ def run(args) -> None:
     report |= _bits(found, likelihood)
   if found.config.data.source == "digits":
     report |= _digits(found, method, args)
+  if found.config.data.source == "scenes":
+    report |= obedience.evaluate(found, method, args)
+  _write(report, args)
+
+
+def _write(report: dict, args) -> None:
   path = args.workdir / "report.json"
   if distributed.is_first():
     workdir.write_json(path, report)
   print_report(report)
   print(f"  {'report':<24} {path}")
+
+
+def _reconstructions(found: restored.Restored, args) -> None:
+  """Scores the reconstructions of held-out images, and shows some of them."""
+  if args.likelihood:
+    restored.require_field(found, "find the likelihood of")
+  restored.refuse_method(found, args)
+  with meshes.use(found.run.mesh), loop.out_of_memory_advice():
+    scores = train.held_out_loss(found.run).run(found.params)
+  report = {
+    **export.read_report(found, ema=args.ema),
+    **export.identity(found, ema=args.ema),
+    "parameters": found.run.parameters,
+    **scores,
+  }
+  pair = drawing.reconstructor(found.run, SHOWN)(found.params)
+  grid = pictures.grid(pictures.pairs(*pair), columns=10)
+  path = found.directory / "reconstructions.png"
+  if distributed.is_first():
+    pictures.save_png(grid, path)
+  _write(report, args)
+  print(f"  {'originals above them':<24} {path}")
 
 
 def print_report(report: dict) -> None:

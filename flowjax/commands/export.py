@@ -8,19 +8,21 @@
 `flowjax import` reads each of them again. Of a run with adapters (config.lora)
 the first three hold the weights with the adapters merged. Of a run that was
 imported from a pipeline, diffusers gets the whole of it, the frozen parts as
-they came.
+they came. An autoencoder is for diffusers alone, with the scale that its
+latents of training images have.
 
 example:
   flowjax export --workdir=runs/digits --format=torch --out=exported --verify
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import numpy as np
 
 from flowjax import errors, models, schema
-from flowjax.commands import flags, pipeline, restored
+from flowjax.commands import flags, latents, pipeline, restored
 from flowjax.interop import (
   diffusers_check,
   diffusers_configs,
@@ -31,7 +33,6 @@ from flowjax.interop import (
   safetensors,
   torch_export,
 )
-from flowjax.models import lora as adapters
 from flowjax.parallel import placing
 from flowjax.train import workdir
 
@@ -89,14 +90,21 @@ def run(args) -> None:
     _export_lora(args, found)
     return
   formats.layout(found.config.model, args.format)
+  if found.config.is_autoencoder and args.pipeline:
+    raise errors.UserError(
+      f"--pipeline={args.pipeline} is given another transformer, and this is "
+      "the run of an autoencoder: leave it out, and put the folder in the "
+      "place of the pipeline's vae/."
+    )
   if args.format == "diffusers" and not args.pipeline:
     args.pipeline = pipeline.folder(args.workdir, found.config)
   if args.verify and args.format == "diffusers":
     content = diffusers_configs.write(found.config.model)
     diffusers_check.require(content["_class_name"])
   report = read_report(found, ema=args.ema)
-  params = {k: v for k, v in found.params.items() if k != "uncertainty"}
-  params = adapters.merged(found.config.lora, params)
+  params = found.network_params()
+  if found.config.is_autoencoder:
+    found = _scaled(args, found)
 
   def write(params: dict) -> None:
     if args.format == "torch":
@@ -160,7 +168,7 @@ def _export_torch(args, found: restored.Restored, params: dict, report: dict):
 def _export_folder(args, found: restored.Restored, params: dict):
   config = schema.to_dict(found.config)
   scheduler = None
-  if args.format == "diffusers":
+  if args.format == "diffusers" and not found.config.is_autoencoder:
     scheduler = pipelines.scheduler(config["flow"], config["sample"])
   folder_export.export(
     params,
@@ -178,6 +186,33 @@ def _export_folder(args, found: restored.Restored, params: dict):
     scheduler=scheduler,
     pipeline=args.pipeline,
   )
+
+
+def _scaled(args, found: restored.Restored) -> restored.Restored:
+  """Returns the run of an autoencoder with the scale of its own latents.
+
+  That of one which was imported, and not trained since, stays as it is.
+  """
+  model = found.config.model
+  if not found.step:
+    return found
+  seen = latents.measure(found)
+  changes: dict[str, float] = {"scaling_factor": 1.0 / seen.spread}
+  if getattr(model, "shift_factor", None) is not None:
+    changes["shift_factor"] = seen.mean
+  print(
+    f"Latents of {seen.images} training images: mean {seen.mean:.4g}, standard "
+    f"deviation {seen.spread:.4g}. So {_listed(changes)}."
+  )
+  config = dataclasses.replace(
+    found.config, model=dataclasses.replace(model, **changes)
+  )
+  run = dataclasses.replace(found.run, experiment=config)
+  return dataclasses.replace(found, run=run)
+
+
+def _listed(values: dict[str, float]) -> str:
+  return ", ".join(f"{name} = {value:.5g}" for name, value in values.items())
 
 
 def _export_lora(args, found: restored.Restored):

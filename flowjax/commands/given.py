@@ -1,4 +1,4 @@
-"""The arrays that a user gives to `sample`: embedded texts, and starts."""
+"""What a user gives to `sample`: captions, embedded texts, and starts."""
 
 # Shape suffixes: N rows, L text tokens, E width of the text, P width of the
 # pooled text, H height, W width, C channels.
@@ -13,8 +13,65 @@ import numpy as np
 from flowjax import errors
 from flowjax.commands import drawing, restored
 
+# No caption is longer, in characters.
+LONGEST = 10_000
 _KEYS = ("text", "pooled", "text_mask")
 _NEGATIVE = "negative_"
+
+
+def captions(args) -> list[str]:
+  """Returns those of --prompt, and then those of --prompts, a line each."""
+  found = list(args.prompt or [])
+  if args.prompts:
+    flag = f"--prompts={args.prompts}"
+    try:
+      lines = args.prompts.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeError) as error:
+      raise errors.UserError(f"{flag} cannot be read: {error}.") from error
+    found += [line for line in map(str.strip, lines) if line]
+    if not found:
+      raise errors.UserError(f"{flag} has no caption in it: one a line.")
+  for caption in (*found, args.negative_prompt or ""):
+    if len(caption) > LONGEST:
+      raise errors.UserError(
+        f"A prompt has {len(caption)} characters, and at most {LONGEST} are "
+        f"read: {caption[:40]!r} ..."
+      )
+  return found
+
+
+def prompts(
+  captions: list[str], negative: str | None, found: restored.Restored
+) -> dict[str, Any]:
+  """Returns captions as the network is told them; guidance is from `negative`.
+
+  Without it, that is the empty caption. Raises UserError for a network that
+  reads none, and for a caption that it cannot be told as it is.
+  """
+  cond: dict[str, Any] = _told(captions, found)
+  if negative is not None:
+    row = _told([negative], found)
+    cond["negative"] = {
+      key: np.repeat(value, len(captions), axis=0) for key, value in row.items()
+    }
+  return cond
+
+
+def _told(captions: list[str], found: restored.Restored) -> dict[str, Any]:
+  """Returns captions by the encoder that this run has."""
+  if tokenizer := found.config.data.captions():
+    for caption in captions:
+      tokenizer.require(caption)
+    token_BL, mask_BL = tokenizer(captions)
+    return {"token": token_BL, "token_mask": mask_BL}
+  raise errors.UserError(
+    f"--prompt: the network of {found.directory} reads no captions: "
+    + (
+      "it was trained on embedded texts, give --embeddings."
+      if drawing.reads_text(found.run.network)
+      else "it is told labels, as by --labels=3,1,4."
+    )
+  )
 
 
 def texts(path: pathlib.Path, found: restored.Restored) -> dict[str, Any]:
@@ -28,6 +85,11 @@ def texts(path: pathlib.Path, found: restored.Restored) -> dict[str, Any]:
   if not drawing.reads_text(found.run.network):
     raise errors.UserError(
       f"{flag} are texts, and this network is told labels: --labels=3,1,4."
+    )
+  if drawing.reads_captions(found.run.network):
+    raise errors.UserError(
+      f"{flag} are embedded texts, and this network reads captions: "
+      "--prompt='...'."
     )
   arrays = _load(path, "--embeddings")
   if isinstance(arrays, np.ndarray):

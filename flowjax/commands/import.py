@@ -30,7 +30,6 @@ import numpy as np
 from flowjax import errors, models, schema
 from flowjax.commands import configs, flags, pipeline, restored
 from flowjax.interop import lazy, lora, tables, weights
-from flowjax.models import lora as adapters
 from flowjax.parallel import placing
 from flowjax.train import begin, experiment, manifest, parts
 
@@ -70,17 +69,31 @@ def run(args) -> None:
     leaves = itertools.chain(leaves, _leaves(factors))
   built = parts.build(config)
   named = manifest.named_leaves(built.abstract.params)
-  fresh = sorted(named.keys() - set(paths))
+  _require_places(built, set(paths) - named.keys())
+  published = manifest.named_leaves(built.published())
+  fresh = sorted(named.keys() - set(paths) - published.keys())
   placed = begin.place(built, _shown(leaves, len(paths)))
   if fresh:
     placed |= begin.draw(built, fresh)
   kept = pipeline.keep(config, args.source, args.workdir)
+  placed |= published
   begin.save(built, placed, args.workdir)
   for line in [*_summary(found, built, fresh), *kept]:
     print(line)
   print(f"Step 0 of a run in {args.workdir}. To train on:")
   saved = args.workdir / "config.json"
   print(f"  flowjax train --config={saved} --workdir={args.workdir}")
+
+
+def _require_places(built: parts.Parts, without: set[str]) -> None:
+  """Refuses parameters for which the run that is to begin has no place."""
+  if without:
+    decay = built.experiment.reconstruction.codebook_decay
+    raise errors.UserError(
+      f"{', '.join(sorted(without))}: config.reconstruction.codebook_decay = "
+      f"{decay} makes a codebook of averages, which are not in these weights. "
+      "Leave it out: an imported codebook is trained by its loss."
+    )
 
 
 class _Run(weights.Weights):
@@ -111,8 +124,7 @@ def _open(args) -> weights.Weights:
     return weights.open(args.source)
   run = restored.open(args.source)
   args.config = args.config or str(args.source / "config.json")
-  params = {k: v for k, v in run.params.items() if k != "uncertainty"}
-  params = adapters.merged(run.config.lora, params)
+  params = run.network_params()
   model = schema.to_dict(run.config.model)
   return _Run(
     args.source, tables.flatten(params), {}, description={"model": model}

@@ -10,6 +10,7 @@ import numpy as np
 
 from flowjax import errors
 from flowjax.commands import configs, drawing, flags
+from flowjax.models import lora as adapters
 from flowjax.parallel import mesh as meshes
 from flowjax.train import (
   checkpoint,
@@ -36,6 +37,13 @@ class Restored:
   @property
   def config(self) -> experiment.Experiment:
     return self.run.experiment
+
+  def network_params(self) -> dict[str, Any]:
+    """Returns the parameters of the network alone, adapters merged."""
+    if self.config.is_autoencoder:
+      return self.run.network.own(self.params)
+    params = {k: v for k, v in self.params.items() if k != "uncertainty"}
+    return adapters.merged(self.config.lora, params)
 
   def draw(
     self,
@@ -128,6 +136,17 @@ def open(
   return Restored(directory, run, restored.step, params, restored.extra)
 
 
+def require_field(found: Restored, what: str) -> None:
+  """Refuses an autoencoder, which draws no samples and has no likelihood."""
+  if found.config.is_autoencoder:
+    raise errors.UserError(
+      f"{found.directory} is the run of an autoencoder, which maps images to "
+      f"latents and back: there is nothing in it to {what}. `flowjax evaluate` "
+      "shows what it reconstructs, and `flowjax export --format=diffusers` "
+      "writes it for a network of its latents."
+    )
+
+
 def _resized(
   config: experiment.Experiment, image_size: tuple[int, int]
 ) -> experiment.Experiment:
@@ -156,6 +175,7 @@ def worse(
   if directory is None:
     return None
   found = open(directory, ema=ema)
+  require_field(found, "guide away from")
   runs = better, found
   if any(run.run.network.inverse is not None for run in runs):
     raise errors.UserError(
@@ -252,6 +272,17 @@ def method(config: experiment.Experiment, args) -> methods.SampleConfig:
   ]
   changed = configs.adjusted(config, [*args.overrides, *words], "sample")
   return changed.sample
+
+
+def refuse_method(found: Restored, args) -> None:
+  """Refuses flags of sampling for a run that draws no samples."""
+  given = [f"--{name}" for name in _METHOD if getattr(args, name) is not None]
+  if given or args.overrides:
+    raise errors.UserError(
+      f"{[*given, *args.overrides][0]} would be without effect: "
+      f"{found.directory} is the run of an autoencoder, which draws no "
+      "samples. Leave it out."
+    )
 
 
 def _refuse_for_inverse(words: list[str]) -> None:

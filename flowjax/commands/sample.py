@@ -4,9 +4,12 @@ Image i of a seed is the same however many are drawn, on whatever devices (with
 dopri5 and tsit5 to their tolerance alone: a batch shares its steps). Any key of
 config.sample can be changed: --config.sample.guidance.name=apg. With
 --guidance=1,1.5,3 the images have these scales in turn. A network that reads
-texts gets those that are held out, or --embeddings, a .npz file of "text"
-[N, L, E] and "pooled" [N, P], and if you like "text_mask" [N, L], and all of
-these with "negative_" before them. With --invert, held-out images are carried
+captions gets those that are held out, or those of --prompt, given as often as
+you like, and of --prompts, a file with one a line, and is guided away from
+--negative-prompt, or from the empty one. One that reads embedded texts gets
+those that are held out, or --embeddings, a .npz file of "text" [N, L, E] and
+"pooled" [N, P], and if you like "text_mask" [N, L], and all of these with
+"negative_" before them. With --invert, held-out images are carried
 to noise, without guidance, and drawn again from it, each row below its
 originals: without guidance as well, unless you give --guidance, or change what
 is drawn by --labels or --embeddings.
@@ -54,6 +57,19 @@ def add_flags(parser) -> None:
   parser.add_argument(
     "--embeddings", type=flags.path, help="embedded texts, in turn: a .npz"
   )
+  parser.add_argument(
+    "--prompt",
+    action="append",
+    help="a caption; once more for one more, which come in turn",
+  )
+  parser.add_argument(
+    "--prompts", type=flags.path, help="a file of captions, one a line"
+  )
+  parser.add_argument(
+    "--negative-prompt",
+    dest="negative_prompt",
+    help="a caption to be guided away from, instead of from the empty one",
+  )
   restored.add_method(parser, scales=True)
   parser.add_argument(
     "--worse",
@@ -83,7 +99,9 @@ def run(args) -> None:
     raise errors.UserError("--invert finds the start; leave out --start.")
   workdir.require_writable(args.out, "--out")
   found = restored.open(args.workdir, ema=args.ema)
-  texts = given.texts(args.embeddings, found) if args.embeddings else None
+  restored.require_field(found, "sample")
+  captions = given.captions(args)
+  texts = _texts(args, captions, found)
   start = given.start(args.start, found) if args.start else None
   count = args.num or _count(args, texts, start)
   if args.guidance:
@@ -99,7 +117,7 @@ def run(args) -> None:
   if args.invert:
     originals, own = drawing.held_out(found.run, count)
     start = _inverted(found, method, own, originals)
-    if not (args.labels or args.embeddings):
+    if not (args.labels or texts):
       cond = own
   with progress.counter("samples", count) as done:
     images = found.draw(
@@ -116,8 +134,28 @@ def run(args) -> None:
       images - originals, args.guidance or (method.guidance.scale,)
     )
   if distributed.is_first():
-    _write(images, originals, args.out)
+    named = captions if originals is None else []
+    _write(images, originals, args.out, named)
   print(f"{count} samples of step {found.step}: {args.out}")
+
+
+def _texts(
+  args, captions: list[str], found: restored.Restored
+) -> dict[str, Any] | None:
+  """Returns what was given for a network that reads, if anything was."""
+  if args.embeddings and (captions or args.negative_prompt is not None):
+    raise errors.UserError(
+      "--embeddings are texts already, a negative one among them: leave out "
+      "--prompt, --prompts and --negative-prompt."
+    )
+  if args.negative_prompt is not None and not captions:
+    raise errors.UserError(
+      "--negative-prompt is what to be guided away from: say by --prompt what "
+      "is to be drawn."
+    )
+  if captions:
+    return given.prompts(captions, args.negative_prompt, found)
+  return given.texts(args.embeddings, found) if args.embeddings else None
 
 
 def _method(
@@ -128,7 +166,8 @@ def _method(
   restored.refuse_unheeded(found, method, args)
   guidance = "--config.sample.guidance."
   said = args.guidance or any(w.startswith(guidance) for w in args.overrides)
-  if args.invert and not (said or args.labels or args.embeddings):
+  texts = args.embeddings or args.prompt or args.prompts
+  if args.invert and not (said or args.labels or texts):
     return dataclasses.replace(method, guidance=methods.GuidanceConfig())
   return method
 
@@ -137,7 +176,7 @@ def _count(args, texts: dict | None, start: np.ndarray | None) -> int:
   """Returns a number of images that uses all conditions, starts and scales."""
   scales = len(args.guidance or (1.0,))
   given = [len(args.labels.split(","))] if args.labels else []
-  given += [] if texts is None else [len(texts["text"])]
+  given += [] if texts is None else [len(jax.tree.leaves(texts)[0])]
   given += [] if start is None else [len(start)]
   return math.lcm(*given, scales) if given else math.ceil(100 / scales) * scales
 
@@ -160,7 +199,7 @@ def _cond(args, found, texts: dict | None, count: int) -> dict[str, Any]:
     if args.labels:
       raise errors.UserError(
         "--labels are for a network of labels; this one reads texts: give "
-        "--embeddings, or nothing for the texts that are held out."
+        "--prompt or --embeddings, or nothing for those that are held out."
       )
     return drawing.conditions(found.run, count)
   labels = restored.parse_labels(
@@ -191,16 +230,19 @@ def _print_difference(away: np.ndarray, scales: tuple[float, ...]) -> None:
   )
 
 
-def _write(images, originals: np.ndarray | None, out: pathlib.Path) -> None:
+def _write(
+  images,
+  originals: np.ndarray | None,
+  out: pathlib.Path,
+  captions: list[str],
+) -> None:
   if out.suffix.lower() == ".npy":
     np.save(out, images)
     return
   if originals is not None:
-    blank = np.full((-len(images) % COLUMNS, *images.shape[1:]), -1.0)
-    pairs = (
-      np.concatenate([rows, blank]).reshape(-1, COLUMNS, *images.shape[1:])
-      for rows in (originals, images)
-    )
-    images = np.concatenate(list(pairs), axis=1)
-    images = images.reshape(-1, *images.shape[2:])
+    images = pictures.pairs(originals, images, columns=COLUMNS)
+  if captions:
+    turns = [captions[i % len(captions)] for i in range(len(images))]
+    pictures.save_png(pictures.captioned(images, turns), out)
+    return
   pictures.save_png(pictures.grid(images, columns=COLUMNS), out)

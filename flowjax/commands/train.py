@@ -18,7 +18,7 @@ from flowjax.evaluate import pictures, validation
 from flowjax.flow import losses
 from flowjax.parallel import compiler_flags, distributed, placing
 from flowjax.parallel import mesh as meshes
-from flowjax.train import loop, parts
+from flowjax.train import latents, loop, parts
 from flowjax.train import state as states
 
 
@@ -70,24 +70,28 @@ def run(args) -> None:
 def evaluators(
   built: parts.Parts, directory: pathlib.Path
 ) -> list[loop.Evaluator]:
-  """Returns what is looked at while training: held-out loss, and samples."""
+  """Returns what is looked at while training: held-out loss, and pictures."""
   log, found = built.experiment.log, []
   if log.validation_every:
     found.append(loop.Evaluator(log.validation_every, _validation(built)))
   if log.samples_every:
-    found.append(loop.Evaluator(log.samples_every, _samples(built, directory)))
+    look = _samples
+    if built.experiment.is_autoencoder:
+      look = _reconstructions
+    found.append(loop.Evaluator(log.samples_every, look(built, directory)))
   return found
 
 
 def held_out_loss(built: parts.Parts) -> validation.Validation:
   """Returns what evaluates weights on the held-out split, at fixed times."""
-  loss = built.experiment.flow.validation_loss(built.network)
+  loss = built.experiment.validation_loss(built.network)
   return held_out(built, loss)
 
 
 def held_out(built: parts.Parts, loss: losses.Loss) -> validation.Validation:
   """Returns what evaluates a loss on the held-out split."""
   config = built.experiment
+  loss = latents.evaluation(config.encoded, config.data, loss)
   source = sources.open(config.data, "held_out")
   size = meshes.padded(min(config.data.batch_size, len(source)), built.mesh)
   rows = placing.rows(built.mesh, size)
@@ -98,6 +102,7 @@ def held_out(built: parts.Parts, loss: losses.Loss) -> validation.Validation:
     ),
     seed=config.seed,
     put=placing.put_part(built.mesh, size),
+    together=distributed.together,
   )
 
 
@@ -124,11 +129,29 @@ def _samples(built: parts.Parts, directory: pathlib.Path):
       states.averaged(state), cond, seed=config.seed, stopped=stopped
     )
     grid = pictures.grid(images, columns=10)
-    if distributed.is_first():
-      folder = directory / "samples"
-      with loop.outlived("THE SAMPLES WERE NOT WRITTEN"):
-        folder.mkdir(exist_ok=True)
-        pictures.save_png(grid, folder / f"step_{int(state.step):07d}.png")
+    _save(grid, directory, state)
     return {}, {"samples": grid[None]}
 
   return look
+
+
+def _reconstructions(built: parts.Parts, directory: pathlib.Path):
+  """Shows held-out images, and below them what is made of their latents."""
+  reconstruct = drawing.reconstructor(built, built.experiment.log.sample_count)
+
+  def look(state: states.TrainState):
+    pair = reconstruct(states.averaged(state))
+    grid = pictures.grid(pictures.pairs(*pair), columns=10)
+    _save(grid, directory, state)
+    return {}, {"samples": grid[None]}
+
+  return look
+
+
+def _save(grid, directory: pathlib.Path, state: states.TrainState) -> None:
+  if not distributed.is_first():
+    return
+  folder = directory / "samples"
+  with loop.outlived("THE SAMPLES WERE NOT WRITTEN"):
+    folder.mkdir(exist_ok=True)
+    pictures.save_png(grid, folder / f"step_{int(state.step):07d}.png")

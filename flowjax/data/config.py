@@ -89,8 +89,8 @@ class DataConfig:
       )
     if not 1 <= self.max_pixels <= MOST_PIXELS:
       raise ValueError(
-        f"max_pixels={self.max_pixels} must be from 1 to {MOST_PIXELS:,}, above "
-        "which Pillow takes any image for a bomb."
+        f"max_pixels={self.max_pixels} must be from 1 to {MOST_PIXELS:,}: "
+        "above, Pillow takes any image for a bomb."
       )
     if not 0.0 <= self.held_out < 1.0:
       raise ValueError(

@@ -107,6 +107,7 @@ def open(config: config_lib.DataConfig, split: str) -> Folder:
     )
   found = listing.open(root, read.endings, config)
   label_N: np.ndarray | None
+  classes: tuple[str, ...]
   if _is_captioned(found, config.captions):
     row_N, label_N, classes = _captioned_rows(found, config), None, ()
   else:

@@ -44,10 +44,10 @@ def save(
   path: str, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
 ) -> Index:
   """Writes an index at once or not at all, and returns it mapped."""
-  offset, places = 0, {}
+  offset, places = 0, dict[str, tuple[str, int, int]]()
   for name, array in arrays.items():
     offset = -(-offset // _ALIGN) * _ALIGN
-    places[name] = [array.dtype.str, len(array), offset]
+    places[name] = (array.dtype.str, len(array), offset)
     offset += array.nbytes
   content = {"format": FORMAT, "header": dict(header), "arrays": places}
   line = json.dumps(content).encode() + b"\n"

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from flowjax import errors
-from flowjax.data import index, names
 from flowjax.data import config as config_lib
+from flowjax.data import index, names
 
 LISTS = ("metadata.jsonl", "captions.jsonl")
 # In the place of the offset of a line.
@@ -113,6 +113,12 @@ def open(
 def _place(header: dict[str, Any], folder: str | None) -> str | None:
   if folder is None:
     return None
+  inside = os.path.abspath(os.path.expanduser(folder)) + os.sep
+  if inside.startswith(header["root"].rstrip(os.sep) + os.sep):
+    raise errors.UserError(
+      f"config.data.index_dir={folder!r} lies within {header['root']!r}, whose "
+      "listing it is to keep, and would change it: choose another folder."
+    )
   name = os.path.basename(header["root"])
   key = hashed(json.dumps(header))
   return os.path.join(os.path.expanduser(folder), f"{name}-{key:016x}.index")

@@ -118,15 +118,24 @@ class _Read:
 
   def _read(self, source: Any, seed: int, position_B: np.ndarray) -> Batch:
     records_B = sources.draw(source, seed, position_B)
-    if hasattr(source, "gather"):
-      batch = source.gather(records_B)
-    else:
+    batch = _gathered(source, records_B)
+    if batch is None:
       batch = reading.sound(source, records_B.tolist(), self.config.on_corrupt)
     if self.config.flip:
       flip_B111 = order.coins(seed, position_B)[:, None, None, None]
       image_BHWC = batch["image"]
       batch["image"] = np.where(flip_B111, image_BHWC[:, :, ::-1], image_BHWC)
     return batch
+
+
+def _gathered(source: Any, records_B: np.ndarray) -> Batch | None:
+  """Returns the records at once, if the source can and none is corrupt."""
+  if not hasattr(source, "gather"):
+    return None
+  try:
+    return source.gather(records_B)
+  except sources.Corrupt:
+    return None
 
 
 def state(

@@ -17,6 +17,7 @@ from flowjax.data import sources
 
 IN_A_ROW = 100  # Corrupt records, after which it is no accident any more.
 
+S = TypeVar("S")
 T = TypeVar("T")
 Example = dict[str, Any]
 
@@ -34,7 +35,7 @@ def sound(
   if on_corrupt == "stop":
     return stack(each(source, records, on_corrupt))
   search = functools.partial(_next_sound, source)
-  examples, skipped = zip(*_map(search, records), strict=True)
+  examples, skipped = zip(*mapped(search, records), strict=True)
   return stack(examples) | {"skipped": np.array(skipped, np.int32)}
 
 
@@ -42,14 +43,20 @@ def each(
   source: sources.Source, records: Sequence[int], on_corrupt: str
 ) -> list[Example | None]:
   """Reads records; None stands for a corrupt one under on_corrupt="skip"."""
-  read = functools.partial(_attempt, source)
-  results = _map(read, records)
+  results = attempts(source, records)
   failed = [r for r in results if isinstance(r, sources.Corrupt)]
   if failed and on_corrupt == "stop":
-    raise _stop(failed[0])
+    raise stopped(failed[0])
   for error in failed:
     _warn(f"{error} It is left out.")
   return [None if isinstance(r, sources.Corrupt) else r for r in results]
+
+
+def attempts(
+  source: sources.Source, records: Sequence[int]
+) -> list[Example | sources.Corrupt]:
+  """Reads records; of a corrupt one there is what `Corrupt` says."""
+  return mapped(functools.partial(_attempt, source), records)
 
 
 def stack(examples) -> Example:
@@ -79,7 +86,8 @@ def _attempt(source: sources.Source, record: int) -> Any:
     return error
 
 
-def _stop(error: sources.Corrupt) -> errors.DataError:
+def stopped(error: sources.Corrupt) -> errors.DataError:
+  """Returns what ends a run under on_corrupt="stop"."""
   return errors.DataError(
     f"{error} Repair or remove it, or set config.data.on_corrupt='skip'."
   )
@@ -91,16 +99,19 @@ def _warn(text: str) -> None:
   log.warning(text)
 
 
-def _map(function: Callable[[int], T], records: Sequence[int]) -> list[T]:
-  """Maps in threads: decoding leaves the interpreter's lock.
+def mapped(function: Callable[[S], T], records: Sequence[S]) -> list[T]:
+  """Maps in threads: decoding and reading leave the interpreter's lock.
 
   Each thread takes one run of the records; handing them out one by one costs
-  more than a small image does.
+  more than a small image does. One record alone is read in this thread, which
+  may be one of these.
   """
+  if len(records) <= 1:
+    return [function(record) for record in records]
   count = min(16, os.cpu_count() or 1)
   size = max(1, -(-len(records) // count))
   runs = [records[i : i + size] for i in range(0, len(records), size)]
-  done = _pool(count).map(lambda run: [function(int(i)) for i in run], runs)
+  done = _pool(count).map(lambda run: [function(i) for i in run], runs)
   return list(itertools.chain.from_iterable(done))
 
 

@@ -21,7 +21,7 @@ from flowjax.data import config as config_lib
 from flowjax.data import digits, order
 
 SIZE, SIDE = 32, 14  # Pixels of a scene and of a digit, both square.
-CELL = SIZE // 2
+CELL, STEP = SIZE // 2, 4  # Digits have a cell each, at every fourth pixel.
 LENGTH = {"train": 2**20, "held_out": 256}
 COMBINATIONS = ("seen", "held_out", "all")
 COLOURS = {
@@ -128,7 +128,7 @@ class Scenes:
 
   def __getitem__(self, i: int) -> dict[str, Any]:
     scene = self.scene(i)
-    return {"image": self._painted(scene), "caption": scene.caption}
+    return {"image": self.painted(scene), "caption": scene.caption}
 
   def gather(self, records_B: np.ndarray) -> dict[str, np.ndarray]:
     records = [self[int(i)] for i in records_B]
@@ -162,7 +162,8 @@ class Scenes:
     caption = _said(things, relations, draw)
     return Scene(things, relations, caption, images)
 
-  def _painted(self, scene: Scene) -> np.ndarray:
+  def painted(self, scene: Scene) -> np.ndarray:
+    """Returns the image [H, W, C] of one of these scenes."""
     image_HWC = np.full(self.shape, -1.0, np.float32)
     for thing, image in zip(scene.things, scene.images, strict=True):
       top, left = (
@@ -231,30 +232,33 @@ def _arranged(count: int, draw: Iterator[int]):
   Two stand side by side or one above the other; a third beside the first of
   them, across.
   """
-  free = SIZE - SIDE + 1
-
-  def jitter():
-    return next(draw) % (CELL - SIDE + 1)
-
+  last = (SIZE - CELL) // STEP  # The number of the last place, from 0.
   if count == 1:
-    return [(next(draw) % free, next(draw) % free)], ()
+    return [(_at(next(draw) % (last + 1)), _at(next(draw) % (last + 1)))], ()
   flipped = next(draw) % 2, next(draw) % 2  # Down, and across.
   if count == 3:
-    corner = [CELL * flip for flip in flipped]
-    down, across = (CELL - at for at in corner)
-    cells = [corner, [corner[0], across], [down, corner[1]]]
-    places = [(row + jitter(), column + jitter()) for row, column in cells]
+    (row, other_row), (column, other_column) = (
+      (_at(last * flip), _at(last * (1 - flip))) for flip in flipped
+    )
+    places = [(row, column), (row, other_column), (other_row, column)]
     beside = (0, ("left", "right")[flipped[1]], 1)
     over = (0, ("above", "below")[flipped[0]], 2)
     return places, (beside, over) if next(draw) % 2 else (over, beside)
-  along = [CELL * flip + jitter() for flip in (flipped[0], 1 - flipped[0])]
-  base = next(draw) % free
-  aside = [min(max(base + next(draw) % 3 - 1, 0), free - 1) for _ in along]
+  along = [_at(last * flip) for flip in (flipped[0], 1 - flipped[0])]
+  base = next(draw) % (last + 1)
+  aside = [
+    _at(min(max(base + next(draw) % 3 - 1, 0), last)) for _ in range(count)
+  ]
   if next(draw) % 2:
     relation = ("left", "right")[flipped[0]]
     return list(zip(aside, along, strict=True)), ((0, relation, 1),)
   relation = ("above", "below")[flipped[0]]
   return list(zip(along, aside, strict=True)), ((0, relation, 1),)
+
+
+def _at(number: int) -> int:
+  """Returns where the place of that number begins, in pixels."""
+  return number * STEP + (CELL - SIDE) // 2
 
 
 def _colours(

@@ -7,6 +7,7 @@ is ever a path on this disk.
 
 # Shape suffixes: M samples.
 
+import dataclasses
 import logging
 import os
 import pathlib
@@ -27,18 +28,57 @@ KINDS = {
   "json": (".json",),
 }
 ABSENT = -1
+MOST_BYTES = 2**32 - 1
 _BLOCK = 512
 _BROKEN = (tarfile.TarError, ValueError, EOFError, OverflowError)
 
 log = logging.getLogger(__name__)
 
 
-def of(path: str, folder: str | None) -> index.Index:
-  """Returns the index of a shard, from its file or made anew.
+@dataclasses.dataclass(frozen=True)
+class Shard:
+  """What is known about a tar: its samples, in their order."""
 
-  For each kind it has `<kind>_at` and `<kind>_size`, int64 [M], in bytes, and
-  the `hashes` of the samples' names. Its header has `notes`, what is unsound.
-  """
+  index: index.Index
+
+  def __len__(self) -> int:
+    return len(self.hash_M)
+
+  @property
+  def name(self) -> str:
+    return self.index.header["shard"]
+
+  @property
+  def size(self) -> int:
+    """The bytes of the file."""
+    return self.index.header["size"]
+
+  @property
+  def hash_M(self) -> np.ndarray:
+    """64 bits of the name of each sample."""
+    return self.index["hashes"]
+
+  @property
+  def notes(self) -> dict[str, tuple[int, str]]:
+    """What is unsound: how often, and the first name."""
+    return self.index.header["notes"]
+
+  def has(self, kind: str) -> np.ndarray:
+    """Marks the samples that have a member of this kind, bool [M]."""
+    if f"{kind}_at" not in self.index.arrays:
+      return np.zeros(len(self), bool)
+    return self.index[f"{kind}_at"] >= 0
+
+  def place(self, kind: str, row: int) -> tuple[int, int] | None:
+    """Returns where a member begins, and its bytes; None if there is none."""
+    if f"{kind}_at" not in self.index.arrays:
+      return None
+    at = int(self.index[f"{kind}_at"][row])
+    return None if at < 0 else (at, int(self.index[f"{kind}_size"][row]))
+
+
+def of(path: str, folder: str | None) -> Shard:
+  """Returns what is known about a shard, from its index or found anew."""
   try:
     found = os.stat(path)
   except OSError as error:
@@ -48,8 +88,8 @@ def of(path: str, folder: str | None) -> index.Index:
     "size": found.st_size,
     "changed": found.st_mtime_ns,
   }
-  place = _place(path, folder)
-  return index.load(place, header) or _make(path, place, header)
+  place = index_path(path, folder)
+  return Shard(index.load(place, header) or _make(path, place, header))
 
 
 def read(path: str, at: int, size: int) -> tuple[bytes, str]:
@@ -64,7 +104,8 @@ def read(path: str, at: int, size: int) -> tuple[bytes, str]:
   return block[_BLOCK:], f"{name} in {path}"
 
 
-def _place(path: str, folder: str | None) -> str:
+def index_path(path: str, folder: str | None) -> str:
+  """Returns where the index of a shard is kept."""
   if folder is None:
     return path + ".index"
   key = listing.hashed(os.path.abspath(path))
@@ -74,28 +115,28 @@ def _place(path: str, folder: str | None) -> str:
 
 def _make(path: str, place: str, header: dict) -> index.Index:
   notes: dict[str, list] = {}
-  columns = {name: array("q") for kind in KINDS for name in _columns(kind)}
+  at = {kind: array("q") for kind in KINDS}
+  sizes = {kind: array("q") for kind in KINDS}
   hashes = array("Q")
   for key, sample in _samples(path, header["size"], notes):
     hashes.append(listing.hashed(f"{header['shard']}/{key}"))
     for kind in KINDS:
-      at, size = sample.get(kind, (ABSENT, 0))
-      columns[f"{kind}_at"].append(at)
-      columns[f"{kind}_size"].append(size)
-  arrays = {
-    name: np.array(column, np.int64) for name, column in columns.items()
-  }
-  arrays["hashes"] = np.array(hashes, np.uint64)
+      begin, size = sample.get(kind, (ABSENT, 0))
+      at[kind].append(begin)
+      sizes[kind].append(size)
+  arrays = {"hashes": np.array(hashes, np.uint64)}
+  for kind in KINDS:
+    at_M = np.array(at[kind], np.int64)
+    if (at_M >= 0).any():
+      arrays[f"{kind}_at"] = at_M
+      arrays[f"{kind}_size"] = np.array(sizes[kind], np.uint32)
   return index.save(place, header | {"notes": notes}, arrays)
-
-
-def _columns(kind: str) -> tuple[str, str]:
-  return f"{kind}_at", f"{kind}_size"
 
 
 def _samples(path: str, size: int, notes) -> Iterator[tuple[str, dict]]:
   """Yields the name of each sample, and where its members lie."""
-  last, sample = None, {}
+  last = ""
+  sample: dict[str, tuple[int, int]] = {}
   for member in _members(path, size, notes):
     key, ending = _split(member.name)
     if key != last and sample:
@@ -109,6 +150,8 @@ def _samples(path: str, size: int, notes) -> Iterator[tuple[str, dict]]:
         _note(notes, "come twice in one sample", member.name)
       elif not member.size and kind in ("image", "latent"):
         _note(notes, "are of zero bytes", member.name)
+      elif member.size > MOST_BYTES:
+        _note(notes, "are larger than 4 GiB", member.name)
       else:
         sample[kind] = (member.offset_data, member.size)
   if sample:
@@ -128,7 +171,7 @@ def _members(path: str, size: int, notes) -> Iterator[tarfile.TarInfo]:
     end, offset = None, -1
     try:
       while (member := tar.next()) is not None:
-        tar.members.clear()  # It would keep all of them.
+        tar.members.clear()  # type: ignore[attr-defined]  # It keeps all.
         if member.size < 0 or tar.offset <= offset:
           raise tarfile.ReadError("a member of no size")
         offset = tar.offset
@@ -140,8 +183,10 @@ def _members(path: str, size: int, notes) -> Iterator[tarfile.TarInfo]:
           _note(notes, "are cut off", member.name)
         else:
           yield member
-      tar.fileobj.seek(tar.offset)
-      end = tar.fileobj.read(_BLOCK)
+      tar.fileobj.seek(tar.offset)  # type: ignore[union-attr]
+      end = tar.fileobj.read(_BLOCK)  # type: ignore[union-attr]
+    except errors.UserError:
+      raise
     except _BROKEN as error:
       log.debug("%s: %s", path, error)
     if end != bytes(_BLOCK):

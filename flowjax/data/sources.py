@@ -24,6 +24,7 @@ KINDS = {
   "webdataset": "webdataset:<pattern>",
   "hf": "hf:<dir or files>",
   "embedded": "embedded:<dir>",
+  "arrayrecord": "arrayrecord:<dir>",
   "mixture": "mixture",
 }
 
@@ -35,12 +36,14 @@ class Source(Protocol):
   - "label": int32, below `num_classes`, or
   - "caption": str, where `num_classes` is 0, or
   - an embedded text, as data/embedded.py says; then there is a `blank` one too.
+  Of latents it has "mean" and "log_variance" in place of "image".
 
   It is the same at every call, and i + k * len(source) is record i or another
   variant of it. It raises `Corrupt` for a record that cannot be decoded.
-  A source that holds its images in memory, where none can be corrupt, also
-  offers `gather(records_B)`, which returns the stacked examples at once; one
-  whose order is not that of data/order.py, `draw(seed, position_B)`.
+  A source may also offer `gather(records_B)`, which returns the stacked
+  examples at once, or raises `Corrupt` where one of them is; if one can be, it
+  returns "skipped" too, zeros, as data/reading.py does. One whose order is not
+  that of data/order.py offers `draw(seed, position_B)`.
   """
 
   @property
@@ -125,18 +128,25 @@ def check(
   source: Source,
   *,
   batch_size: int,
-  num_classes: int,
+  num_classes: int | None,
   channels: int,
   image_size: tuple[int, int],
   text_width: int | None = None,
   pooled_width: int | None = None,
 ) -> None:
-  """Refuses a source that a model of these sizes cannot be trained on."""
+  """Refuses a source that a model of these sizes cannot be trained on.
+
+  To one without `num_classes` labels and texts are nothing.
+  """
   if "caption" in getattr(source, "blank", {}):
+    reader = "an autoencoder passes them over"
     raise errors.UserError(
       f"{source.name} has captions, and nothing makes tokens of them: set "
-      "config.data.tokenizer to 'bytes' or 'words', and config.text."
+      "config.data.tokenizer to 'bytes' or 'words', and "
+      + ("config.text." if num_classes is not None else f"{reader}.")
     )
+  if num_classes is None:
+    num_classes = source.num_classes
   if (source.num_classes == 0) != (num_classes == 0):
     kind = ("labels", "texts")[source.num_classes == 0]
     raise errors.UserError(

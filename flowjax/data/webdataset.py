@@ -13,7 +13,6 @@ import functools
 import glob
 import hashlib
 import itertools
-import json
 import logging
 import os
 import re
@@ -24,7 +23,7 @@ import numpy as np
 
 from flowjax import errors
 from flowjax.data import config as config_lib
-from flowjax.data import images, index, listing, shards, sources, texts
+from flowjax.data import images, listing, shards, sources, texts
 
 log = logging.getLogger(__name__)
 
@@ -38,13 +37,13 @@ class Choice:
   held_out: float
   split: str
 
-  def rows(self, found: index.Index) -> np.ndarray:
+  def rows(self, shard: shards.Shard) -> np.ndarray:
     """Returns the samples that are records, in their order."""
-    keep_M = found[f"{self.kind}_at"] >= 0
+    keep_M = shard.has(self.kind)
     if not self.without_caption:
-      keep_M &= has_caption(found)
+      keep_M &= has_caption(shard)
     if self.held_out:
-      held_M = listing.held_out(found["hashes"], self.held_out)
+      held_M = listing.held_out(shard.hash_M, self.held_out)
       keep_M &= held_M == (self.split == "held_out")
     elif self.split == "held_out":
       keep_M[:] = False
@@ -78,30 +77,24 @@ class WebDataset:
     return int(self.end_S[-1])
 
   def __getitem__(self, i: int) -> sources.Record:
-    shard = int(np.searchsorted(self.end_S, i, side="right"))
-    path = self.paths[shard]
-    found, rows = _opened(path, self.index_dir, self.choice)
-    row = rows[i - int(self.end_S[shard]) + len(rows)]
-    content, name = self._member(path, found, row, self.choice.kind)
+    number = int(np.searchsorted(self.end_S, i, side="right"))
+    path = self.paths[number]
+    shard, rows = _opened(path, self.index_dir, self.choice)
+    row = int(rows[i - int(self.end_S[number]) + len(rows)])
+    found = _member(path, shard, self.choice.kind, row)
+    assert found is not None
     return {
-      "image": self.read(content, name),
-      "caption": self._caption(path, found, row),
+      "image": self.read(*found),
+      "caption": self._caption(path, shard, row),
     }
 
-  def _caption(self, path: str, found: index.Index, row: int) -> str:
-    if found["txt_at"][row] >= 0:
-      return texts.decode(*self._member(path, found, row, "txt"))
-    if found["json_at"][row] < 0:
-      return ""
-    content, name = self._member(path, found, row, "json")
-    return texts.from_json(content, self.caption_key, name)
-
-  def _member(self, path, found, row, kind: str) -> tuple[bytes, str]:
-    at, size = (int(found[f"{kind}_{what}"][row]) for what in ("at", "size"))
-    content, name = shards.read(path, at, size)
-    if len(content) != size:
-      raise sources.Corrupt(f"{name} is cut off: the shard has been changed.")
-    return content, name
+  def _caption(self, path: str, shard: shards.Shard, row: int) -> str:
+    if text := _member(path, shard, "txt", row):
+      return texts.decode(*text)
+    if text := _member(path, shard, "json", row):
+      content, name = text
+      return texts.from_json(content, self.caption_key, name)
+    return ""
 
   def fingerprint(self) -> dict[str, Any]:
     """Returns what the order of the records hangs on, as JSON can hold it."""
@@ -123,14 +116,14 @@ def open(config: config_lib.DataConfig, split: str) -> WebDataset:
   )
   counts = [len(choice.rows(each)) for each in found]
   if not sum(counts):
-    samples = sum(len(each["hashes"]) for each in found)
+    samples = sum(map(len, found))
     raise errors.DataError(
       f"The split {split!r} of {pattern!r} is empty: of its {samples} samples "
       f"in {len(paths)} shards, config.data.held_out={config.held_out} are "
       f"held out. Change that, or add samples with {'/'.join(read.endings)}."
     )
   rows = [
-    (each.header["shard"], each.header["size"], count)
+    (each.name, each.size, count)
     for each, count in zip(found, counts, strict=True)
   ]
   return WebDataset(
@@ -150,7 +143,7 @@ def find(pattern: str) -> list[str]:
   paths, missing = [], []
   for each in expand(pattern):
     wild = glob.has_magic(each)
-    matches = sorted(glob.glob(each)) if wild else [each]
+    matches = sorted(glob.glob(each, recursive=True)) if wild else [each]
     if not matches or not all(map(os.path.isfile, matches)):
       missing.append(each)
     paths += [path for path in matches if path not in paths]
@@ -187,7 +180,7 @@ def _alternatives(inside: str) -> list[str]:
   return [f"{n:0{width}d}" for n in range(int(first), int(last) + 1)]
 
 
-def _index(paths: list[str], config) -> list[index.Index]:
+def _index(paths: list[str], config) -> list[shards.Shard]:
   found, told = [], time.monotonic()
   for number, path in enumerate(paths, 1):
     found.append(shards.of(path, config.index_dir))
@@ -197,12 +190,12 @@ def _index(paths: list[str], config) -> list[index.Index]:
   return found
 
 
-def _tell(pattern: str, found: list[index.Index], config) -> None:
+def _tell(pattern: str, found: list[shards.Shard], config) -> None:
   """Says what is unsound in the shards, or refuses it."""
   notes: dict[str, list] = {}
   for each in found:
-    for what, (count, name) in each.header["notes"].items():
-      place = f"{name} ({each.header['shard']})"
+    for what, (count, name) in each.notes.items():
+      place = f"{name} ({each.name})"
       notes.setdefault(what, [0, place])[0] += count
   said = [
     f"{count} {what}, the first is {name}"
@@ -223,23 +216,36 @@ def _captions(pattern, found, read: images.Reader, config) -> bool:
   count = lost = 0
   first = ""
   for each in found:
-    image_M = each[f"{kind}_at"] >= 0
+    image_M = each.has(kind)
     without = int((image_M & ~has_caption(each)).sum())
-    first = first or (each.header["shard"] if without else "")
+    first = first or (each.name if without else "")
     count, lost = count + int(image_M.sum()), lost + without
-  texts.without(lost, count, config, f"samples of {pattern}",
-    f"the first is in {first}")  # fmt: skip
+  hint, what = f"the first is in {first}", f"samples of {pattern}"
+  texts.without(lost, count, config, what, hint)
   return config.on_no_caption == "empty"
 
 
-def has_caption(found: index.Index) -> np.ndarray:
+def has_caption(shard: shards.Shard) -> np.ndarray:
   """Marks the samples with a text, bool [M]."""
-  return (found["txt_at"] >= 0) | (found["json_at"] >= 0)
+  return shard.has("txt") | shard.has("json")
+
+
+def _member(
+  path: str, shard: shards.Shard, kind: str, row: int
+) -> tuple[bytes, str] | None:
+  """Reads a member of a sample, if it has it, with its name for messages."""
+  place = shard.place(kind, row)
+  if place is None:
+    return None
+  content, name = shards.read(path, *place)
+  if len(content) != place[1]:
+    raise sources.Corrupt(f"{name} is cut off: the shard has been changed.")
+  return content, name
 
 
 @functools.lru_cache(maxsize=4096)
 def _opened(
   path: str, folder: str | None, choice: Choice
-) -> tuple[index.Index, np.ndarray]:
-  found = shards.of(path, folder)
-  return found, choice.rows(found)
+) -> tuple[shards.Shard, np.ndarray]:
+  shard = shards.of(path, folder)
+  return shard, choice.rows(shard)

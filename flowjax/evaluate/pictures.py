@@ -5,12 +5,14 @@
 import collections.abc
 import os
 import pathlib
+import textwrap
 
 import numpy as np
 
 PAPER, INK = 255, 40
 GAP = 2
 TEXT_HEIGHT, LETTER_WIDTH = 14, 7
+CAPTION_WIDTH = 160
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -36,7 +38,7 @@ def grid(
   Images are float in [-1, 1] or uint8. Of more than three channels the first
   three are shown, of two the first. Each pixel becomes `scale` by `scale`, by
   default as large as makes the shorter side 32. `labels` stand under their
-  images and `row_titles` on the left of their rows.
+  images, a line or more, and `row_titles` on the left of their rows.
   """
   if images_NHWC.ndim != 4 or not len(images_NHWC):
     raise ValueError(
@@ -46,7 +48,8 @@ def grid(
   side = min(tiles_NHWC.shape[1:3])
   scale = scale or max(1, -(-32 // side))
   tiles_NHWC = tiles_NHWC.repeat(scale, axis=1).repeat(scale, axis=2)
-  below = TEXT_HEIGHT if labels else GAP
+  lines = max(label.count("\n") for label in labels) + 1 if labels else 0
+  below = lines * TEXT_HEIGHT or GAP
   tiles_NHWC = np.pad(
     tiles_NHWC,
     ((0, -len(tiles_NHWC) % columns), (GAP, below), (GAP, GAP), (0, 0)),
@@ -66,6 +69,35 @@ def grid(
   titles = [*row_titles, *[""] * (rows - len(row_titles))]
   left = [_text(title, height, margin) for title in titles]
   return np.concatenate([np.concatenate(left), sheet_HWC], axis=1)
+
+
+def captioned(
+  images_NHWC: np.ndarray,
+  captions: collections.abc.Sequence[str],
+  *,
+  columns: int = 8,
+) -> np.ndarray:
+  """Returns a grid of images that are wide enough for captions beneath."""
+  columns = min(columns, len(images_NHWC))
+  width = images_NHWC.shape[2]
+  scale = max(1, -(-CAPTION_WIDTH // width))
+  letters = scale * width // LETTER_WIDTH
+  wrapped = [textwrap.fill(caption, letters) for caption in captions]
+  return grid(images_NHWC, columns=columns, scale=scale, labels=wrapped)
+
+
+def pairs(
+  above_NHWC: np.ndarray, below_NHWC: np.ndarray, *, columns: int = 10
+) -> np.ndarray:
+  """Returns the images of two arrays for a grid: a row of each, in turn."""
+  missing = -len(above_NHWC) % columns
+  blank = np.full((missing, *above_NHWC.shape[1:]), -1.0)
+  rows = [
+    np.concatenate([images, blank]).reshape(-1, columns, *above_NHWC.shape[1:])
+    for images in (above_NHWC, below_NHWC)
+  ]
+  both = np.concatenate(rows, axis=1)
+  return both.reshape(-1, *above_NHWC.shape[1:])
 
 
 def save_png(image_HWC: np.ndarray, path: pathlib.Path | str) -> None:
@@ -90,12 +122,14 @@ def _rgb(images_NHWC: np.ndarray) -> np.ndarray:
 def _text(
   text: str, height: int, width: int, centred: bool = False
 ) -> np.ndarray:
-  """Returns a uint8 RGB image of one line of text."""
+  """Returns a uint8 RGB image of a text."""
   from PIL import Image, ImageDraw
 
   image = Image.new("RGB", (width, height), (PAPER,) * 3)
   at, anchor = ((width // 2, height // 2), "mm")
   if not centred:
     at, anchor = ((GAP, height // 2), "lm")
-  ImageDraw.Draw(image).text(at, text, fill=(INK,) * 3, anchor=anchor)
+  ImageDraw.Draw(image).text(
+    at, text, fill=(INK,) * 3, anchor=anchor, align="center"
+  )
   return np.asarray(image)

@@ -37,6 +37,7 @@ def build(
   *,
   pushes: collections.abc.Sequence[guidance.Push] = (),
   worse: losses.Predictor | None = None,
+  together: collections.abc.Callable[[Any], Any] = lambda jitted: jitted,
 ) -> Sampler:
   """Returns the sampler of a network.
 
@@ -47,7 +48,8 @@ def build(
   flow between images; `rng_B` holds a key per example, for methods that draw
   noise; `scale_B` a scale of guidance, in place of the method's. Images are
   float32, near [-1, 1] and not clipped. Of a network that is invertible the
-  method says only which way.
+  method says only which way. `together` makes of a jitted function one that
+  several processes call together.
   """
 
   def field(params, cond, scale_B):
@@ -80,7 +82,7 @@ def build(
       functools.partial(evaluated, params, cond, scale_B), report
     )
 
-  return Sampler(jax.jit(sample), reason)
+  return Sampler(together(jax.jit(sample)), reason)
 
 
 def _of(predict: losses.Predictor, params: Any) -> sampling.Predict:

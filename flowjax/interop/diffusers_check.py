@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flowjax import errors, models
@@ -21,6 +22,7 @@ from flowjax.interop import (
   safetensors,
   torch_export,
 )
+from flowjax.models import vq
 
 TIMES = np.array([0.0, 0.3, 1.0], np.float32)
 
@@ -90,6 +92,8 @@ def verify(
     network.config, dtype="float32", attention="auto"
   )
   network = models.build(config)
+  if network.encode is not None:
+    return _verify_autoencoder(theirs, network, params, seed)
   if dtype != "float32":
     _put_constants(theirs, config)
   rng = np.random.default_rng(seed)
@@ -110,6 +114,32 @@ def verify(
       out_BHWC = run(theirs, config, x_BHWC, TIMES, told).numpy()
     difference = max(difference, float(np.abs(out_BHWC - ours_BHWC).max()))
   return difference
+
+
+def _verify_autoencoder(theirs, network, params: dict, seed: int) -> float:
+  """Returns the difference of latents, and of what is decoded from them."""
+  torch, config = torch_export.require_torch(), network.config
+  rng = np.random.default_rng(seed)
+  shape = (2, *config.image_size, config.channels)
+  x_BHWC = rng.uniform(-1.0, 1.0, shape).astype(np.float32)
+
+  def there(x_BHWC):
+    return torch.as_tensor(np.array(x_BHWC)).permute(0, 3, 1, 2)
+
+  with torch.no_grad(), jax.default_matmul_precision("highest"):
+    found = theirs.encode(there(x_BHWC))
+    if config.name == "vq":
+      ours = vq.latents(config, params, jnp.asarray(x_BHWC))
+      pairs = [(ours, found.latents)]
+    else:
+      mean, log_variance = network.encode(params, x_BHWC)
+      ours, latent = mean, found.latent_dist
+      pairs = [(mean, latent.mean), (log_variance, latent.logvar)]
+    pairs += [(network.decode(params, ours), theirs.decode(there(ours)).sample)]
+  return max(
+    float(np.abs(np.asarray(a) - b.permute(0, 2, 3, 1).numpy()).max())
+    for a, b in pairs
+  )
 
 
 def _put_constants(theirs: Any, config: Any) -> None:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flowjax.models import (
   autoencoder,
   blocks,
+  convolutions,
   coupling,
   dit,
   flux,
@@ -41,6 +42,9 @@ _MODULES: dict[str, Any] = {
   "autoencoder": autoencoder,
   "vq": vq,
 }
+
+# They reconstruct images, and have no field.
+AUTOENCODERS = ("autoencoder", "vq")
 
 # Within it, a network has derivatives in forward mode (`jax.jvp`) as well.
 forward_mode = attention.forward_mode
@@ -76,6 +80,10 @@ class Network:
   forward: collections.abc.Callable[..., tuple] | None = None
   inverse: collections.abc.Callable[..., jax.Array] | None = None
   uncertainty: collections.abc.Callable[..., jax.Array] | None = None
+  encode: collections.abc.Callable[..., tuple] | None = None
+  decode: collections.abc.Callable[..., jax.Array] | None = None
+  reconstruct: collections.abc.Callable[..., Any] | None = None
+  last: collections.abc.Callable[..., jax.Array] | None = None
   # From all parameters to those of the network as it was built.
   own: collections.abc.Callable[[Params], Params] = lambda params: params
   # From all parameters and a condition to what the network as it was built is
@@ -89,7 +97,7 @@ def with_lora(network: Network, config: lora.LoraConfig) -> Network:
   With the parameters of `init` it gives what it gave without them. Raises
   ValueError, also from `init`, for a target that the network does not have.
   """
-  if network.forward is not None:
+  if network.forward is not None or network.encode is not None:
     raise ValueError(
       f"rank = {config.rank}: a network {network.config.name!r} has no "
       "adapters; set 0."
@@ -236,6 +244,51 @@ def with_uncertainty(network: Network) -> Network:
   )
 
 
+def with_beside(
+  network: Network, group: str, init: collections.abc.Callable[..., Params]
+) -> Network:
+  """Returns an autoencoder with parameters `group`, drawn by `init(rng)`.
+
+  They are no part of it: whoever trains it has a use for them.
+  """
+
+  def both(rng):
+    # Adapters have fold_in(rng, 1).
+    return {**network.init(rng), group: init(jax.random.fold_in(rng, 2))}
+
+  def own(params):
+    return network.own({k: v for k, v in params.items() if k != group})
+
+  return dataclasses.replace(network, init=both, own=own)
+
+
+def with_running_codebook(network: Network, group: str) -> Network:
+  """Returns a VQ autoencoder whose codebook is the quotient of averages.
+
+  The parameters `group` have them, "count" and "sum", in place of the codebook.
+  """
+
+  def init(rng):
+    params = network.init(rng)
+    code_KD = params.pop("codebook")["embedding"]
+    return {**params, group: vq.running(code_KD)}
+
+  def own(params):
+    rest = {key: value for key, value in params.items() if key != group}
+    code_KD = vq.quotient(params[group])
+    return network.own({**rest, "codebook": {"embedding": code_KD}})
+
+  changed: dict[str, Any] = {
+    name: _on_own(getattr(network, name), own)
+    for name in ("encode", "decode", "reconstruct")
+  }
+  return dataclasses.replace(network, init=init, own=own, **changed)
+
+
+def _on_own(function: Any, own: Any) -> collections.abc.Callable[..., Any]:
+  return lambda params, *inputs: function(own(params), *inputs)
+
+
 def over_shares(
   network: Network,
   over: collections.abc.Callable[
@@ -321,6 +374,8 @@ def _degradable(network: Network, layers, way: str) -> Any:
 def build(config: Any) -> Network:
   """Returns the network that `config` describes."""
   module = _MODULES[config.name]
+  if hasattr(module, "encode"):
+    return _autoencoder(module, config)
   both_ways = {
     name: functools.partial(getattr(module, name), config)
     for name in ("forward", "inverse")
@@ -335,4 +390,30 @@ def build(config: Any) -> Network:
     example=functools.partial(module.example, config),
     dropped=functools.partial(module.dropped, config),
     **both_ways,
+  )
+
+
+def _autoencoder(module: Any, config: Any) -> Network:
+  """Returns an autoencoder, which is told nothing but images."""
+
+  def apply(*inputs):
+    del inputs
+    raise ValueError(
+      f"model.name={config.name!r} maps images to latents and back, and has no "
+      "velocity at a time t: train a network of the latents to sample."
+    )
+
+  return Network(
+    config=config,
+    init=functools.partial(module.init, config),
+    apply=apply,
+    unconditional=lambda cond: cond,
+    flops=module.flops(config),
+    example=lambda count: {},
+    dropped=lambda cond, rng: cond,
+    last=functools.partial(convolutions.last, config),
+    **{
+      name: functools.partial(getattr(module, name), config)
+      for name in ("encode", "decode", "reconstruct")
+    },
   )

@@ -11,6 +11,7 @@ whose variance is near 1.
 # Shape suffixes: B batch, H height, W width, C channels. Latents are coarser.
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -100,11 +101,10 @@ def encode(
   They are not scaled; `scaled` does that.
   """
   convolutions.check_image(config, x_BHWC)
-  h_BHWC = _encoder(config).apply({"params": params["encoder"]}, x_BHWC)
+  h_BHWC = convolutions.applied(_encoder(config), params["encoder"], x_BHWC)
   if config.use_quant_conv:
-    h_BHWC = point(config, 2 * config.latent_channels).apply(
-      {"params": params["quant_conv"]}, h_BHWC
-    )
+    map_moments = point(config, 2 * config.latent_channels)
+    h_BHWC = convolutions.applied(map_moments, params["quant_conv"], h_BHWC)
   mean_BHWC, log_variance_BHWC = jnp.split(
     h_BHWC.astype(jnp.float32), 2, axis=-1
   )
@@ -116,9 +116,8 @@ def decode(
 ) -> jax.Array:
   """Returns the images of latents that are not scaled, in float32."""
   z_BHWC = after_latents(config, params, z_BHWC)
-  return convolutions.Decoder(config).apply(
-    {"params": params["decoder"]}, z_BHWC
-  )
+  decoder = convolutions.Decoder(config)
+  return convolutions.applied(decoder, params["decoder"], z_BHWC)
 
 
 def after_latents(
@@ -128,8 +127,31 @@ def after_latents(
   convolutions.check_latents(config.latent_channels, z_BHWC)
   if not config.use_post_quant_conv:
     return z_BHWC
-  return point(config, config.latent_channels).apply(
-    {"params": params["post_quant_conv"]}, z_BHWC
+  map_latents = point(config, config.latent_channels)
+  return convolutions.applied(map_latents, params["post_quant_conv"], z_BHWC)
+
+
+def reconstruct(
+  config: AutoencoderConfig,
+  params: dict[str, Any],
+  x_BHWC: jax.Array,
+  rng: jax.Array | None,
+) -> convolutions.Reconstruction:
+  """Encodes, draws latents (without an rng, their mean) and begins to decode.
+
+  The penalty "divergence" is that of the latents, per value of an image.
+  """
+  mean_BHWC, log_variance_BHWC = encode(config, params, x_BHWC)
+  z_BHWC = mean_BHWC
+  if rng is not None:
+    z_BHWC = sample(mean_BHWC, log_variance_BHWC, rng)
+  h_BHWC = after_latents(config, params, z_BHWC)
+  values = math.prod(x_BHWC.shape[1:])
+  divergence_B = divergence(mean_BHWC, log_variance_BHWC) / values
+  return convolutions.Reconstruction(
+    convolutions.features(config, params, h_BHWC),
+    {"divergence": divergence_B},
+    {},
   )
 
 

@@ -1,7 +1,7 @@
 """The two halves of a transformer block: attention and the MLP.
 
-What is worth saving for the gradient has a name here ("qkv", "attention",
-"attention_out", "mlp", "mlp_out"), by which `REMAT` chooses.
+What is worth saving for the gradient has a name here ("qkv", "attention_out",
+"mlp", "mlp_out") or in `ops.attention` ("attention"), by which `REMAT` chooses.
 """
 
 # Shape suffixes: B batch, T tokens, D width, K parts of a fused map, N heads,
@@ -38,15 +38,17 @@ _ATTENTION = ("qkv", "attention")
 
 
 def _save(*names: str):
-  return jax.checkpoint_policies.save_only_these_names(*names)
+  return attention.kept(jax.checkpoint_policies.save_only_these_names(*names))
 
 
 def _offload(*names: str):
-  return jax.checkpoint_policies.save_and_offload_only_these_names(
-    names_which_can_be_saved=(),
-    names_which_can_be_offloaded=names,
-    offload_src="device",
-    offload_dst="pinned_host",
+  return attention.kept(
+    jax.checkpoint_policies.save_and_offload_only_these_names(
+      names_which_can_be_saved=(),
+      names_which_can_be_offloaded=names,
+      offload_src="device",
+      offload_dst="pinned_host",
+    )
   )
 
 
@@ -122,7 +124,7 @@ class Attention(nn.Module):
       dtype=self.dtype,
       tokens="tokens",
       name="out",
-    )(saved(y_BTNH, "attention"))
+    )(y_BTNH)
     return saved(y_BTD, "attention_out")
 
 

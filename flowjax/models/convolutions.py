@@ -11,7 +11,7 @@ softmax are in float32, whatever dtype the rest is in.
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -101,12 +101,13 @@ class Conv(nn.Module):
   stride: int = 1
   padding: tuple[int, int] = (1, 1)
   dtype: jnp.dtype = jnp.float32
+  init_kernel: layers.Init = uniform
+  bias: bool = True
 
   @nn.compact
   def __call__(self, x_BHWC: jax.Array) -> jax.Array:
     shape = (self.size, self.size, x_BHWC.shape[-1], self.features)
-    kernel = self.param("kernel", uniform, shape, math.prod(shape[:3]))
-    bias_C = self.param("bias", layers.zeros, shape[-1:])
+    kernel = self.param("kernel", self.init_kernel, shape, math.prod(shape[:3]))
     # Devices have images of their own, and all need the kernel whole.
     kernel = axes.name(kernel, None, None, None, None)
     y_BHWC = jax.lax.conv_general_dilated(
@@ -117,6 +118,9 @@ class Conv(nn.Module):
       dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
     y_BHWC = axes.name(y_BHWC, "batch", None, None, None)
+    if not self.bias:
+      return y_BHWC
+    bias_C = self.param("bias", layers.zeros, shape[-1:])
     return y_BHWC + bias_C[None, None, None].astype(self.dtype)
 
 
@@ -290,6 +294,40 @@ class Decoder(nn.Module):
 
   def __call__(self, z_BHWC: jax.Array) -> jax.Array:
     return self.out(self.before(z_BHWC)).astype(jnp.float32)
+
+
+class Reconstruction(NamedTuple):
+  """What an autoencoder makes of images while it is trained.
+
+  Features are what the last convolution of the decoder makes an image of.
+  Penalties are numbers by example, and statistics those of the whole batch.
+  """
+
+  features_BHWC: jax.Array
+  penalties: dict[str, jax.Array]
+  statistics: dict[str, jax.Array]
+
+
+def features(
+  config: ConvolutionalConfig, params: dict[str, Any], h_BHWC: jax.Array
+) -> jax.Array:
+  """Returns what the decoder knows before its last convolution."""
+  return applied(Decoder(config), params["decoder"], h_BHWC, method="before")
+
+
+def last(
+  config: ConvolutionalConfig, params: dict[str, Any], h_BHWC: jax.Array
+) -> jax.Array:
+  """Returns the images of features; `params` are those of this layer."""
+  conv = _conv(config)(config.channels)
+  return applied(conv, params, h_BHWC).astype(jnp.float32)
+
+
+def applied(
+  module: nn.Module, params: Any, *inputs: Any, **options: Any
+) -> Any:
+  """Returns what a module makes of inputs, by its own parameters."""
+  return module.apply({"params": params}, *inputs, **options)
 
 
 def down(config: ConvolutionalConfig) -> list[tuple[int, int, str | None]]:

@@ -17,6 +17,7 @@ import numpy as np
 from flowjax.models import (
   blocks,
   checks,
+  conditions,
   layers,
   patches,
   positions,
@@ -277,17 +278,8 @@ def apply(
   return typing.cast(jax.Array, v_BHWC)
 
 
-def example(config: DiTConfig, batch: int = 1) -> dict[str, jax.Array]:
-  """Returns a condition of zeros, of the shapes that the network takes."""
-  del config
-  return {"label": jnp.zeros(batch, jnp.int32)}
-
-
-def unconditional(
-  config: DiTConfig, cond: dict[str, jax.Array]
-) -> dict[str, jax.Array]:
-  """Returns `cond` with the label that stands for none."""
-  return {**cond, "label": jnp.full_like(cond["label"], config.num_classes)}
+unconditional = conditions.unconditional
+example = conditions.example
 
 
 def dropped(

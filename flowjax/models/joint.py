@@ -86,7 +86,7 @@ class Attention(nn.Module):
 
   def answer(self, y_BTNH: jax.Array) -> jax.Array:
     y_BTNH = axes.name(y_BTNH, "batch", "tokens", "heads", None)
-    y_BTD = self.out(blocks.saved(y_BTNH, "attention"))
+    y_BTD = self.out(y_BTNH)
     return blocks.saved(y_BTD, "attention_out")
 
 

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from flowjax import schema
 from flowjax.models import autoencoder, convolutions
 
+SMOOTHING = 1e-5
+
 
 @dataclasses.dataclass(frozen=True)
 class VQConfig(convolutions.ConvolutionalConfig):
@@ -80,9 +82,9 @@ def latents(
 ) -> jax.Array:
   """Returns the latents of images in [-1, 1], not quantised and not scaled."""
   convolutions.check_image(config, x_BHWC)
-  h_BHWC = _encoder(config).apply({"params": params["encoder"]}, x_BHWC)
+  h_BHWC = convolutions.applied(_encoder(config), params["encoder"], x_BHWC)
   before, _ = _points(config)
-  z_BHWC = before.apply({"params": params["quant_conv"]}, h_BHWC)
+  z_BHWC = convolutions.applied(before, params["quant_conv"], h_BHWC)
   return z_BHWC.astype(jnp.float32)
 
 
@@ -125,9 +127,8 @@ def decode(
   convolutions.check_latents(config.vector_width, z_BHWC)
   chosen_BHWC, _ = quantise(params, z_BHWC)
   h_BHWC = after_latents(config, params, chosen_BHWC)
-  return convolutions.Decoder(config).apply(
-    {"params": params["decoder"]}, h_BHWC
-  )
+  decoder = convolutions.Decoder(config)
+  return convolutions.applied(decoder, params["decoder"], h_BHWC)
 
 
 def after_latents(
@@ -135,7 +136,82 @@ def after_latents(
 ) -> jax.Array:
   """Returns what the decoder is given of quantised latents."""
   _, after = _points(config)
-  return after.apply({"params": params["post_quant_conv"]}, z_BHWC)
+  return convolutions.applied(after, params["post_quant_conv"], z_BHWC)
+
+
+def reconstruct(
+  config: VQConfig,
+  params: dict[str, Any],
+  x_BHWC: jax.Array,
+  rng: jax.Array | None,
+) -> convolutions.Reconstruction:
+  """Encodes, quantises and begins to decode; nothing in it is random.
+
+  The penalties "codebook", |sg(z) - e|^2, and "commitment", |z - sg(e)|^2, draw
+  vector and latent to each other (arXiv:1711.00937, eq. 3). The statistics
+  "count" [K] and "sum" [K, D] are how often each vector was chosen and the sum
+  of the latents that chose it, both times K / N, so that the mean of "count" is
+  1; "index" [B, H, W] says which.
+  """
+  del rng
+  z_BHWC = latents(config, params, x_BHWC)
+  chosen_BHWC, index_BHW = quantise(params, z_BHWC)
+  passed_BHWC = straight_through(z_BHWC, chosen_BHWC)
+  h_BHWC = after_latents(config, params, passed_BHWC)
+
+  def apart(a_BHWC, b_BHWC):
+    return jnp.mean(jnp.square(a_BHWC - b_BHWC), axis=(1, 2, 3))
+
+  still_z, still_e = jax.lax.stop_gradient((z_BHWC, chosen_BHWC))
+  index_N, z_ND = (
+    index_BHW.reshape(-1),
+    still_z.reshape(-1, config.vector_width),
+  )
+  weight = config.codes / len(index_N)
+  sums_KD = jnp.zeros((config.codes, config.vector_width)).at[index_N].add(z_ND)
+  counts_K = jnp.zeros(config.codes).at[index_N].add(1.0)
+  return convolutions.Reconstruction(
+    convolutions.features(config, params, h_BHWC),
+    {
+      "codebook": apart(still_z, chosen_BHWC),
+      "commitment": apart(z_BHWC, still_e),
+    },
+    {
+      "count": weight * counts_K,
+      "sum": weight * sums_KD,
+      "index": index_BHW,
+    },
+  )
+
+
+def running(code_KD: jax.Array) -> dict[str, jax.Array]:
+  """Returns the averages of which a codebook is to be the quotient.
+
+  Each vector counts as chosen once.
+  """
+  return {"count": jnp.ones(len(code_KD)), "sum": code_KD}
+
+
+def quotient(averages: dict[str, jax.Array]) -> jax.Array:
+  """Returns the codebook of running averages: sum / count.
+
+  Counts are smoothed as Laplace did, so that a vector that is never chosen goes
+  to zero (arXiv:1711.00937, appendix A.1).
+  """
+  count_K, codes = averages["count"], len(averages["count"])
+  total = jnp.sum(count_K)
+  smooth_K = (count_K + SMOOTHING) / (total + codes * SMOOTHING) * total
+  return averages["sum"] / smooth_K[:, None]
+
+
+def perplexity(
+  codes: int, index_BHW: jax.Array, weight_B: jax.Array
+) -> jax.Array:
+  """Returns exp of the entropy of what was chosen: how many are in use."""
+  weight_BHW = jnp.broadcast_to(weight_B[:, None, None], index_BHW.shape)
+  count_K = jnp.zeros(codes).at[index_BHW].add(weight_BHW)
+  share_K = count_K / jnp.maximum(jnp.sum(count_K), 1.0)
+  return jnp.exp(-jnp.sum(jax.scipy.special.xlogy(share_K, share_K)))
 
 
 def flops(config: VQConfig) -> int:

@@ -10,11 +10,20 @@ import ctypes
 import logging
 import os
 import re
+import socket
+import time
 from typing import Any
 
 import jax
 
 from flowjax import errors
+
+_ADVICE = (
+  "See whether they were started, and why they ended; with "
+  "FLOWJAX_START_TIMEOUT they are waited for longer."
+)
+# What jax says when the name of process 0's machine has no address.
+_NOWHERE = re.compile("Retry failed|Failed to recognize coordinator address")
 
 _terminate: Any = None  # What C++ calls must outlive the call that names it.
 _met = False
@@ -42,21 +51,47 @@ def initialize(
   real = distributed._jax
   distributed._jax = _Jaxlib(real, timeout)  # type: ignore[assignment]
   try:
-    jax.distributed.initialize(
-      **(given or {}),
-      # Longer than the service waits, so that its answer arrives.
-      initialization_timeout=timeout + 10,
-      heartbeat_timeout_seconds=heartbeat_timeout,
-    )
+    _initialize(given or {}, timeout, heartbeat_timeout)
   except ValueError as error:
     if given is None and "coordinator_address" in str(error):
+      _refuse_alone_in_kubernetes()
       return  # A machine for many, with but this process on it.
     raise errors.UserError(f"The processes cannot meet: {error}") from error
-  except RuntimeError as error:
-    raise _not_met(error, timeout) from error
   finally:
     distributed._jax = real
   _met = True
+
+
+def _initialize(given: dict[str, Any], timeout: int, heartbeat: int) -> None:
+  begun = time.monotonic()
+  while True:
+    try:
+      return jax.distributed.initialize(
+        **given,
+        # Longer than the service waits, so that its answer arrives.
+        initialization_timeout=timeout + 10,
+        heartbeat_timeout_seconds=heartbeat,
+      )
+    except RuntimeError as error:
+      if state().client is not None:
+        raise _not_met(error, timeout) from error
+      if _NOWHERE.search(str(error)) is None:
+        raise errors.UserError(f"The processes cannot meet: {error}") from error
+      # A machine's name is known when the machine has started.
+      if time.monotonic() - begun > timeout:
+        raise errors.Lost(
+          f"Process 0 was not found within {timeout} s: {error}. {_ADVICE}"
+        ) from error
+      time.sleep(1.0)
+
+
+def _refuse_alone_in_kubernetes() -> None:
+  if "JOB_COMPLETION_INDEX" in os.environ:
+    raise errors.UserError(
+      "This is one of several pods of Kubernetes, and jax finds the others "
+      "only with its client: pip install 'flowjax[k8s]'. Or set "
+      "FLOWJAX_COORDINATOR, FLOWJAX_PROCESSES and FLOWJAX_PROCESS."
+    )
 
 
 def expect_end(code: int) -> None:
@@ -73,21 +108,17 @@ def _not_met(error: Exception, timeout: int) -> Exception:
   except Exception as reason:
     text = f"{text}\n{reason}"
   known.client = known.service = None
-  advice = (
-    "See whether they were started, and why they ended; with "
-    "FLOWJAX_START_TIMEOUT they are waited for longer."
-  )
   found = re.search(r"timed out task names:\s*((?:\d+\s+)+)", text)
   if found:
     missing = ", ".join(sorted(found[1].split(), key=int))
     return errors.Lost(
       f"Process {missing} of {count} did not arrive at {where} within "
-      f"{timeout} s. {advice}"
+      f"{timeout} s. {_ADVICE}"
     )
   if "DEADLINE_EXCEEDED" in text or "UNAVAILABLE" in text:
     return errors.Lost(
       f"Process 0 of {count} did not arrive at {where} within {timeout} s, or "
-      f"cannot be reached from here. {advice}"
+      f"cannot be reached from here. {_ADVICE}"
     )
   reasons = [line for line in text.splitlines() if line != "std::bad_cast"]
   return errors.UserError(f"The processes cannot meet at {where}: {reasons[0]}")
@@ -136,12 +167,10 @@ def _ended(*_: Any) -> None:
   known = state()
   if _code is not None:
     os._exit(_code)
-  # All meet at process 0: where it still speaks, it is another that is gone.
-  lost = (
-    f"process 0, where all meet ({known.coordinator_address})"
-    if known.process_id
-    else "another process"
-  )
+  # All meet at process 0: where it still answers, it is another that is gone.
+  lost = "another process"
+  if known.process_id and not _answers(known.coordinator_address):
+    lost = f"process 0, where all meet ({known.coordinator_address})"
   text = (
     f"flowjax: process {known.process_id}: Lost {lost}: it was killed, or its "
     "machine is gone. All processes end. Start all of them again: the same "
@@ -149,3 +178,13 @@ def _ended(*_: Any) -> None:
   )
   os.write(2, text.encode())
   os._exit(errors.Lost.exit_code)
+
+
+def _answers(address: str) -> bool:
+  """Tells whether somebody listens at HOST:PORT."""
+  host, _, port = address.rpartition(":")
+  try:
+    socket.create_connection((host.strip("[]"), int(port)), timeout=3).close()
+  except OSError:
+    return False
+  return True

@@ -92,3 +92,15 @@ CHIPS = {
     "NVIDIA H100 80GB HBM3", 79.1 * GIB, 3.35e12, 0, 0, 450e9, 50e9, 0.73
   ),
 }
+
+
+def wires_of(kind: str) -> str | None:
+  """Says how devices of a kind are joined, by data sheet; None if unknown."""
+  for chip in CHIPS.values():
+    if chip.kind == kind:
+      inside = f"ICI, {chip.axes} axes of" if chip.axes else "NVLink,"
+      return (
+        f"{inside} {chip.link / 1e9:.0f} GB/s; beyond it "
+        f"{chip.network / 1e9:.3g} GB/s"
+      )
+  return None

@@ -12,6 +12,7 @@ FLOWJAX_START_TIMEOUT (300) is how many seconds a process waits for the others,
 and FLOWJAX_LOST_TIMEOUT (60) after how many seconds of silence one is lost.
 """
 
+import collections.abc
 import contextlib
 import hashlib
 import json
@@ -41,7 +42,7 @@ _LEAVING = peers_lib.GRACE + 3.0
 _ENDING = 24 * 3600.0
 
 _peers: peers_lib.Peers | None = None
-_agreed = _compiled = 0
+_agreed = _met = 0
 
 
 def peers() -> peers_lib.Peers | None:
@@ -155,19 +156,35 @@ def agree(what: str, values: dict[str, Any]) -> None:
   )
 
 
-def compiled(function: Any, *arguments: Any) -> Any:
-  """Compiles a jitted function, and waits until all processes have done so.
+def meet() -> None:
+  """Waits until all processes are here, however long their own work takes.
 
-  Whoever is first would wait for the others in a collective of the function,
-  and not every library of collectives has the patience.
+  Whoever is the first in a collective waits for the others there, and where
+  devices meet for the first time not every library has the patience: that of
+  CPUs gives up after 30 seconds. So all meet before a program first runs.
   """
-  if _peers is None:
-    return function
-  global _compiled
-  program = function.lower(*arguments).compile()
-  _compiled += 1
-  _peers.meet(f"compiled/{_compiled}", _ENDING)
-  return program
+  global _met
+  if _peers is not None:
+    _met += 1
+    if not _peers.meet(f"meet/{_met}", _ENDING):
+      raise errors.Lost("Not all processes came to where all meet.")
+
+
+def together(jitted: Any) -> collections.abc.Callable[..., Any]:
+  """Returns a jitted function that all processes compile before any runs it."""
+  seen = set()
+
+  def call(*arguments: Any) -> Any:
+    if _peers is not None:
+      leaves, structure = jax.tree.flatten(arguments)
+      kind = structure, *map(jax.typeof, leaves)
+      if kind not in seen:
+        seen.add(kind)
+        jitted.lower(*arguments).compile()
+        meet()
+    return jitted(*arguments)
+
+  return call
 
 
 def finish() -> None:

@@ -34,13 +34,15 @@ def of(function: collections.abc.Callable, *shapes: Any) -> Count:
 
 
 def count(jaxpr: Any) -> Count:
-  """Counts the dots of a jaxpr: those in a loop times its trips."""
+  """Counts dots and convolutions of a jaxpr: in a loop, times its trips."""
   flops = scores = 0
   for equation in jaxpr.eqns:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
       flops += _dot(equation)
       scores += _scores(equation)
+    elif name == "conv_general_dilated":
+      flops += _convolution(equation)
     elif name in _FUSED:
       flops += _FUSED[name] * _product(equation)
     # A loop runs its body so often; a kernel, once for each of its blocks;
@@ -70,6 +72,14 @@ def _dot(equation: Any) -> int:
   shape = equation.invars[0].aval.shape
   depth = math.prod(shape[dim] for dim in contract)
   return 2 * depth * math.prod(equation.outvars[0].aval.shape)
+
+
+def _convolution(equation: Any) -> int:
+  """Returns what a convolution of images does: a kernel at each position."""
+  out = equation.params["dimension_numbers"].rhs_spec[0]
+  kernel = equation.invars[1].aval.shape
+  positions = math.prod(equation.outvars[0].aval.shape)
+  return 2 * positions * math.prod(kernel) // kernel[out]
 
 
 def _scores(equation: Any) -> int:

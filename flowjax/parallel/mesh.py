@@ -237,9 +237,9 @@ def _impossible(
 
   def distance(shape):
     pairs = zip(sizes, shape, strict=True)
-    return sum(
-      abs(math.log2(a / b)) for a, b in pairs if a != -1
-    ), shape != tuple(sizes)
+    away = sum(abs(math.log2(a / b)) for a, b in pairs if a != -1)
+    # Of those as near, first what more of the plainest axis makes of it.
+    return away, [-size for size in shape]
 
   near = sorted(shapes, key=distance)[:3]
   rows = [

@@ -84,6 +84,13 @@ def on_first(tree: Any, work: collections.abc.Callable[[Any], None]) -> None:
     fetch(leaves[index])
 
 
+def of_first(value: float) -> float:
+  """Returns the value that process 0 has; all of them must ask for it."""
+  if jax.process_count() == 1:
+    return value
+  return float(multihost_utils.broadcast_one_to_all(np.float32(value)))
+
+
 # Asked for by process 0 when it needs no more.
 _END = -1
 

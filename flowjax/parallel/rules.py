@@ -93,6 +93,26 @@ FLUX: Rules = (
   *_ENDS,
 )
 
+# Kernels of convolutions have rows and columns first. Channels going out are
+# divided, and going in where pixels or patches come out.
+AUTOENCODER: Rules = (
+  (r"(decoder|discriminator)/out/kernel", (None, None, "fsdp", None)),
+  (r".*/attention_\d+/qkv/kernel", ("fsdp", None, None)),
+  (r".*/attention_\d+/out/kernel", (None, "fsdp")),
+  (r"(codebook/embedding|running_codebook/sum)", ("fsdp", None)),
+  (r"running_codebook/count", ("fsdp",)),
+  (r"(post_)?quant_conv/kernel|running_steps/count", ()),
+  (
+    r"(en|de)coder/(\w+/)*(in|out|conv_\d|shortcut|up|down)/kernel",
+    (None, None, None, "fsdp"),
+  ),
+  (
+    r"(discriminator|perceptual/stage_\d)/(in|conv_\d+)/kernel",
+    (None, None, None, "fsdp"),
+  ),
+  (r".*/(bias|scale)", ()),
+)
+
 # Beside a network that reads captions; divided as its blocks are.
 TEXT_ENCODER: Rules = (
   (r"text_encoder/(place_)?embed/embedding", (None, "fsdp")),
@@ -127,6 +147,8 @@ T5: Rules = (
 
 def for_model(config: Any) -> Rules:
   """Returns the rules for the parameters of a model's config."""
+  if config.name in ("autoencoder", "vq"):
+    return AUTOENCODER
   if config.name in ("clip", "t5"):
     return CLIP if config.name == "clip" else T5
   if config.name == "coupling":

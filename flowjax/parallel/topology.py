@@ -72,9 +72,14 @@ class Topology:
     return math.prod(self.shape) * _PER_CHIP.get(self.generation, 1)
 
   @property
+  def domains(self) -> int:
+    """How many such domains there are: slices of TPUs, nodes of GPUs."""
+    return self.shape[0] if self.is_gpu else self.slices
+
+  @property
   def size(self) -> int:
     """The number of devices in all."""
-    return self.domain * (self.shape[0] if self.is_gpu else self.slices)
+    return self.domain * self.domains
 
   @property
   def extra(self) -> str:

@@ -8,6 +8,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from flowjax.parallel import distributed
+
 _TURNS = 5
 
 
@@ -31,8 +33,8 @@ def all_reduce(mesh: Mesh, axis: str, bytes_per_device: int) -> float:
   sharding = jax.sharding.NamedSharding(mesh, spec)
   x = jax.jit(make, out_shardings=sharding)()
   others = tuple(name for name in mesh.axis_names if name != axis)
-  run = jax.jit(
-    jax.shard_map(total, mesh=mesh, in_specs=spec, out_specs=P(others))
+  run = distributed.together(
+    jax.jit(jax.shard_map(total, mesh=mesh, in_specs=spec, out_specs=P(others)))
   )
   found = jax.block_until_ready(run(x))
   _check(mesh, axis, found)

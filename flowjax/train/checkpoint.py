@@ -23,6 +23,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from orbax.checkpoint._src.metadata import array_metadata_store
 
 from flowjax.train import disk, lock, manifest, quiet, reading
 
@@ -30,6 +31,9 @@ from flowjax.train import disk, lock, manifest, quiet, reading
 TEMPORARY = ".orbax-checkpoint-tmp"
 # What follows the number of an unsound step that was saved again.
 ASIDE = ".unsound"
+# Devices that hold copies of an array write a part of it each, if the parts
+# have so many bytes: to cut out smaller ones takes longer than to write them.
+PART = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +133,23 @@ class Checkpoints:
     return self._reader.restore(abstract, step, whole=False)
 
 
+def _handlers() -> ocp.CheckpointHandlerRegistry:
+  """Returns Orbax's own handlers, but for who writes small arrays."""
+  arrays = ocp.type_handlers.ArrayHandler(
+    min_slice_bytes_for_replica_parallel=PART,
+    # As in the handler that Orbax makes by itself; it keeps the kind of a key.
+    array_metadata_store=array_metadata_store.Store(),
+  )
+  registry = ocp.DefaultCheckpointHandlerRegistry()
+  state = ocp.PyTreeCheckpointHandler(
+    type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+      (jax.Array, arrays)
+    )
+  )
+  registry.add("state", ocp.args.PyTreeSave, state)
+  return registry
+
+
 class _Writer:
   """Saves through Orbax, and outlives a disk that fails."""
 
@@ -145,6 +166,7 @@ class _Writer:
     self._watch: threading.Thread | None = None
     self._orbax = ocp.CheckpointManager(
       directory,
+      handler_registry=_handlers(),
       options=ocp.CheckpointManagerOptions(
         preservation_policy=_Preservation(config, reader),
         async_options=ocp.AsyncOptions(timeout_secs=config.timeout),

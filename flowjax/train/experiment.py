@@ -14,13 +14,15 @@ import ml_collections
 
 from flowjax import errors, models, schema
 from flowjax.data import config as data_config
+from flowjax.flow import losses
 from flowjax.models import lora as adapters
 from flowjax.models import text as encoders
 from flowjax.parallel import mesh as meshes
 from flowjax.train import checkpoint as checkpoints
 from flowjax.train import ema as averages
-from flowjax.train import flows, methods, metrics
+from flowjax.train import flows, latents, methods, metrics
 from flowjax.train import optim as optimizers
+from flowjax.train import reconstruction as autoencoding
 
 
 def _group(kind: Any) -> Any:
@@ -65,6 +67,7 @@ class Experiment:
   pipeline: str | None = None
   model: Any = None
   data: data_config.DataConfig = _group(data_config.DataConfig)
+  encoded: latents.EncodedConfig = _group(latents.EncodedConfig)
   flow: flows.FlowConfig = _group(flows.FlowConfig)
   lora: adapters.LoraConfig = _group(adapters.LoraConfig)
   text: encoders.TextConfig = _group(encoders.TextConfig)
@@ -76,6 +79,9 @@ class Experiment:
   )
   sample: methods.SampleConfig = _group(methods.SampleConfig)
   log: LogConfig = _group(LogConfig)
+  reconstruction: autoencoding.ReconstructionConfig = _group(
+    autoencoding.ReconstructionConfig
+  )
 
   def __post_init__(self):
     _above_zero(self, "steps")
@@ -97,6 +103,14 @@ class Experiment:
         raise ValueError(
           f"model.{key} = {ours} and data.{key} = {theirs} must be the same."
         )
+    if self.is_autoencoder:
+      self._check_autoencoder()
+      return
+    if self.reconstruction != autoencoding.ReconstructionConfig():
+      raise ValueError(
+        "reconstruction is for autoencoders and would be without effect on a "
+        f"model {self.model.name!r}; leave it as it is by default."
+      )
     self._check_text()
     self._check_objective()
     self._check_sampling()
@@ -108,6 +122,54 @@ class Experiment:
         f"data.pair_source = {self.data.pair_source!r}: a flow from images to "
         'images needs the coupling "pairs" and the source of the images at '
         "t = 1, and any other flow neither."
+      )
+
+  @property
+  def is_autoencoder(self) -> bool:
+    """Whether images are to be reconstructed, and no flow is learned."""
+    return self.model.name in models.AUTOENCODERS
+
+  def network(self) -> models.Network:
+    """Returns the network with all parameters that its loss needs.
+
+    Adapters have to be added before they are trained.
+    """
+    network = models.build(self.model)
+    if self.is_autoencoder:
+      return self.reconstruction.network(network)
+    return network
+
+  def loss(self, network: models.Network) -> losses.Loss:
+    """Returns the training loss of a network."""
+    if self.is_autoencoder:
+      return autoencoding.loss(self.reconstruction, network)
+    return self.flow.loss(network)
+
+  def validation_loss(self, network: models.Network) -> losses.Loss:
+    """Returns the loss of held-out examples, in which no weight is drawn."""
+    if self.is_autoencoder:
+      return autoencoding.validation_loss(self.reconstruction, network)
+    return self.flow.validation_loss(network)
+
+  def _check_autoencoder(self):
+    """Refuses what an autoencoder would not heed."""
+    with errors.naming("config.reconstruction"):
+      self.reconstruction.check(self.model)
+    for name, kind in (
+      ("flow", flows.FlowConfig),
+      ("sample", methods.SampleConfig),
+      ("lora", adapters.LoraConfig),
+      ("text", encoders.TextConfig),
+    ):
+      if getattr(self, name) != kind():
+        raise ValueError(
+          f"{name} is for networks of a flow and would be without effect on a "
+          f"model {self.model.name!r}; leave it as it is by default."
+        )
+    if self.data.pair_source is not None:
+      raise ValueError(
+        f"data.pair_source = {self.data.pair_source!r} is for flows between "
+        "images; an autoencoder has one image at a time."
       )
 
   def _check_text(self):

@@ -31,6 +31,8 @@ SILENCE = 60.0
 class WorkdirLock:
   """Holds a workdir for this process, from `with` to its end.
 
+  Or another folder, which `flag` has named.
+
   In a run of several processes only the first one holds the lock. Raises
   UserError if another process has the workdir, or if it cannot be written.
   """
@@ -39,11 +41,13 @@ class WorkdirLock:
     self,
     workdir: str | os.PathLike,
     *,
+    flag: str = "--workdir",
     beat: float = BEAT,
     silence: float = SILENCE,
   ):
     self.path = pathlib.Path(workdir).absolute() / NAME
-    self._beat, self._silence = beat, silence
+    self._kind = "workdir" if flag == "--workdir" else "folder"
+    self._flag, self._beat, self._silence = flag, beat, silence
     self._text = json.dumps(
       {
         **_identity(),
@@ -73,14 +77,16 @@ class WorkdirLock:
   def _require_writable(self) -> None:
     workdir = self.path.parent
     if workdir.is_file():
-      raise errors.UserError(f"--workdir={workdir} is a file; name a folder.")
+      raise errors.UserError(
+        f"{self._flag}={workdir} is a file; name a folder."
+      )
     try:
       workdir.mkdir(parents=True, exist_ok=True)
       self._now()
     except OSError as error:
       raise errors.UserError(
-        f"The workdir {workdir} cannot be written: {error.strerror}. Choose "
-        "another --workdir, make room, or correct its permissions."
+        f"The {self._kind} {workdir} cannot be written: {error.strerror}. "
+        f"Choose another {self._flag}, make room, or correct its permissions."
       ) from error
 
   def _acquire(self) -> None:
@@ -167,9 +173,9 @@ class WorkdirLock:
 
   def _refusal(self, seen: str, age: float) -> str:
     return (
-      f"The workdir {self.path.parent} is in use by {_name(_parse(seen))}, "
-      f"last heartbeat {age:.0f} s ago. Stop that process, or choose another "
-      "--workdir."
+      f"The {self._kind} {self.path.parent} is in use by "
+      f"{_name(_parse(seen))}, last heartbeat {age:.0f} s ago. Stop that "
+      f"process, or choose another {self._flag}."
     )
 
 

@@ -20,6 +20,7 @@ from flowjax.train import (
   checkpoint,
   curves,
   experiment,
+  latents,
   lock,
   metrics,
   optim,
@@ -83,7 +84,7 @@ def train(
   sources.check(
     source,
     batch_size=config.data.batch_size,
-    num_classes=config.model.num_classes,
+    num_classes=getattr(config.model, "num_classes", None),
     channels=config.model.channels,
     image_size=config.model.image_size,
     text_width=getattr(config.model, "text_width", None),
@@ -93,6 +94,7 @@ def train(
   looks = evaluators(run)
   _warn_of_whole_parameters(run)
   with (
+    signals.watch() as stop,
     lock.WorkdirLock(directory),
     out_of_memory_advice(),
     contextlib.ExitStack() as stack,
@@ -116,7 +118,7 @@ def train(
     stack.callback(writer.close)
     writer.write_hparams(schema.to_dict(config))
     session = _Session(run, source, saved, writer, looks, before, first)
-    state = session.go(state)
+    state = session.go(state, stop)
     with outlived("THE CURVES WERE NOT DRAWN"):
       if distributed.is_first():
         curves.draw(directory / "metrics.jsonl", directory / "curves.png")
@@ -144,15 +146,17 @@ def out_of_memory_advice():
 def jit_step(run: parts.Parts):
   """Returns the step, jitted with its shardings and donating its state."""
   config, network = run.experiment, run.network
-  # One part is summed once as it is.
-  apart = config.optim.accumulate > 1
+  # One part is summed once as it is; and an autoencoder's loss is more than a
+  # mean over examples, which shares of a batch could find apart.
+  apart = config.optim.accumulate > 1 and not config.is_autoencoder
   summing = sums.Sums(
     config.optim.reduce_dtype, run.mesh.shape["data"] if apart else 1
   )
   if summing.shares > 1:
     network = models.over_shares(network, summing.over)
+  loss = config.loss(network)
   step = steps.build(
-    config.flow.loss(network),
+    latents.training(config.encoded, config.data, loss),
     run.optimizer,
     seed=config.seed,
     ema_config=config.ema,
@@ -174,20 +178,26 @@ def jit_step(run: parts.Parts):
 
 def lower_step(run: parts.Parts):
   """Lowers the step for a batch of the config's shapes; nothing is run."""
-  config, sharding = run.experiment, meshes.batch_sharding(run.mesh)
-  count, size = config.data.batch_size, config.model.image_size
-  image = jax.ShapeDtypeStruct(
-    (count, *size, config.model.channels), np.float32
-  )
-  cond = jax.eval_shape(lambda: run.network.example(count))
-  batch = {"image": image, **cond}
-  if config.data.pair_source is not None:
-    batch["source"] = image
+  sharding = meshes.batch_sharding(run.mesh)
   batch = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    batch_shapes(run),
   )
   with meshes.use(run.mesh):
     return jit_step(run).lower(run.abstract, batch)
+
+
+def batch_shapes(run: parts.Parts) -> dict[str, Any]:
+  """Returns a batch of the config in the abstract, as its source gives it."""
+  config, count = run.experiment, run.experiment.data.batch_size
+  encoded = latents.shapes(config.data, count)
+  if encoded is not None:
+    return encoded
+  size = (count, *config.model.image_size, config.model.channels)
+  image = jax.ShapeDtypeStruct(size, np.float32)
+  cond = jax.eval_shape(lambda: run.network.example(count))
+  paired = config.data.pair_source is not None
+  return {"image": image, **cond, **({"source": image} if paired else {})}
 
 
 def _warn_of_whole_parameters(run: parts.Parts) -> None:
@@ -264,22 +274,28 @@ class _Session:
     """Seconds trained, over all sittings."""
     return self.seconds_before + time.monotonic() - self.started
 
-  def go(self, state: states.TrainState) -> states.TrainState:
-    """Steps from `first` to the end, or until a signal."""
+  def go(
+    self, state: states.TrainState, stop: signals.StopRequest
+  ) -> states.TrainState:
+    """Steps from `first` to the end, or until it is asked to stop."""
     if self.first >= self.config.steps:
       logging.info("Nothing to do: step %d is the last.", self.first)
       return state
-    step = jit_step(self.run)
+    stop.begin(self.first)
+    if why := stop.after(self.first):
+      raise errors.Preempted(
+        f"{why}: no step was taken after {self.first}, and there is nothing to "
+        "save. The same command begins again."
+      )
+    step = distributed.together(jit_step(self.run))
     with (
-      signals.watch(self.first) as stop,
       self._batches(self.first) as batches,
       self.bar,
       self.watchdog,
     ):
       for number in range(self.first + 1, self.config.steps + 1):
-        batch, marks = next(batches)
-        if number == self.first + 1:
-          step = distributed.compiled(step, state, batch)
+        with self.bar.waiting():
+          batch, marks = next(batches)
         state, values = step(state, batch)
         for name, marks_B in marks.items():
           self.counts[name] = self.counts[name] + self._sum(marks_B)

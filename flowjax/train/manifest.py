@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flowjax.parallel import host
+from flowjax.parallel import distributed, host
 
 FORMAT = 1
 
@@ -127,7 +127,7 @@ def fingerprints(named: dict[str, jax.Array]) -> dict[str, str]:
   prints = {}
   for (sharding, _), paths in groups.items():
     arrays = [host.fetch(named[path], named[path].sharding) for path in paths]
-    hash_all = jax.jit(_hash_all, out_shardings=sharding)
+    hash_all = distributed.together(jax.jit(_hash_all, out_shardings=sharding))
     hashes_N2 = np.asarray(hash_all(arrays))
     for path, (low, high) in zip(paths, hashes_N2.tolist(), strict=True):
       prints[path] = f"{high:08x}{low:08x}"

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flowjax import models
+from flowjax import errors, models
 from flowjax.models import blocks, conditions
 from flowjax.parallel import flops, rules
 from flowjax.parallel import mesh as meshes
@@ -59,6 +59,12 @@ def outline(config: experiment.Experiment, device: Any = None) -> Outline:
   For a `device` that is described, or this machine's CPU: what "auto" chooses
   depends on it.
   """
+  if config.is_autoencoder:
+    raise errors.UserError(
+      f"A plan is modelled for transformers, and config.model is "
+      f"{config.model.name!r}: `flowjax describe --compile --devices=8` shows "
+      "the memory of an autoencoder."
+    )
   data = dataclasses.replace(config.data, batch_size=config.optim.accumulate)
   alone = meshes.MeshConfig(1, 1, 1, 1)
   device = device or jax.devices("cpu")[0]
@@ -79,7 +85,7 @@ def _outline(config: experiment.Experiment, device: Any) -> Outline:
 def _arithmetic(built: parts.Parts) -> flops.Count:
   """Counts what the gradient of the loss of one example computes."""
   config, network = built.experiment, built.network
-  loss = config.flow.loss(network)
+  loss = config.loss(network)
   x, _, cond = _inputs(network, 1)
   batch = {"image": x, **cond}
   if config.data.pair_source is not None:

@@ -8,6 +8,7 @@ import optax
 
 from flowjax import schema
 from flowjax.parallel import rules, sums
+from flowjax.train import running
 
 SCHEDULES = ("constant", "cosine", "linear")
 
@@ -94,18 +95,20 @@ def build(
   config: OptimConfig, steps: int, abstract_params: Any
 ) -> optax.GradientTransformation:
   """Builds the optimizer for trained parameters of these names and shapes."""
-  decay = rules.match(config.weight_decay_rules, abstract_params)
+  learned = running.learned(abstract_params)
+  decay = rules.match(config.weight_decay_rules, learned)
   clip = (
     optax.identity()
     if config.clip_norm is None
     else optax.clip_by_global_norm(config.clip_norm)
   )
-  return optax.chain(
+  adam = optax.chain(
     clip,
     optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
     add_scaled_weights(config.weight_decay, decay),
     optax.scale_by_learning_rate(schedule(config, steps)),
   )
+  return running.beside(adam, abstract_params)
 
 
 def add_scaled_weights(

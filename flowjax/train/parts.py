@@ -11,11 +11,20 @@ import optax
 from jax.sharding import Mesh
 
 from flowjax import errors, models
-from flowjax.models import lora
+from flowjax.models import adversary, lora, perceptual
 from flowjax.parallel import host, rules
 from flowjax.parallel import mesh as meshes
-from flowjax.train import experiment, freezing, manifest, optim
+from flowjax.train import experiment, freezing, manifest, optim, running
+from flowjax.train import perceptual as weights_of_lpips
 from flowjax.train import state as states
+
+# Parameters whose arithmetic is no part of a network's own.
+_UNCOUNTED = (
+  "uncertainty",
+  adversary.GROUP,
+  perceptual.GROUP,
+  *running.GROUPS,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +62,7 @@ class Parts:
     sizes = {
       name: leaf.size
       for name, leaf in manifest.named_leaves(self.abstract.params).items()
-      if leaf.ndim > 1 and name.partition("/")[0] != "uncertainty"
+      if leaf.ndim > 1 and name.partition("/")[0] not in _UNCOUNTED
     }
     adapters = {name for name in sizes if name.startswith(f"{lora.GROUP}/")}
     base = sizes.keys() - adapters
@@ -76,8 +85,29 @@ class Parts:
     return jax.jit(make, out_shardings=shardings_of(self.abstract)).lower()
 
   def initial_state(self) -> states.TrainState:
-    """Returns the first state; it is never whole on one device."""
-    return self.lower_initial().compile()()
+    """Returns the first state; it is never whole on one device.
+
+    What is published and stays as it is comes from its file.
+    """
+    published = self.published()
+    state = self.lower_initial().compile()()
+    if not published:
+      return state
+    return state._replace(params={**state.params, **published})
+
+  def published(self) -> dict[str, Any]:
+    """Returns parameters that are not drawn, but read from their file."""
+    wanted = self.experiment.reconstruction.perceptual
+    if not wanted.weight:
+      return {}
+    placed = jax.tree.map(
+      lambda leaf, like: jax.make_array_from_callback(
+        leaf.shape, like.sharding, leaf.__getitem__
+      ),
+      weights_of_lpips.read(wanted.file),
+      self.abstract.params[perceptual.GROUP],
+    )
+    return {perceptual.GROUP: placed}
 
 
 def build(
@@ -98,11 +128,12 @@ def build(
     meshes.check_batch(part, mesh, name)
   check_divides(config.model, mesh.shape)
   _check_host(config, mesh)
-  network = models.build(config.model)
+  network = config.network()
   if config.lora.rank:
     with errors.naming("config.lora"):
       network = models.with_lora(network, config.lora)
-  if tokenizer := config.data.build_tokenizer():
+  tokenizer = config.data.build_tokenizer()
+  if tokenizer and not config.is_autoencoder:
     token_BL, mask_BL = tokenizer([""])
     with errors.naming("config.text"):
       network = models.with_text_encoder(
@@ -141,6 +172,14 @@ def build(
 
 def check_divides(model: Any, shape: collections.abc.Mapping[str, int]) -> None:
   """Refuses a mesh of that shape that does not divide a model's parts."""
+  if model.name in models.AUTOENCODERS:
+    for axis in set(shape) - {"data", "fsdp"}:
+      if shape[axis] > 1:
+        raise errors.UserError(
+          f"config.mesh.{axis} = {shape[axis]}: the devices of that axis would "
+          "all compute the same of an autoencoder. Leave it at 1, and set "
+          "config.mesh.fsdp or config.mesh.data."
+        )
   if not hasattr(model, "heads"):
     return
   tensor = shape["tensor"]
@@ -167,7 +206,7 @@ def _check_host(config: experiment.Experiment, mesh: Mesh) -> None:
 def _patterns(config: experiment.Experiment) -> tuple[str, ...]:
   """Returns what is frozen: with adapters, all but these."""
   if not config.lora.rank:
-    return config.optim.freeze
+    return (*config.optim.freeze, *config.reconstruction.frozen)
   return (*config.optim.freeze, rf"(?!{lora.GROUP}/).*")
 
 
@@ -179,6 +218,9 @@ def _trace(network: models.Network, params: Any, batch: int) -> None:
   x = jax.ShapeDtypeStruct(size, jnp.float32)
   if network.forward is not None:
     jax.eval_shape(network.forward, params, x, cond)
+    return
+  if network.reconstruct is not None:
+    jax.eval_shape(network.reconstruct, params, x, jax.random.key(0))
     return
   t = jax.ShapeDtypeStruct((batch,), jnp.float32)
   jax.eval_shape(network.apply, params, x, t, cond)

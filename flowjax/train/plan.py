@@ -149,6 +149,9 @@ def compiled(
   that says so gives no program, and the rest is modelled.
   """
   model = config.model
+  if config.mesh.slices == -1:  # GPUs that are but described do not say it.
+    mesh = dataclasses.replace(config.mesh, slices=where.domains)
+    config = dataclasses.replace(config, mesh=mesh)
   notes: tuple[str, ...] = ()
   try:
     built = parts.build(config, topology.devices(where))
@@ -271,7 +274,7 @@ def _shape(
   with errors.naming("config.mesh"):
     given = config.mesh.slices
     sizes = config.mesh.shape(
-      where.size, where.slices if given == -1 else given
+      where.size, where.domains if given == -1 else given
     )
   shape = dict(zip(meshes.AXES, sizes, strict=True))
   ways, times = shape["data"] * shape["fsdp"], config.optim.accumulate

@@ -14,6 +14,7 @@ import jax
 LINE_SECONDS = 10.0
 WINDOW_SECONDS = 10.0
 BAR_FROM_COLUMNS = 100
+WAIT_SHOWN_FROM = 0.05
 
 
 class Display(Protocol):
@@ -50,10 +51,11 @@ class Progress:
     self._images, self._flops = images_per_step, flops_per_step
     self._peak = peak_flops and peak_flops * device_count
     self._clock, self._stream = clock, stream
-    self._pauses = 0.0
+    self._pauses = self._waited = 0.0
     self._first: tuple[int, float] | None = None
-    # (step, seconds at work) of the steps of the last seconds.
-    self._marks: collections.deque[tuple[int, float]] = collections.deque()
+    # The steps of the last seconds: number, seconds at work, of these waiting.
+    self._marks: collections.deque[tuple[int, float, float]]
+    self._marks = collections.deque()
     self._display: Display = _Silent()
 
   def __enter__(self):
@@ -72,7 +74,7 @@ class Progress:
     if first:
       self._first = (step, now)
     self._last = step
-    self._marks.append((step, now - self._pauses))
+    self._marks.append((step, now - self._pauses, self._waited))
     while len(self._marks) > 2 and self._span() > WINDOW_SECONDS:
       self._marks.popleft()
     facts = self._facts(loss)
@@ -89,8 +91,21 @@ class Progress:
     finally:
       self._pauses += self._clock() - start
 
+  @contextlib.contextmanager
+  def waiting(self):
+    """Counts what is done meanwhile as time in which there was no batch."""
+    start = self._clock()
+    try:
+      yield
+    finally:
+      self._waited += self._clock() - start
+
   def rates(self) -> dict[str, float]:
-    """Returns what is done per second; empty before two steps are done."""
+    """Returns what is done per second; empty before two steps are done.
+
+    `data_wait_seconds` are those per step in which the host waited for a batch.
+    The device may have been at work all the same.
+    """
     if len(self._marks) < 2:
       return {}
     steps = self._marks[-1][0] - self._marks[0][0]
@@ -99,6 +114,7 @@ class Progress:
       "steps_per_second": rate,
       "images_per_second": rate * self._images,
       "tflops_per_second": rate * self._flops / 1e12,
+      "data_wait_seconds": (self._marks[-1][2] - self._marks[0][2]) / steps,
     }
     if self._peak:
       rates["mfu"] = rate * self._flops / self._peak
@@ -115,6 +131,10 @@ class Progress:
   def _span(self) -> float:
     return self._marks[-1][1] - self._marks[0][1]
 
+  def _waiting_share(self) -> float:
+    waited = self._marks[-1][2] - self._marks[0][2]
+    return waited / max(self._span(), 1e-9)
+
   def _facts(self, loss: float) -> str:
     left, rates = self.seconds_left(), self.rates()
     # The end of the run comes first: a narrow terminal cuts the last.
@@ -125,6 +145,8 @@ class Progress:
       facts.append(f"{_short(rates['tflops_per_second'])} TFLOP/s")
     if "mfu" in rates:
       facts.append(f"MFU {100 * rates['mfu']:.1f}%")
+    if rates and (share := self._waiting_share()) >= WAIT_SHOWN_FROM:
+      facts.append(f"waiting for data {100 * share:.0f}%")
     return "  ".join(facts)
 
 

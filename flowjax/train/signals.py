@@ -16,11 +16,14 @@ from flowjax.parallel import distributed
 class StopRequest:
   """Whether somebody asked the run to stop, and with which signal."""
 
-  def __init__(self, step: int):
+  def __init__(self) -> None:
     self.signal: signal.Signals | None = None
     self._peers = distributed.peers()
+
+  def begin(self, step: int) -> None:
+    """Takes note that `step` is done, and none after it begun."""
     if self._peers is not None:
-      self._peers.begin(step)
+      self._peers.begin(step - 1)  # As if it were in this step.
 
   def after(self, step: int) -> str | None:
     """Returns why the run stops after this step, or None if it goes on."""
@@ -46,12 +49,9 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def watch(step: int = 0):
-  """Yields the StopRequest that SIGTERM and Ctrl-C set within this context.
-
-  `step` is the last that was done before.
-  """
-  request = StopRequest(step)
+def watch():
+  """Yields the StopRequest that SIGTERM and Ctrl-C set within this context."""
+  request = StopRequest()
   if threading.current_thread() is not threading.main_thread():
     # Only the main thread of a process is given signals.
     yield request

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from flowjax.parallel import host, sums
-from flowjax.train import ema, freezing
+from flowjax.train import ema, freezing, running
 from flowjax.train import state as states
 
 Loss = collections.abc.Callable[
@@ -59,7 +59,7 @@ def build(
     gradient = accumulated(loss_of_trained, accumulate, summing)
     with summing.traced():
       value, grads = gradient(trained, batch, rng)
-    norm = optax.global_norm(grads)
+    norm = optax.global_norm(running.learned(grads))
 
     before = host.fetch(state.opt_state, opt_places)
     updates, opt_state = optimizer.update(grads, before, trained)

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from flowjax import __main__ as door
-from flowjax import errors
+from flowjax import commands, errors
 from flowjax.commands import configs, restored
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
@@ -21,7 +21,7 @@ def _run(capsys, *words):
   return code, capsys.readouterr()
 
 
-@pytest.mark.parametrize("command", door.COMMANDS)
+@pytest.mark.parametrize("command", commands.COMMANDS)
 def test_help_says_what_a_command_does_with_an_example(command, capsys):
   with pytest.raises(SystemExit) as done:
     door.main([command, "--help"])
@@ -41,7 +41,7 @@ def test_help_comes_at_once():
   )
   assert time.monotonic() - started < 60
   assert done.returncode == 0
-  for name in door.COMMANDS:
+  for name in commands.COMMANDS:
     assert f"  {name} " in done.stdout
   # What makes it fast: nothing heavy is imported.
   imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}

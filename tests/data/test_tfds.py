@@ -37,6 +37,7 @@ class HouseShades(
     tfds.core.BuilderConfig(name="usual", description="image and label"),
     tfds.core.BuilderConfig(name="other", description="picture and kind"),
     tfds.core.BuilderConfig(name="bare", description="no label"),
+    tfds.core.BuilderConfig(name="told", description="texts and label"),
   ]
 
   def _keys(self):
@@ -44,6 +45,7 @@ class HouseShades(
       "usual": ("image", "label"),
       "other": ("picture", "kind"),
       "bare": ("image", None),
+      "told": ("image", "label"),
     }[self.builder_config.name]
 
   def _info(self):
@@ -55,6 +57,8 @@ class HouseShades(
     }
     if image != "image":
       del features["thumbnail"]
+    if self.builder_config.name == "told":
+      features["said"] = tfds.features.Text()
     if label:
       features[label] = tfds.features.ClassLabel(names=["a", "b", "c"])
     return tfds.core.DatasetInfo(
@@ -81,6 +85,8 @@ class HouseShades(
         example["thumbnail"] = encoded(0, (2, 2))
       if label_key:
         example[label_key] = i % 3 if label is None else label
+      if self.builder_config.name == "told":
+        example["said"] = f"Häuschen {i} 赤"
       yield i, example
 
 
@@ -88,7 +94,7 @@ class HouseShades(
 def data_dir(tmp_path_factory) -> str:
   path = str(tmp_path_factory.mktemp("tfds"))
   tfds.disable_progress_bar()
-  for name in ("usual", "other", "bare"):
+  for name in ("usual", "other", "bare", "told"):
     builder = HouseShades(
       data_dir=path, config=name, file_format="array_record"
     )
@@ -143,6 +149,25 @@ def test_held_out_is_the_split_that_the_config_names(data_dir):
 def test_the_only_image_and_label_need_no_usual_name(data_dir):
   source = sources.open(config_of(data_dir, "other"), "train")
   assert shade(source[7]) == 7 and int(source[7]["label"]) == 1
+
+
+def test_texts_are_read_where_the_config_asks_for_them(data_dir):
+  labelled = sources.open(config_of(data_dir, "told"), "train")
+  assert labelled.num_classes == 3
+  for asked in ({"captions": True}, {"caption_key": "said"}):
+    source = sources.open(config_of(data_dir, "told", **asked), "train")
+    assert source.num_classes == 0 and shade(source[7]) == 7
+    assert source[7]["caption"] == "Häuschen 7 赤"
+  assert source.fingerprint() != labelled.fingerprint()
+  with pytest.raises(errors.DataError, match="'number' of the kind Text"):
+    sources.open(config_of(data_dir, "told", caption_key="number"), "train")
+  with pytest.raises(errors.DataError, match="of the kind Text, and has none"):
+    sources.open(config_of(data_dir, captions=True), "train")
+
+
+def test_templates_make_texts_of_its_labels(data_dir):
+  config = config_of(data_dir, templates=("a house of shade {}",))
+  assert sources.open(config, "train")[4]["caption"] == "a house of shade b"
 
 
 def test_it_survives_the_way_to_a_worker(data_dir):

@@ -43,6 +43,7 @@ def folder(tmp_path):
     path = tmp_path / "ab"[i % 2] / f"{i:02d}.png"
     path.parent.mkdir(exist_ok=True)
     PIL.Image.fromarray(rng.integers(0, 256, (6, 6), np.uint8)).save(path)
+    path.with_suffix(".txt").write_text(f"Häuschen {i} 赤")
   (tmp_path / "a/06.png").write_bytes(b"no image")
   return tmp_path
 
@@ -55,6 +56,7 @@ def test_the_number_of_workers_changes_nothing_and_a_dead_one_is_told(folder):
       flip=True,
       workers=workers,
       held_out=0.0,
+      captions=True,
     )
     source = sources.open(config, "train")
     return loader.batches(source, config, start_step=5)

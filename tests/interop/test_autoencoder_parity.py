@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowjax import errors
-from flowjax.interop import diffusers_configs, formats, safetensors, vae
+from flowjax.interop import diffusers_configs, formats, vae
 from flowjax.models import autoencoder, tiles, vq
 
 TOLERANCE = 1e-4

@@ -1,16 +1,19 @@
 """The scripts that start processes, as far as one machine shows them."""
 
+import json
 import os
 import pathlib
 import subprocess
 import textwrap
+import types
 
 import pytest
 import yaml
 
 from flowjax.commands import configs
 
-ROOT = pathlib.Path(__file__).parents[2]
+HERE = pathlib.Path(__file__).parent
+ROOT = HERE.parents[1]
 LAUNCH = ROOT / "launch"
 SCRIPTS = ("local.sh", "slurm.sbatch", "tpu_pod.sh")
 
@@ -116,9 +119,74 @@ def test_a_tpu_slice_starts_again_unless_it_was_a_mistake(
   assert all("--worker=all" in run and "my-slice" in run for run in runs)
 
 
-@pytest.fixture(name="jobsets", scope="module")
-def _jobsets():
+@pytest.fixture(name="documents", scope="module")
+def _documents():
   return list(yaml.safe_load_all((LAUNCH / "gke_jobset.yaml").read_text()))
+
+
+@pytest.fixture(name="jobsets", scope="module")
+def _jobsets(documents):
+  return [one for one in documents if one["kind"] == "JobSet"]
+
+
+API = json.loads((HERE / "jobset_fields.json").read_text())
+PLAIN = {"str": str, "int": int, "bool": bool, "dict": dict}
+
+
+def wrong_with(value, kind, where):
+  """Returns what the API would not take of a value, each with its place."""
+  if kind.startswith("list["):
+    if not isinstance(value, list):
+      return [f"{where} is no list"]
+    pairs = ((v, f"{where}[{i}]") for i, v in enumerate(value))
+    inner = kind.removeprefix("list[").removesuffix("]")
+    return [wrong for v, at in pairs for wrong in wrong_with(v, inner, at)]
+  if kind in PLAIN:
+    # A bool is an int to Python.
+    fits = isinstance(value, PLAIN[kind]) and (
+      kind == "bool" or not isinstance(value, bool)
+    )
+    return [] if fits else [f"{where}: {value!r} is no {kind}"]
+  fields, found = API["types"][kind], []
+  for name in API["required"].get(kind, []):
+    if name not in value:
+      found.append(f"{where} has no {name}")
+  for name, inner in value.items():
+    at = f"{where}.{name}"
+    if name not in fields:
+      found.append(f"{at}: there is no such field")
+      continue
+    found += wrong_with(inner, fields[name], at)
+    allowed = API["choices"].get(f"{kind}.{name}")
+    given = inner if isinstance(inner, list) else [inner]
+    found += [f"{at}: {v!r}" for v in given if allowed and v not in allowed]
+  return found
+
+
+def test_the_manifest_is_what_the_api_takes(documents):
+  assert [one["kind"] for one in documents] == [
+    "JobSet", "ServiceAccount", "Role", "RoleBinding", "JobSet",
+  ]  # fmt: skip
+  for one in documents:
+    assert wrong_with(one, one["kind"], one["kind"]) == []
+
+
+@pytest.mark.parametrize(
+  "old, new, said",
+  [
+    ("maxRestarts", "maxRestart", "maxRestart: there is no such field"),
+    ("maxRestarts: 100", "maxRestarts: often", "'often' is no int"),
+    ("action: FailJobSet", "action: Fail", "action: 'Fail'"),
+    ("- name: slice\n", "-\n", "has no name"),
+    ("values: [2, 3, 4, 5]", "values: 2", "values is no list"),
+  ],
+)
+def test_what_it_does_not_take_is_said(old, new, said):
+  text = (LAUNCH / "gke_jobset.yaml").read_text()
+  assert old in text
+  first = next(yaml.safe_load_all(text.replace(old, new)))
+  (wrong,) = wrong_with(first, "JobSet", "JobSet")
+  assert said in wrong
 
 
 def test_the_manifest_holds_two_job_sets(jobsets):
@@ -157,21 +225,76 @@ def test_the_sizes_of_a_slice_fit(jobsets):
   assert slices["template"]["spec"]["parallelism"] * chips == a * b * c
 
 
-def test_each_machine_is_told_which_it_is(jobsets):
-  spec = jobsets[1]["spec"]
-  (machines,) = spec["replicatedJobs"]
-  assert spec["coordinator"]["replicatedJob"] == machines["name"]
-  job = machines["template"]["spec"]
-  (container,) = job["template"]["spec"]["containers"]
-  env = {entry["name"]: entry for entry in container["env"]}
-  assert env["FLOWJAX_PROCESSES"]["value"] == str(job["parallelism"])
-  assert env["FLOWJAX_COORDINATOR"]["value"].startswith("$(COORDINATOR):")
-  fields = [
-    env[name]["valueFrom"]["fieldRef"]["fieldPath"]
-    for name in ("COORDINATOR", "FLOWJAX_PROCESS")
-  ]
-  assert "jobset.sigs.k8s.io/coordinator" in fields[0]
-  assert "job-completion-index" in fields[1]
+class Kubernetes:
+  """Stands in for its client, and has what JobSet makes of a manifest."""
+
+  class ApiException(Exception):
+    pass
+
+  def __init__(self, jobset):
+    name = jobset["metadata"]["name"]
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    job = f"{name}-{replicated['name']}-0"
+    labels = {"jobset.sigs.k8s.io/jobset-name": name}
+    controller = types.SimpleNamespace(controller=True, kind="Job")
+    spec = types.SimpleNamespace(**replicated["template"]["spec"])
+    self.asked, space = [], types.SimpleNamespace
+    self.job = space(metadata=space(name=job, labels=labels), spec=spec)
+    self.pod = space(
+      metadata=space(
+        name=f"{job}-0",
+        labels={**labels, "job-name": job},
+        owner_references=[controller],
+      ),
+      spec=space(subdomain=name),
+    )
+
+  def list_namespaced_pod(self, namespace, field_selector):
+    self.asked.append(("list", "pods"))
+    return types.SimpleNamespace(items=[self.pod])
+
+  def read_namespaced_job(self, name, namespace):
+    assert name == self.job.metadata.name
+    self.asked.append(("get", "jobs"))
+    return self.job
+
+
+def test_jax_finds_the_machines_with_the_rights_that_they_have(
+  documents, jobsets, monkeypatch
+):
+  clusters = pytest.importorskip("jax._src.clusters.k8s_cluster")
+  known = Kubernetes(jobsets[1])
+  # A class of its own keeps what the real one found by itself apart.
+  own = {
+    name: value
+    for name, value in vars(clusters.K8sCluster).items()
+    if name not in ("__dict__", "__weakref__")
+  }
+  cluster = type("K8sCluster", (), own)
+  cluster._core_api = cluster._batch_api = known
+  cluster._ApiException = Kubernetes.ApiException
+  monkeypatch.setattr(cluster, "_namespace", classmethod(lambda _: "default"))
+  monkeypatch.setattr(clusters.socket, "gethostbyname", lambda name: "10.0.0.1")
+  monkeypatch.setenv("HOSTNAME", "flowjax-gpu-machine-0-3")
+  monkeypatch.setenv("JOB_COMPLETION_INDEX", "3")
+  place = cluster.get_coordinator_address(300, None)
+  assert place == "flowjax-gpu-machine-0-0.flowjax-gpu:55527"
+  job = known.job.spec
+  assert cluster.get_process_count() == job.parallelism == 4
+  assert cluster.get_process_id() == 3 and job.completionMode == "Indexed"
+
+  account, role, binding = documents[1:4]
+  names = {one["metadata"]["name"] for one in (account, role, binding)}
+  pod = job.template["spec"]
+  assert names == {pod["serviceAccountName"]} == {binding["roleRef"]["name"]}
+  assert [one["name"] for one in binding["subjects"]] == [*names]
+  allowed = {
+    (verb, resource)
+    for rule in role["rules"]
+    for verb in rule["verbs"]
+    for resource in rule["resources"]
+  }
+  assert set(known.asked) == allowed
 
 
 def test_the_commands_of_the_manifest_fit_its_devices(jobsets):

@@ -1,13 +1,12 @@
 """The same FLUX on one device and on eight."""
 
-import collections
 import dataclasses
 import functools
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import on_a_mesh
 import pytest
 
 from flowjax import models
@@ -55,28 +54,13 @@ def inputs(length=5):
 
 
 def step(body, params, batch):
-  x_BHWC = batch[0]
   config = dataclasses.replace(CONFIG, attention=body)
-
-  def scalar(params):
-    v_BHWC = models.build(config).apply(params, *batch)
-    return jnp.mean(jnp.square(v_BHWC - x_BHWC)), v_BHWC
-
-  gradient, v_BHWC = jax.grad(scalar, has_aux=True)(params)
-  return v_BHWC, gradient
+  return on_a_mesh.step(config, params, batch)
 
 
 @functools.lru_cache
 def on_one_device():
   return jax.jit(functools.partial(step, "xla"))(*inputs())
-
-
-# How devices may hear of each other's tokens; sums are of gradients.
-MOVES = {
-  "xla": {"all-gather", "all-reduce"},
-  "ring": {"collective-permute", "all-reduce"},
-  "ulysses": {"all-to-all", "all-reduce"},
-}
 
 
 @pytest.mark.slow
@@ -103,31 +87,9 @@ def test_eight_devices_compute_what_one_does(body, sizes):
       functools.partial(step, body), out_shardings=(None, places)
     )
     program = program.lower(params, batch).compile()
-    v_BHWC, gradient = program(params, batch)
-  wanted_v, wanted = on_one_device()
-  np.testing.assert_allclose(
-    v_BHWC, wanted_v, atol=1e-5 * np.abs(wanted_v).max()
-  )
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max()),
-    gradient,
-    wanted,
-  )
-  # It was really shared out: each device has its part of the result.
-  rows = 8 // (sizes["data"] * sizes.get("fsdp", 1))
-  assert v_BHWC.addressable_shards[0].data.shape[0] == rows
-  if body in MOVES:
-    found = moves(program)
-    # The image is put together from its tokens, at the very end.
-    assert found.pop("all-gather") >= 1
-    assert set(found) == MOVES[body] - {"all-gather"}
-
-
-def moves(program):
-  """Counts the collectives of a program; a loop over blocks counts once."""
-  kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
-  text = program.as_text()
-  return collections.Counter(re.findall(rf" ({kinds})(?:-start)?\(", text))
+    found = program(params, batch)
+  on_a_mesh.check(found, on_one_device(), sizes)
+  on_a_mesh.check_moves(program, body)
 
 
 def test_split_heads_are_added_up_and_nothing_else_moves():
@@ -140,12 +102,7 @@ def test_split_heads_are_added_up_and_nothing_else_moves():
       jax.device_put(params, places),
       *jax.device_put(batch, meshes.batch_sharding(mesh)),
     )
-  text = program.compile().as_text()
-  kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
-  found = re.findall(rf" = (.*?) ({kinds})(?:-start)?\(", text)
-  assert {kind for _, kind in found} == {"all-reduce"}
-  # Several arrays may go together; a loop over blocks counts once.
-  assert sum(shapes.count("[") for shapes, _ in found) == 4 + 1
+  assert on_a_mesh.summed(program.compile()) == 4 + 1
 
 
 @pytest.mark.parametrize("name", OPTIONS)

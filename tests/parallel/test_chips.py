@@ -48,3 +48,9 @@ def test_what_a_plan_knows_of_a_chip_is_of_one_device():
     # Further away is slower.
     assert chip.hbm_bandwidth > chip.link > chip.network
     assert 0.5 < chip.matmul < 1
+
+
+def test_how_devices_are_joined_is_said_where_it_is_known():
+  assert "ICI, 3 axes of 200 GB/s" in chips.wires_of("TPU v5")
+  assert "NVLink, 450 GB/s" in chips.wires_of("NVIDIA H100 80GB HBM3")
+  assert chips.wires_of("cpu") is None

@@ -42,6 +42,14 @@ def test_an_impossible_mesh_names_the_nearest():
     meshes.build(meshes.MeshConfig(data=-1, fsdp=3))
 
 
+def test_of_shapes_as_near_the_plainest_are_named():
+  with pytest.raises(ValueError, match="8 devices") as caught:
+    meshes.build(meshes.MeshConfig(data=2, fsdp=2))
+  first, second, _ = str(caught.value).split("Nearest that do: ")[1].split("; ")
+  assert "data=4 --config.mesh.fsdp=2 --config.mesh.tensor=1" in first
+  assert "data=2 --config.mesh.fsdp=4 --config.mesh.tensor=1" in second
+
+
 @pytest.mark.parametrize("sizes", [{"data": 0}, {"data": -1, "fsdp": -1}])
 def test_sizes_that_mean_nothing_are_refused(sizes):
   with pytest.raises(ValueError, match="mesh axis"):

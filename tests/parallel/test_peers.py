@@ -6,6 +6,7 @@ import time
 import pytest
 
 from flowjax.parallel import peers
+from flowjax.train import signals
 
 
 class Store:
@@ -108,6 +109,30 @@ def test_a_request_before_the_first_step_waits_for_it(job):
   made[1][0].begin(3)
   time.sleep(0.1)
   assert [one.stop_after(4) for one, _ in made] == ["SIGTERM"] * 2
+
+
+@pytest.mark.parametrize(
+  "ready, last", [((4, 4), (4, 4)), ((5, 4), (None, None))]
+)
+def test_before_the_first_step_all_stop_where_all_are(
+  job, monkeypatch, ready, last
+):
+  """With 4 steps done; who has begun the fifth already takes it to its end."""
+  _, made = job(2, timeout=60.0)
+  requests = []
+  for (one, _), step in zip(made, ready, strict=True):
+    monkeypatch.setattr(signals.distributed, "peers", lambda one=one: one)
+    requests.append(signals.StopRequest())
+    requests[-1].begin(4)
+    if step == 5:
+      assert requests[-1].after(4) is None
+  made[1][0].ask_to_stop("SIGTERM")
+  time.sleep(0.1)
+  for request, step, wanted in zip(requests, ready, last, strict=True):
+    if step == 4:
+      assert request.after(4) == (wanted and "SIGTERM")
+  if None in last:
+    assert [request.after(5) for request in requests] == ["SIGTERM"] * 2
 
 
 def test_nobody_stops_unasked(job):

@@ -15,6 +15,7 @@ from flowjax.commands import configs
 from flowjax.models import coupling, dit, flux, mmdit
 from flowjax.parallel import mesh as meshes
 from flowjax.parallel import rules
+from flowjax.train import reconstruction
 
 OPTIONS = [
   {},
@@ -38,6 +39,7 @@ FILES = [
     "digits_mmdit.py": ("", ":sd3.5"),
     "sd3.py": (":medium", ":3.5_medium", ":3.5_large"),
     "imagenet_dit.py": (":s_8", ":xl_2"),
+    "imagenet_autoencoder.py": (":kl_f16", ":vq_f4"),
   }.get(path.name, ("",))
 ]
 SMALL = dict(width=64, heads=4, num_classes=7)
@@ -50,10 +52,23 @@ KINDS = [
 ]
 
 
+# With all that an autoencoder can have beside it.
+BESIDE = dict(
+  perceptual=reconstruction.PerceptualConfig(weight=1.0),
+  adversary=reconstruction.AdversaryConfig(weight=1.0, layers=1),
+)
+AUTOENCODERS = {
+  "autoencoder": reconstruction.ReconstructionConfig(**BESIDE),
+  "vq": reconstruction.ReconstructionConfig(**BESIDE, codebook_decay=0.9),
+}
+
+
 def _of(config):
   """Returns the rules of a model, and its parameters in the abstract."""
   network = models.build(config)
-  if network.forward is None:
+  if config.name in AUTOENCODERS:
+    network = AUTOENCODERS[config.name].network(network)
+  elif network.forward is None:
     network = models.with_uncertainty(network)
   params = jax.eval_shape(network.init, jax.random.key(0))
   return rules.for_model(config), params
@@ -90,7 +105,7 @@ def test_no_rule_is_without_a_parameter():
     for rows in _matching(table, params).values():
       used[id(table)].update(rows)
       assert len(rows) == 1
-  assert len(tables) == 5
+  assert len(tables) == 6
   for key, table in tables.items():
     assert {pattern for pattern, _ in table} == used[key]
 

@@ -330,3 +330,23 @@ def test_the_marker_has_the_name_that_is_looked_for(store):
   store.save(1, make(), {})
   store.wait()
   assert (store.directory / "1" / reading.COMMITTED).is_file()
+
+
+@pytest.mark.parametrize(("part", "cut"), [(checkpoint.PART, False), (1, True)])
+def test_small_arrays_are_not_cut_among_their_copies(
+  tmp_path, monkeypatch, part, cut
+):
+  """Each cut is a program of its own, compiled for one shape."""
+  monkeypatch.setattr(checkpoint, "PART", part)
+  cuts, slice_in_dim = [], jax.lax.slice_in_dim
+
+  def counted(*args, **options):
+    cuts.append(args)
+    return slice_in_dim(*args, **options)
+
+  state, store = make(), keep(tmp_path)
+  monkeypatch.setattr(jax.lax, "slice_in_dim", counted)
+  assert store.save(1, state, {}) and store.wait()
+  assert bool(cuts) == cut
+  assert bits(store.restore(abstract(state)).state) == bits(state)
+  store.close()

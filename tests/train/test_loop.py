@@ -136,6 +136,19 @@ def test_sigterm_is_caught_in_this_process_too(straight, tmp_path):
   _assert_same(_train(TINY, tmp_path), straight[0])
 
 
+def test_sigterm_before_the_first_step_takes_none(tmp_path, monkeypatch):
+  real = loop._restore_or_begin
+
+  def begin(*given):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return real(*given)
+
+  monkeypatch.setattr(loop, "_restore_or_begin", begin)
+  with pytest.raises(errors.Preempted, match="no step was taken after 0"):
+    _train(TINY, tmp_path)
+  assert _steps_on_disk(tmp_path) == []
+
+
 @pytest.mark.slow
 def test_a_finished_run_is_left_as_it_is(straight, tmp_path):
   first = _train(TINY, tmp_path)

@@ -162,6 +162,16 @@ def test_what_does_not_divide_says_what_would(changes, said):
   assert said in str(caught.value)
 
 
+def test_an_axis_across_nodes_of_gpus_is_to_be_asked_for():
+  """As a run on them is, whose devices say in which node they are."""
+  nodes, across = topology.parse("h100:2x8"), tiny(data=1, fsdp=16, batch=16)
+  with pytest.raises(errors.UserError, match="2 slices of 8 devices"):
+    plan.modelled(across, nodes)
+  mesh = dataclasses.replace(across.mesh, slices=1)
+  found = plan.modelled(dataclasses.replace(across, mesh=mesh), nodes)
+  assert found.shape["fsdp"] == 16
+
+
 def test_search_finds_what_fits_the_fastest_first(monkeypatch):
   monkeypatch.setattr(search, "REMATS", ("none", "full"))
   lines = []

@@ -44,11 +44,37 @@ def test_rates_leave_out_compilation_and_pauses():
         "steps_per_second": 2.0,
         "images_per_second": 16.0,
         "tflops_per_second": 4.0,
+        "data_wait_seconds": 0.0,
         "mfu": 0.2,  # 4 of 2 x 10 TFLOP/s.
       }
     )
     # The end is as far as two steps in 4.5 s say, pauses and all.
     assert bar.seconds_left() == pytest.approx(97 * 4.5 / 2)
+
+
+def test_waiting_for_data_is_told_by_the_step_and_by_its_share():
+  clock, stream = Clock(), io.StringIO()
+  with _bar(clock, stream) as bar:
+    bar.update(1, 1.0)
+    for step in range(2, 101):
+      with bar.waiting():
+        clock.now += 0.3
+      clock.now += 0.1
+      bar.update(step, 1.0)
+      assert bar.rates()["data_wait_seconds"] == pytest.approx(0.3)
+    assert bar.rates()["images_per_second"] == pytest.approx(8 / 0.4)
+  assert "waiting for data 75%" in stream.getvalue()
+
+
+def test_nothing_is_said_of_data_that_is_there_in_time():
+  clock, stream = Clock(), io.StringIO()
+  with _bar(clock, stream) as bar:
+    for step in range(1, 101):
+      with bar.waiting():
+        clock.now += 0.001
+      clock.now += 0.5
+      bar.update(step, 1.0)
+  assert "waiting" not in stream.getvalue()
 
 
 def test_rates_are_those_of_the_last_seconds():

@@ -27,8 +27,11 @@ import contextlib
 import contextvars
 import functools
 import logging
+import typing
 
 import jax
+import jax.ad_checkpoint
+import jax.numpy as jnp
 
 from flowjax.ops import axes
 from flowjax.ops.attention import (
@@ -49,6 +52,9 @@ _ALONE = {
   "splash": splash.attend,
 }
 _TOGETHER = ("ring", "ulysses", "ring_ulysses")
+# What these return needs no name: with what else their gradient reads it has
+# one already, or policies know the kernel (see `kept`).
+_NAMED = ("cudnn", "splash", "ring")
 BODIES = ("auto", *_ALONE, *_TOGETHER)
 
 # From so many keys on `auto` spares a TPU the T x S matrix. A choice, and not
@@ -85,7 +91,8 @@ def attention(
   """Returns softmax(q k^T / sqrt(H)) v for each head (arXiv:1706.03762, eq. 1).
 
   `mask_BS` is true where a key is seen. Where an example has none, "xla",
-  "blockwise" and "ring" return zeros, and the fused kernels anything.
+  "blockwise" and "ring" return zeros, and the fused kernels anything. To
+  policies of remat the result is "attention".
   """
   if body not in BODIES:
     raise ValueError(
@@ -101,15 +108,45 @@ def attention(
       "change that."
     )
   if body in _TOGETHER:
-    return _together(body, q_BTNH, k_BSNH, v_BSNH, mask_BS)
-  if body != "xla":
-    return shares.attend(_ALONE[body], q_BTNH, k_BSNH, v_BSNH, mask_BS)
-  # Each device gathers keys and values here: once, as attention is computed
-  # again for the gradient.
-  k_BSNH, v_BSNH = (
-    axes.name(x, "batch", None, "heads", None) for x in (k_BSNH, v_BSNH)
-  )
-  return xla.attend(q_BTNH, k_BSNH, v_BSNH, mask_BS)
+    y_BTNH = _together(body, q_BTNH, k_BSNH, v_BSNH, mask_BS)
+  elif body != "xla":
+    y_BTNH = shares.attend(_ALONE[body], q_BTNH, k_BSNH, v_BSNH, mask_BS)
+  else:
+    # Each device gathers keys and values here: once, as attention is computed
+    # again for the gradient.
+    k_BSNH, v_BSNH = (
+      axes.name(x, "batch", None, "heads", None) for x in (k_BSNH, v_BSNH)
+    )
+    y_BTNH = xla.attend(q_BTNH, k_BSNH, v_BSNH, mask_BS)
+  if body in _NAMED:  # By another name it would be kept twice.
+    return y_BTNH
+  return jax.ad_checkpoint.checkpoint_name(y_BTNH, blockwise.NAME)
+
+
+def kept(
+  policy: collections.abc.Callable[..., typing.Any],
+) -> collections.abc.Callable[..., typing.Any]:
+  """Returns a policy of remat that knows attention by a kernel without names.
+
+  What such a kernel gives is what "attention" is to `policy`: the result, and
+  what the gradient reads beside it. Without that the kernel would run again.
+  """
+
+  def knows(primitive, *arguments, **parameters):
+    if primitive.name == cudnn.PRIMITIVE:
+      return policy(_naming(), *arguments, name=blockwise.NAME)
+    return policy(primitive, *arguments, **parameters)
+
+  return knows
+
+
+@functools.cache
+def _naming() -> typing.Any:
+  """Returns the primitive by which policies know names."""
+  (named,) = jax.make_jaxpr(
+    lambda x: jax.ad_checkpoint.checkpoint_name(x, blockwise.NAME)
+  )(jax.ShapeDtypeStruct((), jnp.float32)).eqns
+  return named.primitive
 
 
 def obstacle(body: str, q_BTNH: jax.Array) -> str | None:

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from flowjax.ops import axes
 
+# What the kernel is called where policies of remat are asked about it.
+PRIMITIVE = "dot_product_attention_fwd_wrapper"
 # The kernel takes larger heads from this compute capability (Hopper) on.
 _HOPPER = 9.0
 

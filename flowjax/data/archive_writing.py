@@ -1,0 +1,227 @@
+"""Writing a folder of shards, so that a kill leaves neither holes nor doubles.
+
+While it is written there are `plan.json`, which says what the folder is to
+hold, and beside every finished shard what is known of it. A shard is written
+under another name, brought to the disk and renamed; then its JSON is, which
+makes it count. Which records a shard holds is a pure function of its number, so
+that whoever goes on after a kill, with however many processes, writes what is
+missing and nothing twice. `index.json` comes last and takes the place of both.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+
+from flowjax import errors, schema
+from flowjax.data import archive
+
+# A record is a chunk by itself, so that nothing else is read with it. Latents
+# and embeddings are noise to a compressor.
+_OPTIONS = "group_size:1,uncompressed"
+
+
+def begin(folder: pathlib.Path, plan: archive.Plan) -> None:
+  """Makes the folder that of a plan; refuses one that is another's."""
+  for file in (archive.INDEX, archive.PLAN):
+    if (folder / file).exists():
+      before = archive.read_json(folder / file)
+      theirs = {key: before.get(key) for key in plan.to_json()}
+      ours = json.loads(json.dumps(plan.to_json()))
+      if rows := schema.difference(theirs, ours, file.partition(".")[0]):
+        cut = [row if len(row) < 200 else row[:200] + " ..." for row in rows]
+        raise errors.UserError(
+          f"{folder} holds something else than what is to be encoded:\n  "
+          + "\n  ".join(cut)
+          + "\nChoose another --out, or go on with the command that began it."
+        )
+      return
+  others = sorted(p.name for p in folder.iterdir() if p.suffix != ".json")
+  if others:
+    raise errors.UserError(
+      f"{folder} is not empty ({others[0]!r}), and nothing was encoded into it "
+      "before: choose another --out."
+    )
+  archive.write_json(folder / archive.PLAN, plan.to_json())
+
+
+def missing(folder: pathlib.Path, plan: archive.Plan) -> list[tuple[str, int]]:
+  """Returns the shards that are yet to be written."""
+  if (folder / archive.INDEX).exists():
+    return []
+  return [key for key in plan.shards() if finished(folder, *key) is None]
+
+
+def finished(
+  folder: pathlib.Path, split: str, shard: int
+) -> archive.Shard | None:
+  """Returns what is known of a shard, if it is whole."""
+  path = folder / archive.name(split, shard)
+  try:
+    found = archive.Shard.from_json(json.loads(_beside(path).read_text()))
+  except (OSError, ValueError, KeyError, TypeError):
+    return None
+  whole = not found.records or archive.size_of(path) == found.bytes
+  return found if whole else None
+
+
+@contextlib.contextmanager
+def writing(folder: pathlib.Path, split: str, shard: int) -> Iterator["Writer"]:
+  """Yields a `Writer` of a shard, which counts when all went well."""
+  path = folder / archive.name(split, shard)
+  _beside(path).unlink(missing_ok=True)
+  partial = path.with_name(path.name + ".partial")
+  writer = Writer(partial)
+  try:
+    yield writer
+    writer.close()
+    archive.sync(partial)
+    known = archive.Shard(0, 0, "", tuple(writer.failed))
+    if writer.count:
+      known = dataclasses.replace(
+        known,
+        records=writer.count,
+        bytes=partial.stat().st_size,
+        checksum=archive.checksum(partial),
+      )
+      os.replace(partial, path)
+    else:
+      path.unlink(missing_ok=True)
+    archive.write_json(_beside(path), dataclasses.asdict(known))
+  finally:
+    writer.close()
+    partial.unlink(missing_ok=True)
+
+
+class Writer:
+  """Writes the records of one shard, and remembers those that failed."""
+
+  def __init__(self, path: pathlib.Path):
+    self.count = 0
+    self.failed: list[tuple[int, str]] = []
+    self._file = archive.library().ArrayRecordWriter(str(path), _OPTIONS)
+
+  def write(self, parts: Sequence[bytes]) -> None:
+    """Writes records, in their order."""
+    for part in parts:
+      self._file.write(part)
+    self.count += len(parts)
+
+  def fail(self, number: int, reason: str) -> None:
+    """Takes note that a record of the source is left out, and why."""
+    self.failed.append((number, reason))
+
+  def close(self) -> None:
+    """Writes what is buffered; may be called twice."""
+    if self._file.is_open():
+      self._file.close()
+
+
+def write_empty(folder: pathlib.Path, part: bytes) -> None:
+  """Keeps the record of the empty caption."""
+  partial = folder / f"{archive.EMPTY}.partial"
+  partial.write_bytes(part)
+  archive.sync(partial)
+  os.replace(partial, folder / archive.EMPTY)
+
+
+def finish(folder: pathlib.Path, plan: archive.Plan) -> archive.Index:
+  """Writes the index of a folder that has all its shards, and tidies up."""
+  if (folder / archive.INDEX).exists():
+    return archive.read(folder)
+  found: dict[str, list[archive.Shard]] = {split: [] for split in plan.splits}
+  for split, shard in plan.shards():
+    known = finished(folder, split, shard)
+    if known is None:
+      raise errors.DataError(
+        f"{folder / archive.name(split, shard)} is gone since it was written: "
+        "run the same command again."
+      )
+    found[split].append(known)
+  for split, made in found.items():
+    if plan.splits[split] and not any(shard.records for shard in made):
+      raise errors.DataError(
+        f"All {plan.splits[split]} records of the split {split!r} failed, the "
+        f"first because: {made[0].failed[0][1]}"
+      )
+  empty = folder / archive.EMPTY
+  index = archive.Index(
+    plan,
+    {split: tuple(made) for split, made in found.items()},
+    archive.checksum(empty) if empty.exists() else None,
+  )
+  archive.write_json(folder / archive.INDEX, index.to_json())
+  for split, shard in plan.shards():
+    _beside(folder / archive.name(split, shard)).unlink(missing_ok=True)
+  (folder / archive.PLAN).unlink(missing_ok=True)
+  return index
+
+
+def problems_of_folder(folder: pathlib.Path, index: archive.Index) -> list[str]:
+  """Returns what is wrong with a folder beside its shards."""
+  found = []
+  empty = folder / archive.EMPTY
+  if index.empty is not None:
+    if not empty.exists():
+      found.append(f"{empty.name} is missing")
+    elif archive.checksum(empty) != index.empty:
+      found.append(f"{empty.name} is not what was written")
+  known = {archive.name(*key) for key in index.plan.shards()}
+  for path in sorted(folder.glob("*.array_record")):
+    if path.name not in known:
+      found.append(f"{path.name} is no shard of the index")
+  return found
+
+
+def problems(
+  folder: pathlib.Path, index: archive.Index, split: str, number: int
+) -> list[str]:
+  """Returns what is wrong with a shard: its bytes, or what they hold."""
+  shard, path = (
+    index.shards[split][number],
+    folder / archive.name(split, number),
+  )
+  if not shard.records:
+    return _wrong_numbers(index.plan, split, number, shard, [])
+  size = archive.size_of(path)
+  if size is None:
+    return [f"{path.name} is missing"]
+  if size != shard.bytes:
+    return [f"{path.name} has {size} bytes, and the index says {shard.bytes}"]
+  if (found := archive.checksum(path)) != shard.checksum:
+    return [
+      f"{path.name} has the checksum {found}, and the index says "
+      f"{shard.checksum}"
+    ]
+  reader = archive.library().ArrayRecordReader(str(path), archive.READING)
+  numbers: list[int] = []
+  for start in range(0, reader.num_records(), 256):
+    stop = min(start + 256, reader.num_records())
+    fields = index.plan.layout.unpack(reader.read(list(range(start, stop))))
+    numbers += fields[archive.NUMBER].tolist()
+  return _wrong_numbers(index.plan, split, number, shard, numbers)
+
+
+def _wrong_numbers(plan, split, number, shard, found) -> list[str]:
+  """Returns which records of the source are there twice, or not at all."""
+  file = archive.name(split, number)
+  if len(found) != shard.records:
+    return [
+      f"{file} holds {len(found)} records, and the index says {shard.records}"
+    ]
+  failed = [i for i, _ in shard.failed]
+  if sorted([*found, *failed]) == list(plan.numbers(split, number)):
+    return []
+  wanted = set(plan.numbers(split, number)) - set(failed)
+  lost, twice = sorted(wanted - set(found)), len(found) - len(set(found))
+  return [
+    f"{file} lacks {len(lost)} records of the source"
+    + (f" (the first is {lost[0]})" if lost else "")
+    + f", and has {twice} twice"
+  ]
+
+
+def _beside(path: pathlib.Path) -> pathlib.Path:
+  return path.with_name(path.name + ".json")

@@ -1,0 +1,189 @@
+"""The autoencoders: published sizes, arithmetic, slices, what is refused."""
+
+# Shape suffixes: B batch, H height, W width, C channels, K codes, D width.
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flowjax import models
+from flowjax.models import autoencoder, convolutions, tiles, vq
+from flowjax.parallel import flops
+
+TINY = autoencoder.sized("tiny")
+WITHOUT = dict(
+  use_quant_conv=False, use_post_quant_conv=False, middle_attention=False
+)
+CODES = dict(depth=2, groups=8, codes=8, code_width=2)
+BOTH = (
+  dataclasses.replace(TINY, attention_levels=(0,)),
+  dataclasses.replace(TINY, **WITHOUT),
+  vq.VQConfig(image_size=(32, 32), widths=(16, 32), **CODES),
+)
+
+
+def abstract(config):
+  network = models.build(config)
+  return network, jax.eval_shape(network.init, jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+  ("size", "count"),
+  [
+    ("sd", 83_653_863),
+    ("sdxl", 83_653_863),
+    ("sd3", 83_819_683),
+    ("flux", 83_819_683),
+  ],
+)
+def test_published_sizes(size, count):
+  config = autoencoder.sized(size)
+  network, params = abstract(config)
+  assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
+  assert config.factor == 8
+  x = jax.ShapeDtypeStruct((1, 512, 512, 3), jnp.float32)
+  mean, log_variance = jax.eval_shape(network.encode, params, x)
+  assert mean.shape == (1, 64, 64, config.latent_channels) == log_variance.shape
+  assert jax.eval_shape(network.decode, params, mean).shape == x.shape
+
+
+@pytest.mark.parametrize("config", BOTH)
+def test_flops_are_those_of_the_program(config):
+  network, params = abstract(config)
+  x = jax.ShapeDtypeStruct((1, *config.image_size, 3), jnp.float32)
+
+  def both(params, x):
+    made = network.reconstruct(params, x, None)
+    return network.last(params["decoder"]["out"], made.features_BHWC)
+
+  assert flops.of(both, params, x).flops == network.flops
+
+
+@pytest.fixture(name="params", scope="module")
+def _params():
+  return autoencoder.init(TINY, jax.random.key(0))
+
+
+def images(*shape):
+  return jax.random.uniform(jax.random.key(1), shape, minval=-1.0)
+
+
+def test_slices_and_tiles_of_small_images_are_the_whole(params):
+  x_BHWC = images(3, 16, 16, 3)
+  encode = jax.jit(lambda x: autoencoder.encode(TINY, params, x))
+  whole = encode(x_BHWC)
+  for found in (
+    tiles.sliced(encode, x_BHWC),
+    tiles.encode(TINY, encode, x_BHWC),
+  ):
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, whole
+    )
+
+
+def test_tiles_of_what_needs_no_surroundings_are_the_whole():
+  x_BHWC = images(2, 21, 37, 3)
+
+  def doubled(x):
+    return {"twice": convolutions.doubled(x)}
+
+  found = tiles.tiled(doubled, x_BHWC, tile=8, tile_out=16)
+  np.testing.assert_allclose(
+    found["twice"], doubled(x_BHWC)["twice"], atol=1e-6
+  )
+  with pytest.raises(ValueError, match="overlap=1.0"):
+    tiles.tiled(doubled, x_BHWC, tile=8, tile_out=16, overlap=1.0)
+
+
+def test_latents_are_scaled_and_back():
+  config = autoencoder.sized("flux")
+  z = images(1, 2, 2, 16)
+  scaled = autoencoder.scaled(config, z)
+  np.testing.assert_allclose(scaled, (z - 0.1159) * 0.3611, rtol=1e-5)
+  np.testing.assert_allclose(autoencoder.unscaled(config, scaled), z, atol=1e-6)
+
+
+def test_drawn_latents_have_their_mean_and_variance():
+  mean, log_variance = jnp.full((1, 64, 64, 4), 2.0), jnp.log(9.0)
+  z = autoencoder.sample(mean, log_variance, jax.random.key(0))
+  np.testing.assert_allclose((z.mean(), z.std()), (2.0, 3.0), atol=0.1)
+  # KL(N(2, 9) | N(0, 1)) = (4 + 9 - 1 - log 9) / 2.
+  found = autoencoder.divergence(mean, jnp.full_like(mean, log_variance))
+  one = (4.0 + 9.0 - 1.0 - np.log(9.0)) / 2.0
+  np.testing.assert_allclose(found, [one * mean.size], rtol=1e-5)
+
+
+def test_statistics_are_in_float32():
+  """In bfloat16 a mean of 1000 would swallow what deviates from it."""
+  norm = convolutions.GroupNorm(2, silu=False)
+  x_BHWC = (1000.0 + 8.0 * images(1, 32, 32, 4)).astype(jnp.bfloat16)
+  params = norm.init(jax.random.key(0), x_BHWC)
+  y_BHWC = norm.apply(params, x_BHWC)
+  assert y_BHWC.dtype == jnp.bfloat16
+  assert abs(float(y_BHWC.astype(jnp.float32).std()) - 1.0) < 0.02
+
+
+@pytest.mark.slow
+def test_what_is_computed_again_is_the_same(params):
+  x_BHWC = images(1, 16, 16, 3)
+
+  def gradient(config):
+    def loss(params):
+      return jnp.mean(autoencoder.reconstruct(config, params, x_BHWC, None)[0])
+
+    return jax.jit(jax.grad(loss))(params)
+
+  again = gradient(dataclasses.replace(TINY, remat="full"))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+    again,
+    gradient(TINY),
+  )
+
+
+def test_a_latent_becomes_the_nearest_vector():
+  code_KD = jnp.array([[0.0, 0.0], [1.0, 0.0], [0.0, 3.0]])
+  params = {"codebook": {"embedding": code_KD}}
+  z = jnp.array([[0.6, 0.1], [0.4, -9.0], [0.0, 1.6]]).reshape(1, 1, 3, 2)
+  chosen, index = vq.quantise(params, z)
+  assert index.tolist() == [[[1, 0, 2]]]
+  np.testing.assert_array_equal(chosen[0, 0], code_KD[jnp.array([1, 0, 2])])
+
+  def through(z):
+    return jnp.sum(3.0 * vq.straight_through(z, vq.quantise(params, z)[0]))
+
+  np.testing.assert_allclose(through(z), 3.0 * chosen.sum(), rtol=1e-6)
+  np.testing.assert_allclose(jax.grad(through)(z), 3.0)
+  in_use = vq.perplexity(3, index, jnp.ones(1))
+  np.testing.assert_allclose(in_use, 3.0, rtol=1e-5)
+  assert vq.perplexity(3, jnp.zeros((2, 1, 1), int), jnp.array([1.0, 0.0])) == 1
+
+
+@pytest.mark.parametrize(
+  ("changes", "text"),
+  [
+    ({"groups": 7}, "groups=7 does not divide"),
+    ({"image_size": (30, 33)}, "not divisible by 2"),
+    ({"attention_levels": (2,)}, "levels 0 to 1"),
+    ({"widths": ()}, "no level"),
+    ({"scaling_factor": 0.0}, "scaling_factor=0.0"),
+    ({"remat": "dots"}, "remat='dots'"),
+  ],
+)
+def test_configs_that_are_refused(changes, text):
+  with pytest.raises(ValueError, match=text):
+    dataclasses.replace(TINY, **changes)
+
+
+def test_inputs_that_are_refused(params):
+  with pytest.raises(ValueError, match="divisible by 2"):
+    autoencoder.encode(TINY, params, images(1, 15, 16, 3))
+  with pytest.raises(ValueError, match=r"latents \[B, H, W, 4\]"):
+    autoencoder.decode(TINY, params, images(1, 8, 8, 3))
+  with pytest.raises(ValueError, match="no velocity"):
+    models.build(TINY).apply(params, None, None, {})
+  with pytest.raises(ValueError, match="Did you mean 'sdxl'"):
+    autoencoder.sized("sdxll")

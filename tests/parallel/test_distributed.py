@@ -1,0 +1,44 @@
+"""What processes of a job wait for each other with."""
+
+import types
+
+import numpy as np
+
+from flowjax.parallel import distributed
+
+
+class Jitted:
+  """A jitted function that notes what becomes of it."""
+
+  def __init__(self, said):
+    self.said = said
+
+  def lower(self, x):
+    del x
+    compiled = lambda: self.said.append("compiled")  # noqa: E731
+    return types.SimpleNamespace(compile=compiled)
+
+  def __call__(self, x):
+    self.said.append("run")
+    return x
+
+
+def test_a_program_runs_when_all_have_compiled_it(monkeypatch):
+  said = []
+  met = lambda name, seconds: said.append(name.split("/")[0])  # noqa: E731
+  monkeypatch.setattr(distributed, "_peers", types.SimpleNamespace(meet=met))
+  function = distributed.together(Jitted(said))
+  assert (function(np.zeros(2)) == 0).all()
+  first = ["compiled", "meet", "run"]
+  assert said == first
+  function(np.ones(2))
+  assert said == [*first, "run"]
+  # Of other shapes it is another program.
+  function(np.zeros(3))
+  assert said == [*first, "run", *first]
+
+
+def test_one_process_waits_for_nobody():
+  said = []
+  distributed.together(Jitted(said))(np.zeros(2))
+  assert said == ["run"]

@@ -1,0 +1,119 @@
+"""The whole path of text to image, on a network trained for a moment."""
+
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flowjax import __main__ as door
+
+LAUNCH = pathlib.Path(__file__).parents[1] / "launch"
+SMALL = (
+  "--config.steps=2",
+  "--config.optim.warmup_steps=0",
+  "--config.model.depth=1",
+  "--config.model.heads=2",
+  "--config.model.head_size=8",
+  "--config.model.text_width=16",
+  "--config.model.pooled_width=16",
+  "--config.text.width=16",
+  "--config.text.depth=1",
+  "--config.data.batch_size=8",
+  "--config.sample.steps=2",
+  "--config.log.tensorboard=False",
+  "--config.log.validation_every=0",
+  "--config.log.sample_count=8",
+)
+
+
+@pytest.fixture(name="demo_text")
+def _demo_text(monkeypatch):
+  monkeypatch.syspath_prepend(str(LAUNCH))
+  import demo_text
+
+  yield demo_text
+  for name in ("demo", "demo_text"):
+    sys.modules.pop(name, None)
+
+
+def scores(digits, colours, relations):
+  return {"digits": digits, "colours": colours, "relations": relations}
+
+
+@pytest.mark.parametrize(
+  ("changed", "missed"),
+  [
+    ({}, 0),
+    (dict(seen=scores(0.84, 0.96, 0.9)), 1),
+    (dict(seen=scores(0.9, 0.94, 0.84)), 2),
+    (dict(judge=scores(0.9, 1.0, 0.9)), 1),
+    (dict(shuffled=scores(0.2, 0.6, 0.0)), 1),
+  ],
+)
+def test_goals_are_met_or_missed(demo_text, changed, missed):
+  report = {
+    "seen": scores(0.85, 0.95, 0.85),
+    "judge": scores(0.97, 1.0, 0.95),
+    "shuffled": scores(0.15, 0.27, 0.0),
+  }
+  found = demo_text.goals(report | changed)
+  assert list(found.values()).count(False) == missed
+
+
+@pytest.mark.slow
+def test_the_demo_trains_scores_and_draws(demo_text, tmp_path, capsys):
+  small = (*SMALL, "--num=8", "--judge_steps=2")
+  assert demo_text.main(str(tmp_path), *small) == 1
+
+  out = capsys.readouterr().out
+  assert "MISSED  with guidance, at least 85% of the digits" in out
+  told = out.split("Where everything is:")[1].splitlines()
+  files = [line.split()[-1] for line in told if str(tmp_path) in line]
+  assert len(files) == 7
+  assert all(pathlib.Path(file).exists() for file in files)
+  report = json.loads((tmp_path / "report.json").read_text())
+  for name in ("seen", "held_out", "unguided", "shuffled", "judge"):
+    assert set(report[name]) == {"digits", "colours", "relations"}
+  assert report["samples"] == 8
+  sheet = np.asarray(Image.open(tmp_path / "prompts.png"))
+  assert sheet.shape[1] > 4 * 160
+
+  into = f"--workdir={tmp_path}"
+  for words, said in (
+    (["--prompt=a crimson 3"], "was never told 'crimson'"),
+    (["--negative-prompt=a red 3"], "say by --prompt"),
+    (["--prompt=a red 3", f"--embeddings={tmp_path}/no.npz"], "leave out"),
+    ([f"--prompts={tmp_path}/no.txt"], "cannot be read"),
+    ([f"--embeddings={tmp_path}/no.npz"], "reads captions"),
+    (["--prompt=" + 20 * "a "], "21 tokens"),
+  ):
+    assert door.main(["sample", into, f"--out={tmp_path}/no.npy", *words]) == 2
+    assert said in capsys.readouterr().err
+  assert door.main(["export", into, f"--out={tmp_path}/export"]) == 2
+  assert "trained with it" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_prompts_come_in_turn_and_a_negative_one_is_heeded(demo_text, tmp_path):
+  into = f"--workdir={tmp_path}"
+  config = f"--config={LAUNCH.parent}/configs/scenes_mmdit.py"
+  assert door.main(["train", config, into, *SMALL]) == 0
+  lines = tmp_path / "prompts.txt"
+  lines.write_text("a blue 7\n\na green 2 alone\n")
+
+  def drawn(*words):
+    out = tmp_path / "out.npy"
+    assert door.main(["sample", into, f"--out={out}", *words]) == 0
+    return np.load(out)
+
+  both = drawn("--prompt=a red 3", f"--prompts={lines}", "--guidance=4")
+  assert both.shape == (3, 32, 32, 3)
+  away = ["--negative-prompt=a white 1 above a blue 5"]
+  other = drawn("--prompt=a red 3", "--guidance=4", *away)
+  assert 0.0 < np.abs(other[0] - both[0]).max()
+  plain = drawn("--prompt=a red 3", "--guidance=1", *away)
+  same = drawn("--prompt=a red 3", "--guidance=1")
+  np.testing.assert_array_equal(plain, same)
