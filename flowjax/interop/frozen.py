@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flowjax import errors
-from flowjax.data import tokenizer_files
+from flowjax.data import embeddings, tokenizer_files
 from flowjax.interop import (
   folder_export,
   pipelines,
@@ -56,19 +56,6 @@ class _Part:
   run: collections.abc.Mapping[str, collections.abc.Callable[..., Any]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Place:
-  """Where in a text and in its pooled vector the words of one encoder are.
-
-  Each is a range, from and below; None where the encoder has no part in it.
-  """
-
-  name: str
-  tokens: tuple[int, int] | None = None
-  columns: tuple[int, int] | None = None
-  pooled: tuple[int, int] | None = None
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Frozen:
   """The parts of one folder; made by `open`."""
@@ -90,25 +77,25 @@ class Frozen:
     return self._tokenizer("text_encoder").length + self.text_tokens
 
   @property
-  def parts(self) -> tuple[Place, ...]:
+  def parts(self) -> tuple[embeddings.Part, ...]:
     """Where the words of each encoder are; all else is zero."""
-    found: list[Place] = []
+    found: list[embeddings.Part] = []
     column, start = 0, 0
     clip_tokens = self.text_length - self.text_tokens
     for name in pipelines.encoders(self.index):
       config = text_encoders.open(self.folder / name).config
       if config.name == "t5":
         tokens = clip_tokens, self.text_length
-        found.append(Place(name, tokens, (0, config.width)))
+        found.append(embeddings.Part(name, tokens, (0, config.width)))
         continue
       pooled = start, start + config.pooled_width
       start = pooled[1]
       if not clip_tokens:
-        found.append(Place(name, pooled=pooled))
+        found.append(embeddings.Part(name, pooled=pooled))
         continue
       columns = column, column + config.width
       column = columns[1]
-      found.append(Place(name, (0, clip_tokens), columns, pooled))
+      found.append(embeddings.Part(name, (0, clip_tokens), columns, pooled))
     return tuple(found)
 
   def texts(self, captions: Captions) -> dict[str, np.ndarray]:
