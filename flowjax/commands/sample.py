@@ -113,7 +113,7 @@ def run(args) -> None:
   captions = given.captions(args)
   _check_texts(args, captions)
   # Before the network needs the memory, the encoders have it.
-  parts = pipeline.open(args.workdir, workdir.read_config(args.workdir))
+  parts = pipeline.open(args.workdir)
   texts = None
   if parts and captions:
     texts = pipeline.texts(parts, captions, args.negative_prompt)
