@@ -14,7 +14,7 @@ from flowjax import errors
 from flowjax.interop import frozen, pipelines
 from flowjax.parallel import distributed
 from flowjax.parallel import mesh as meshes
-from flowjax.train import experiment
+from flowjax.train import experiment, workdir
 
 # Where a workdir keeps the parts of the pipeline that it was imported from.
 FOLDER = "pipeline"
@@ -35,13 +35,15 @@ def folder(
   return found
 
 
-def open(
-  directory: pathlib.Path, config: experiment.Experiment
-) -> frozen.Frozen | None:
-  """Opens the pipeline of a run over all devices of this machine.
+def open(directory: pathlib.Path) -> frozen.Frozen | None:
+  """Opens the pipeline of a run, if it has one, over all devices.
 
-  An encoder is held only while it reads: the network has the memory next.
+  An encoder is held only while it reads: the network has the memory next. What
+  is no workdir has none; whoever restores the run says so.
   """
+  if not (directory / "config.json").exists():
+    return None
+  config = workdir.read_config(directory)
   found = folder(directory, config)
   if found is None:
     return None
@@ -146,8 +148,12 @@ def texts(
   return cond
 
 
-def latent_size(parts: frozen.Frozen, size: tuple[int, int]) -> tuple[int, int]:
-  """Returns the height and width of the latents of images of a size."""
+def latent_size(
+  parts: frozen.Frozen | None, size: tuple[int, int] | None
+) -> tuple[int, int] | None:
+  """Returns the height and width of what is drawn for images of a size."""
+  if parts is None or size is None:
+    return size
   factor = pipelines.factor(parts.folder)
   if any(side % factor for side in size):
     near = "x".join(str(max(1, round(side / factor)) * factor) for side in size)

@@ -12,7 +12,8 @@ those that are held out, or --embeddings, a .npz file of "text" [N, L, E] and
 "negative_" before them. With --invert, held-out images are carried
 to noise, without guidance, and drawn again from it, each row below its
 originals: without guidance as well, unless you give --guidance, or change what
-is drawn by --labels or --embeddings.
+is drawn by --labels or --embeddings. A run with config.pipeline reads --prompt
+by the text encoders there, and its autoencoder makes the pictures.
 
 example:
   flowjax sample --workdir=runs/digits --out=grid.png --num=40 --guidance=2
@@ -28,7 +29,7 @@ import jax
 import numpy as np
 
 from flowjax import errors
-from flowjax.commands import drawing, flags, given, restored
+from flowjax.commands import drawing, flags, given, pipeline, restored
 from flowjax.evaluate import pictures
 from flowjax.parallel import distributed
 from flowjax.train import methods, progress, workdir
@@ -70,6 +71,17 @@ def add_flags(parser) -> None:
     dest="negative_prompt",
     help="a caption to be guided away from, instead of from the empty one",
   )
+  parser.add_argument(
+    "--size",
+    type=flags.pixels,
+    help="height and width of the images, as 1024x768; default: those of "
+    "training",
+  )
+  parser.add_argument(
+    "--latents",
+    action="store_true",
+    help="leave what is drawn as it is: of a run with config.pipeline, latents",
+  )
   restored.add_method(parser, scales=True)
   parser.add_argument(
     "--worse",
@@ -98,10 +110,17 @@ def run(args) -> None:
   if args.invert and args.start:
     raise errors.UserError("--invert finds the start; leave out --start.")
   workdir.require_writable(args.out, "--out")
-  found = restored.open(args.workdir, ema=args.ema)
-  restored.require_field(found, "sample")
   captions = given.captions(args)
-  texts = _texts(args, captions, found)
+  _check_texts(args, captions)
+  # Before the network needs the memory, the encoders have it.
+  parts = pipeline.open(args.workdir)
+  texts = None
+  if parts and captions:
+    texts = pipeline.texts(parts, captions, args.negative_prompt)
+  size = pipeline.latent_size(parts, args.size)
+  found = restored.open(args.workdir, ema=args.ema, image_size=size)
+  restored.require_field(found, "sample")
+  texts = texts or _texts(args, captions, found)
   start = given.start(args.start, found) if args.start else None
   count = args.num or _count(args, texts, start)
   if args.guidance:
@@ -133,16 +152,18 @@ def run(args) -> None:
     _print_difference(
       images - originals, args.guidance or (method.guidance.scale,)
     )
+  if parts and not args.latents:
+    images = pipeline.pictures(parts, images)
+    if originals is not None:
+      originals = pipeline.pictures(parts, originals)
   if distributed.is_first():
     named = captions if originals is None else []
     _write(images, originals, args.out, named)
   print(f"{count} samples of step {found.step}: {args.out}")
 
 
-def _texts(
-  args, captions: list[str], found: restored.Restored
-) -> dict[str, Any] | None:
-  """Returns what was given for a network that reads, if anything was."""
+def _check_texts(args, captions: list[str]) -> None:
+  """Refuses texts that were given in two ways, or without their half."""
   if args.embeddings and (captions or args.negative_prompt is not None):
     raise errors.UserError(
       "--embeddings are texts already, a negative one among them: leave out "
@@ -153,6 +174,12 @@ def _texts(
       "--negative-prompt is what to be guided away from: say by --prompt what "
       "is to be drawn."
     )
+
+
+def _texts(
+  args, captions: list[str], found: restored.Restored
+) -> dict[str, Any] | None:
+  """Returns what was given for a network that reads, if anything was."""
   if captions:
     return given.prompts(captions, args.negative_prompt, found)
   return given.texts(args.embeddings, found) if args.embeddings else None
@@ -201,7 +228,12 @@ def _cond(args, found, texts: dict | None, count: int) -> dict[str, Any]:
         "--labels are for a network of labels; this one reads texts: give "
         "--prompt or --embeddings, or nothing for those that are held out."
       )
-    return drawing.conditions(found.run, count)
+    try:
+      return drawing.conditions(found.run, count)
+    except errors.UserError as error:
+      raise type(error)(
+        f"{error} Or say what is to be drawn, by --prompt or --embeddings."
+      ) from error
   labels = restored.parse_labels(
     args.labels, count, found.config.model.num_classes
   )

@@ -46,7 +46,9 @@ def read(path: pathlib.Path) -> Pieces:
 
 
 def _model(data: memoryview) -> Pieces:
-  scored, unknown, characters, kind = [], [], b"", _UNIGRAM
+  scored: list[tuple[str, float]] = []
+  unknown: list[int] = []
+  characters, kind = b"", _UNIGRAM
   for number, value in _fields(data):
     if number == 1:
       entry = dict(_fields(value))

@@ -76,30 +76,26 @@ class Frozen:
       return self.text_tokens
     return self._tokenizer("text_encoder").length + self.text_tokens
 
-  @functools.cached_property
+  @property
   def parts(self) -> tuple[embeddings.Part, ...]:
-    """Says where in a text, and in its pooled vector, each encoder's words are.
-
-    Of weights only headers are read.
-    """
+    """Where the words of each encoder are; all else is zero."""
     found: list[embeddings.Part] = []
-    column = pooled = 0
+    column, start = 0, 0
+    clip_tokens = self.text_length - self.text_tokens
     for name in pipelines.encoders(self.index):
-      config = self._found(name).config
+      config = text_encoders.open(self.folder / name).config
       if config.name == "t5":
-        tokens = (self.text_length - self.text_tokens, self.text_length)
-        columns = (0, config.text_width)
-        found.append(embeddings.Part(name, tokens, columns))
+        tokens = clip_tokens, self.text_length
+        found.append(embeddings.Part(name, tokens, (0, config.width)))
         continue
-      part = embeddings.Part(
-        name, pooled=(pooled, pooled + config.pooled_width)
-      )
-      if self.kind == "sd3":
-        columns = (column, column + config.text_width)
-        tokens = (0, self._tokenizer(name).length)
-        part = dataclasses.replace(part, tokens=tokens, columns=columns)
-      found.append(part)
-      column, pooled = column + config.text_width, part.pooled[1]
+      pooled = start, start + config.pooled_width
+      start = pooled[1]
+      if not clip_tokens:
+        found.append(embeddings.Part(name, pooled=pooled))
+        continue
+      columns = column, column + config.width
+      column = columns[1]
+      found.append(embeddings.Part(name, (0, clip_tokens), columns, pooled))
     return tuple(found)
 
   def texts(self, captions: Captions) -> dict[str, np.ndarray]:

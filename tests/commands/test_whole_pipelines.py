@@ -235,10 +235,32 @@ def test_texts_are_those_of_encode_prompt(saved):
   assert parts.text_length == found["text"].shape[1]
   np.testing.assert_allclose(found["text"], text.numpy(), atol=1e-4)
   np.testing.assert_allclose(found["pooled"], pooled.numpy(), atol=1e-4)
+  require_places(parts, found)
   cut = {
     name: cut_N.tolist() for name, cut_N in parts.truncated(PROMPTS).items()
   }
   assert cut == dict.fromkeys(pipelines.encoders(parts.index), [False, True])
+
+
+def require_places(parts, found):
+  """Requires that `parts` cover what is not zero, and each number once."""
+  text, pooled = (np.zeros(found[key].shape[1:], int) for key in
+                  ("text", "pooled"))  # fmt: skip
+  for place, name in zip(
+    parts.parts, pipelines.encoders(parts.index), strict=True
+  ):
+    assert place.name == name
+    if place.tokens:
+      text[slice(*place.tokens), slice(*place.columns)] += 1
+    if place.pooled:
+      pooled[slice(*place.pooled)] += 1
+  np.testing.assert_array_equal(text, (found["text"] != 0).all(axis=0))
+  assert (pooled == 1).all()
+  # And they are those of the encoder.
+  name = parts.parts[1].name
+  alone_BLE = parts._encoded(name, PROMPTS)[0]
+  box = (slice(*parts.parts[1].tokens), slice(*parts.parts[1].columns))
+  np.testing.assert_array_equal(found["text"][:, *box], alone_BLE)
 
 
 def test_over_a_mesh_each_device_keeps_its_slice(saved):
@@ -419,6 +441,7 @@ def our_images(directory, tmp_path, starts, *words):
   return np.clip(np.load(tmp_path / "images.npy"), -1.0, 1.0)
 
 
+@pytest.mark.slow
 def test_prompts_become_the_pictures_that_diffusers_draws(
   saved, run, tmp_path, capsys
 ):
@@ -439,6 +462,7 @@ def test_prompts_become_the_pictures_that_diffusers_draws(
   np.testing.assert_allclose(found, wanted, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_out_again_it_is_the_same_pipeline(saved, run, tmp_path):
   kind, theirs, folder = saved
   config = workdir.read_config(run)
