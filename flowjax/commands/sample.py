@@ -133,6 +133,8 @@ def run(args) -> None:
       images - originals, args.guidance or (method.guidance.scale,)
     )
   if distributed.is_first():
+    if texts is None:
+      captions = drawing.captions(found.run, count)
     named = captions if originals is None else []
     _write(images, originals, args.out, named)
   print(f"{count} samples of step {found.step}: {args.out}")
