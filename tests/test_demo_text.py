@@ -29,6 +29,9 @@ SMALL = (
 )
 
 
+TOKENS = ("data.tokens", "text.tokens", "model.text_tokens")
+
+
 @pytest.fixture(name="demo_text")
 def _demo_text(monkeypatch):
   monkeypatch.syspath_prepend(str(LAUNCH))
@@ -97,12 +100,18 @@ def test_the_demo_trains_scores_and_draws(demo_text, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_prompts_come_in_turn_and_a_negative_one_is_heeded(demo_text, tmp_path):
+def test_prompts_come_in_turn_and_captions_that_are_cut_are_counted(
+  tmp_path, capsys
+):
   into = f"--workdir={tmp_path}"
   config = f"--config={LAUNCH.parent}/configs/scenes_mmdit.py"
-  assert door.main(["train", config, into, *SMALL]) == 0
+  short = [f"--config.{key}=9" for key in TOKENS]
+  assert door.main(["train", config, into, *SMALL, *short]) == 0
+  assert "times a caption was cut" in capsys.readouterr().out
+  rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  assert 0 < json.loads(rows[-1])["truncated_captions"] < 16
   lines = tmp_path / "prompts.txt"
-  lines.write_text("a blue 7\n\na green 2 alone\n")
+  lines.write_text("a blue 7\n\na green 2 in the middle\n")
 
   def drawn(*words):
     out = tmp_path / "out.npy"

@@ -147,6 +147,15 @@ def held_out(
   }
 
 
+def captions(run: parts.Parts, count: int) -> list[str]:
+  """Returns the captions of what is `held_out`; none of a run without."""
+  if not reads_captions(run.network):
+    return []
+  # Below the tokens are the words.
+  source = sources.open(run.experiment.data, "held_out").source  # type: ignore[attr-defined]
+  return [source[i % len(source)]["caption"] for i in range(count)]
+
+
 def reads_captions(network: models.Network) -> bool:
   """Whether the network has an encoder of its own, and is told tokens."""
   return "token" in jax.eval_shape(lambda: network.example(1))

@@ -157,6 +157,8 @@ def run(args) -> None:
     if originals is not None:
       originals = pipeline.pictures(parts, originals)
   if distributed.is_first():
+    if texts is None:
+      captions = drawing.captions(found.run, count)
     named = captions if originals is None else []
     _write(images, originals, args.out, named)
   print(f"{count} samples of step {found.step}: {args.out}")

@@ -121,6 +121,7 @@ def _samples(built: parts.Parts, directory: pathlib.Path):
   count = config.log.sample_count
   draw = drawing.build(built, config.sample, count)
   cond = drawing.conditions(built, count)
+  named = drawing.captions(built, count)
 
   def look(state: states.TrainState):
     def stopped(reason: str) -> None:
@@ -129,7 +130,10 @@ def _samples(built: parts.Parts, directory: pathlib.Path):
     images = draw(
       states.averaged(state), cond, seed=config.seed, stopped=stopped
     )
-    grid = pictures.grid(images, columns=10)
+    if named:
+      grid = pictures.captioned(images, named)
+    else:
+      grid = pictures.grid(images, columns=10)
     _save(grid, directory, state)
     return {}, {"samples": grid[None]}
 

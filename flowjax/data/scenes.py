@@ -1,7 +1,8 @@
 """Scenes of real handwritten digits in colours, with captions that say what.
 
 Up to three of the digits of scikit-learn stand on black, 14 pixels high, and
-the caption says which and where: "a red 3 to the left of a blue 7". Nothing is
+the caption says which and where: "a red 3 to the left of a blue 7", "a white 1
+at the top". Nothing is
 stored: scene i is a pure function of the seed and i. Of each digit one colour
 is held out, so that training never sees that combination.
 """
@@ -21,7 +22,7 @@ from flowjax.data import config as config_lib
 from flowjax.data import digits, order
 
 SIZE, SIDE = 32, 14  # Pixels of a scene and of a digit, both square.
-CELL, STEP = SIZE // 2, 4  # Digits have a cell each, at every fourth pixel.
+CELL, STEP = SIZE // 2, 8  # Digits have a cell each, at every eighth pixel.
 LENGTH = {"train": 2**20, "held_out": 256}
 COMBINATIONS = ("seen", "held_out", "all")
 COLOURS = {
@@ -47,8 +48,8 @@ _ITS = {
   "below": "below it",
 }
 WORDS = tuple(
-  "0 1 2 3 4 5 6 7 8 9 a above alone and below is it its left of one right the "
-  "there to".split()
+  "0 1 2 3 4 5 6 7 8 9 a above and at below bottom in is it its left middle of "
+  "one right the there to top".split()
 ) + tuple(COLOURS)
 # How far two centres must be apart for one to be left of the other, or above.
 APART = 4
@@ -148,7 +149,7 @@ class Scenes:
   def scene(self, i: int) -> Scene:
     """Returns what scene `i` is."""
     draw = _dice(self.seed, i)
-    count = (1, 2, 2, 3)[next(draw) % 4]
+    count = (1, 1, 2, 2, 3)[next(draw) % 5]
     images = tuple(next(draw) % len(self.label_N) for _ in range(count))
     labels = [int(self.label_N[image]) for image in images]
     places, relations = _arranged(count, draw)
@@ -229,31 +230,23 @@ def _dice(seed: int, i: int) -> Iterator[int]:
 def _arranged(count: int, draw: Iterator[int]):
   """Returns the upper left corners of things, and the relations between them.
 
-  Two stand side by side or one above the other; a third beside the first of
-  them, across.
+  One stands in one of nine places; two side by side, or one above the other;
+  a third beside the first of them, across.
   """
-  last = (SIZE - CELL) // STEP  # The number of the last place, from 0.
   if count == 1:
-    return [(_at(next(draw) % (last + 1)), _at(next(draw) % (last + 1)))], ()
+    return [(_at(next(draw) % 3), _at(next(draw) % 3))], ()
   flipped = next(draw) % 2, next(draw) % 2  # Down, and across.
+  (row, other_row), (column, other_column) = (
+    (_at(2 * flip), _at(2 - 2 * flip)) for flip in flipped
+  )
+  beside = (0, ("left", "right")[flipped[1]], 1)
+  over = (0, ("above", "below")[flipped[0]], count - 1)
   if count == 3:
-    (row, other_row), (column, other_column) = (
-      (_at(last * flip), _at(last * (1 - flip))) for flip in flipped
-    )
     places = [(row, column), (row, other_column), (other_row, column)]
-    beside = (0, ("left", "right")[flipped[1]], 1)
-    over = (0, ("above", "below")[flipped[0]], 2)
     return places, (beside, over) if next(draw) % 2 else (over, beside)
-  along = [_at(last * flip) for flip in (flipped[0], 1 - flipped[0])]
-  base = next(draw) % (last + 1)
-  aside = [
-    _at(min(max(base + next(draw) % 3 - 1, 0), last)) for _ in range(count)
-  ]
   if next(draw) % 2:
-    relation = ("left", "right")[flipped[0]]
-    return list(zip(aside, along, strict=True)), ((0, relation, 1),)
-  relation = ("above", "below")[flipped[0]]
-  return list(zip(along, aside, strict=True)), ((0, relation, 1),)
+    return [(_at(1), column), (_at(1), other_column)], (beside,)
+  return [(row, _at(1)), (other_row, _at(1))], (over,)
 
 
 def _at(number: int) -> int:
@@ -278,14 +271,27 @@ def _colours(
   return [found[place] for place in range(len(labels))]
 
 
+def _where(thing: Thing) -> str:
+  """Says in which of nine places a thing is."""
+  third = SIZE / 3
+  row = ("top", "", "bottom")[int(thing.row / third)]
+  column = ("left", "", "right")[int(thing.column / third)]
+  place = " ".join(filter(None, (row, column)))
+  return f"at the {place}" if place else "in the middle"
+
+
 def _said(things, relations, draw: Iterator[int]) -> str:
   """Returns one of several ways to say what is in a scene."""
   way = next(draw) % 4
   if len(things) == 1:
     (a,) = things
-    return (str(a), f"{a} alone", f"one {a.colour} {a.digit}", f"there is {a}")[
-      way
-    ]
+    where = _where(a)
+    return (
+      f"{a} {where}",
+      f"{where} is {a}",
+      f"there is {a} {where}",
+      f"one {a.colour} {a.digit} {where}",
+    )[way]
   (_, first, i), *rest = relations
   a, b = things[0], things[i]
   if rest:

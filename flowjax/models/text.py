@@ -1,13 +1,14 @@
 """A small encoder of captions, trained with the network that it tells.
 
 Tokens and their places are embedded, see each other in a few blocks, and are
-the text; their mean through one more map is the pooled text.
+the text; their sum through one more map is the pooled text.
 """
 
 # Shape suffixes: B batch, L text tokens, E width of the text, P width of the
 # pooled text, V vocabulary.
 
 import dataclasses
+import math
 import typing
 from typing import Any
 
@@ -19,6 +20,9 @@ from flowjax.models import blocks, layers, sequences
 from flowjax.ops import attention, axes, products
 
 GROUP = "text_encoder"
+# Networks draw what reads the pooled text for vectors as wide as those of large
+# encoders: a narrow one must be as long, or it is drowned by the time.
+POOLED = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,10 +120,11 @@ class TextEncoder(nn.Module):
     x_BLE, _ = stack(config, name="blocks")(x_BLE, seen_BL)
     text_BLE = layers.RMSNorm(name="norm")(x_BLE)[:, :length]
     share_BL1 = mask_BL[..., None].astype(jnp.float32)
-    share_BL1 = share_BL1 / jnp.sum(share_BL1, axis=1, keepdims=True)
-    mean_BE = jnp.sum(share_BL1 * text_BLE.astype(jnp.float32), axis=1)
-    pooled_BP = layers.Dense((config.width,), name="pooled")(mean_BE)
-    return text_BLE, pooled_BP
+    count_B11 = jnp.sum(share_BL1, axis=1, keepdims=True)
+    share_BL1 = share_BL1 * jax.lax.rsqrt(count_B11)
+    sum_BE = jnp.sum(share_BL1 * text_BLE.astype(jnp.float32), axis=1)
+    pooled_BP = layers.Dense((config.width,), name="pooled")(sum_BE)
+    return text_BLE, math.sqrt(POOLED / config.width) * pooled_BP
 
 
 def init(config: TextConfig, rng: jax.Array) -> dict[str, Any]:
