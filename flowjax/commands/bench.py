@@ -92,7 +92,9 @@ def measure(built: parts.Parts, seconds: float) -> dict:
 def random_batch(built: parts.Parts) -> dict[str, jax.Array]:
   """Returns a batch of noise with random conditions, on the devices."""
   config, rng = built.experiment, np.random.default_rng(0)
-  kinds = config.text.vocabulary or config.model.num_classes or 1
+  # An autoencoder has no labels.
+  labels = getattr(config.model, "num_classes", 0)
+  kinds = config.text.vocabulary or labels or 1
 
   def drawn(x):
     if x.dtype == bool:
