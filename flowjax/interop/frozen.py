@@ -91,15 +91,14 @@ class Frozen:
         columns = (0, config.text_width)
         found.append(embeddings.Part(name, tokens, columns))
         continue
-      part = embeddings.Part(
-        name, pooled=(pooled, pooled + config.pooled_width)
-      )
+      end = pooled + config.pooled_width
+      part = embeddings.Part(name, pooled=(pooled, end))
       if self.kind == "sd3":
         columns = (column, column + config.text_width)
         tokens = (0, self._tokenizer(name).length)
         part = dataclasses.replace(part, tokens=tokens, columns=columns)
       found.append(part)
-      column, pooled = column + config.text_width, part.pooled[1]
+      column, pooled = column + config.text_width, end
     return tuple(found)
 
   def texts(self, captions: Captions) -> dict[str, np.ndarray]:
