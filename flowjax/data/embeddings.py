@@ -47,11 +47,11 @@ class Texts:
     found = []
     for part in self.parts:
       if part.tokens and part.columns:
-        shape = (_size(part.tokens), _size(part.columns))
-        found.append(records.Field(f"text.{part.name}", dtype, shape))
+        box = (_size(part.tokens), _size(part.columns))
+        found.append(records.Field(f"text.{part.name}", dtype, box))
       if part.pooled:
-        shape = (_size(part.pooled),)
-        found.append(records.Field(f"pooled.{part.name}", dtype, shape))
+        width = _size(part.pooled)
+        found.append(records.Field(f"pooled.{part.name}", dtype, (width,)))
     if self.masked:
       found.append(records.Field("text_mask", "bool", (self.length,)))
     return found
