@@ -296,7 +296,7 @@ def test_devices_train_as_one_does():
   def run(mesh, devices):
     built = parts.build(
       experiment.Experiment(
-        model=dataclasses.replace(VQ, widths=(8, 8), codes=8),
+        model=dataclasses.replace(VQ, codes=8),
         data=data_config.DataConfig(batch_size=16),
         mesh=meshes.MeshConfig(**mesh),
         optim=optim.OptimConfig(learning_rate=1e-3, accumulate=2),
