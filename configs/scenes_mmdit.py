@@ -28,10 +28,11 @@ def get_config(network: str = "mmdit"):
     text_width=WIDTH,
     pooled_width=WIDTH,
     text_tokens=TOKENS,
+    rope_theta=100.0,  # For a grid of 4x4.
   )
   if network == "mmdit":
     config.model.update(
-      depth=4, heads=4, head_size=32, qk_norm=True, position_table=4
+      depth=4, heads=4, head_size=32, qk_norm=True, position="rope2d"
     )
   else:
     config.model.update(
