@@ -59,10 +59,11 @@ def get_config(network: str = "mmdit"):
   config.flow.prediction = "data"
   config.flow.path.low = 1e-3
   config.flow.law.shift = 3.0
-  # The mean of all images is learned first, by gradients far larger than those
-  # of digits: an average over 1000 squares would long be full of them.
+  # By Adam's measure colours and places drown what a digit's name asks for.
   config.optim.update(
+    name="muon",
     learning_rate=3e-3,
+    muon_rms=0.6,
     beta2=0.95,
     schedule="cosine",
     warmup_steps=100,

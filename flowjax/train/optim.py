@@ -1,4 +1,4 @@
-"""The optimizer: AdamW, its schedule, and which parameters decay."""
+"""The optimizer: AdamW or Muon, its schedule, and which parameters decay."""
 
 import dataclasses
 from typing import Any
@@ -8,15 +8,19 @@ import optax
 
 from flowjax import schema
 from flowjax.parallel import rules, sums
-from flowjax.train import running
+from flowjax.train import muon, running
 
 SCHEDULES = ("constant", "cosine", "linear")
+NAMES = ("adamw", "muon")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-  """AdamW (arXiv:1711.05101), a warm-up, and what follows it.
+  """AdamW (arXiv:1711.05101) or Muon, a warm-up, and what follows it.
 
+  `name` is "adamw", or "muon", which moves the kernels of blocks as
+  train/muon.py says, with momentum `muon_beta` and updates whose root mean
+  square is `muon_rms` times the learning rate, and all else as AdamW does.
   `weight_decay_rules` are (regex, multiplier) over parameter names; the first
   that matches decides. `accumulate` splits each batch into so many parts
   whose gradients are summed in float32. `reduce_dtype` is that of sums of
@@ -26,6 +30,7 @@ class OptimConfig:
   as they are.
   """
 
+  name: str = "adamw"
   learning_rate: float = 1e-4
   schedule: str = "constant"
   warmup_steps: int = 0
@@ -33,6 +38,8 @@ class OptimConfig:
   beta1: float = 0.9
   beta2: float = 0.999
   epsilon: float = 1e-8
+  muon_beta: float = 0.95
+  muon_rms: float = 0.2  # About that of AdamW's updates.
   weight_decay: float = 0.0
   weight_decay_rules: tuple[tuple[str, float], ...] = (
     (r".*/kernel", 1.0),
@@ -47,6 +54,8 @@ class OptimConfig:
 
   def __post_init__(self):
     schema.require_patterns("freeze", self.freeze)
+    if self.name not in NAMES:
+      raise ValueError(f"name = {self.name!r} is none of {', '.join(NAMES)}.")
     if self.schedule not in SCHEDULES:
       raise ValueError(
         f"schedule = {self.schedule!r} is none of {', '.join(SCHEDULES)}."
@@ -56,14 +65,15 @@ class OptimConfig:
         f"reduce_dtype = {self.reduce_dtype!r} is none of "
         f"{', '.join(sums.DTYPES)}."
       )
-    positive = ("learning_rate", "epsilon", "accumulate", "max_skipped")
+    positive = ("learning_rate", "epsilon", "muon_rms", "accumulate")
+    positive += ("max_skipped",)
     for name in positive:
       if not getattr(self, name) > 0:
         raise ValueError(f"{name} = {getattr(self, name)} must be above 0.")
     for name in ("warmup_steps", "weight_decay", "final_learning_rate"):
       if not getattr(self, name) >= 0:
         raise ValueError(f"{name} = {getattr(self, name)} must not be below 0.")
-    for name in ("beta1", "beta2"):
+    for name in ("beta1", "beta2", "muon_beta"):
       if not 0 <= getattr(self, name) < 1:
         raise ValueError(f"{name} = {getattr(self, name)} must be in [0, 1).")
     if self.clip_norm is not None and not self.clip_norm > 0:
@@ -102,13 +112,30 @@ def build(
     if config.clip_norm is None
     else optax.clip_by_global_norm(config.clip_norm)
   )
-  adam = optax.chain(
+  directions = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+  if config.name == "muon":
+    directions = _with_muon(config, directions, learned)
+  optimizer = optax.chain(
     clip,
-    optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+    directions,
     add_scaled_weights(config.weight_decay, decay),
     optax.scale_by_learning_rate(schedule(config, steps)),
   )
-  return running.beside(adam, abstract_params)
+  return running.beside(optimizer, abstract_params)
+
+
+def _with_muon(
+  config: OptimConfig, adam: optax.GradientTransformation, params: Any
+) -> optax.GradientTransformation:
+  """Returns Muon for the kernels of blocks, and Adam for all else."""
+  labels = muon.labels(params)
+  if "muon" not in jax.tree.leaves(labels):
+    raise ValueError(
+      "optim.name = 'muon': this network has no kernels of blocks for it to "
+      "move; take 'adamw'."
+    )
+  kernels = muon.scale(config.muon_beta, config.muon_rms)
+  return optax.partition({"muon": kernels, "adam": adam}, labels)
 
 
 def add_scaled_weights(
