@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from flowjax.flow import names, paths, spacings, times
@@ -287,15 +286,15 @@ def _by_sigma(
 def _sigmas(path: paths.Path, t: np.ndarray) -> np.ndarray:
   """Returns sigma / alpha in float64."""
   with jax.enable_x64(True), jax.ensure_compile_time_eval():
-    log_snr = path.log_snr(jnp.asarray(t))
+    log_snr = jax.jit(path.log_snr)(t)
     return np.exp(-0.5 * np.asarray(log_snr, np.float64))
 
 
 def _times_of(path: paths.Path, sigma: np.ndarray) -> np.ndarray:
   """Returns the times at which sigma / alpha is this, in float64."""
   with jax.enable_x64(True), jax.ensure_compile_time_eval():
-    log_snr = jnp.asarray(-2.0 * np.log(sigma))
-    return np.asarray(path.log_snr_inverse(log_snr), np.float64)
+    t = jax.jit(path.log_snr_inverse)(-2.0 * np.log(sigma))
+    return np.asarray(t, np.float64)
 
 
 def _of_indices(

@@ -1,5 +1,6 @@
 """Likelihood: exact for normal data on every path, and good to train by."""
 
+import itertools
 import math
 
 import jax
@@ -18,31 +19,43 @@ STRAIGHT = paths.straight()
 
 def correlated(path):
   """The velocity of x ~ N(MEAN_2, COV_22)."""
+  # Along the axes of COV_22, all of whose functions are diagonal there.
+  cov_2, axes_22 = np.linalg.eigh(COV_22)
 
   def field(x_B2, t):
     c = path.at(t, jnp.ones(()))
-    mean_2, cov_22 = jnp.asarray(MEAN_2), jnp.asarray(COV_22)
-    unit_22 = jnp.eye(2)
-    variance_22 = c.alpha**2 * cov_22 + c.sigma**2 * unit_22
-    rise_22 = c.alpha * c.alpha_dot * cov_22 + c.sigma * c.sigma_dot * unit_22
-    gap_B2 = x_B2 - (c.alpha * mean_2)[None]
-    slope_22 = rise_22 @ jnp.linalg.inv(variance_22)
-    return (c.alpha_dot * mean_2)[None] + gap_B2 @ slope_22.T
+    variance_2 = c.alpha**2 * cov_2 + c.sigma**2
+    rise_2 = c.alpha * c.alpha_dot * cov_2 + c.sigma * c.sigma_dot
+    gap_B2 = (x_B2 - (c.alpha * MEAN_2)[None]) @ axes_22
+    slope_B2 = gap_B2 * (rise_2 / variance_2)[None]
+    return (c.alpha_dot * MEAN_2)[None] + slope_B2 @ axes_22.T
 
   return field
 
 
+def density(field, path, x, times, **options):
+  """`likelihood.log_density`, as one program."""
+  return jax.jit(
+    lambda x: likelihood.log_density(field, path, x, times, **options)
+  )(x)
+
+
 def marginal(path, t):
   """The log-density of x_t."""
-  alpha, sigma = float(path.alpha(t)), float(path.sigma(t))
+  alpha, sigma = map(float, jax.jit(lambda t: path.at(t, t)[:2])(float(t)))
   cov = alpha**2 * COV_22 + sigma**2 * np.eye(2)
 
   def log_density(x_B2):
     gap_B2 = x_B2 - alpha * MEAN_2[None]
-    square_B = jnp.sum(gap_B2 @ np.linalg.inv(cov) * gap_B2, axis=-1)
+    square_B = (gap_B2 @ np.linalg.inv(cov) * gap_B2).sum(axis=-1)
     return -0.5 * square_B - 0.5 * math.log(np.linalg.det(2 * math.pi * cov))
 
   return log_density
+
+
+def key(seed=0):
+  # Compiles in half of the time that threefry takes.
+  return jax.random.key(seed, impl="rbg")
 
 
 def points(count=8):
@@ -59,20 +72,20 @@ def test_the_density_of_normal_data_is_exact_on_every_path(name):
   with jax.enable_x64(True):
     path = paths.build(name, **options)
     low, high = path.low, path.high
-    x = jnp.asarray(points())
+    x = points()
     # Even in the square root of t: sigma may grow like it.
     times = low + (high - low) * np.linspace(0.0, 1.0, 301) ** 2
     if path.steps:  # At the entries of a table the velocity jumps: step over.
       entries = np.arange(1, path.steps) / path.steps
       times = np.sort(np.append([low, high], [entries - 1e-9, entries + 1e-9]))
-    result = likelihood.log_density(
+    result = density(
       correlated(path), path, x, times, log_prior=marginal(path, high)
     )
     exact = marginal(path, low)(x)
     np.testing.assert_allclose(result.log_density_B, exact, atol=3e-6)
     if name == "straight":
       # It ends in N(0, 1), which is the prior by itself.
-      result = likelihood.log_density(correlated(path), path, x, times)
+      result = density(correlated(path), path, x, times)
       np.testing.assert_allclose(result.log_density_B, exact, atol=1e-8)
 
 
@@ -80,13 +93,10 @@ def test_the_density_of_normal_data_is_exact_on_every_path(name):
 def test_adaptive_solvers_are_exact_to_their_tolerance():
   pytest.importorskip("diffrax")
   with jax.enable_x64(True):
-    x = jnp.asarray(points())
-    ends = np.array([0.0, 1.0])
+    x, ends = points(), np.array([0.0, 1.0])
     for name in ("dopri5", "tsit5"):
       solver = solvers.build(name, STRAIGHT, rtol=1e-8, atol=1e-8)
-      result = likelihood.log_density(
-        correlated(STRAIGHT), STRAIGHT, x, ends, solver=solver
-      )
+      result = density(correlated(STRAIGHT), STRAIGHT, x, ends, solver=solver)
       np.testing.assert_allclose(
         result.log_density_B, marginal(STRAIGHT, 0.0)(x), atol=1e-7
       )
@@ -94,14 +104,16 @@ def test_adaptive_solvers_are_exact_to_their_tolerance():
 
 def test_a_sample_knows_its_density():
   with jax.enable_x64(True):
-    noise = jax.random.normal(jax.random.key(0), (5, 2), jnp.float64)
+    noise = np.random.default_rng(0).standard_normal((5, 2))
     down = np.linspace(1.0, 0.0, 101)
     field = correlated(STRAIGHT)
-    made = likelihood.sample(field, STRAIGHT, noise, down)
+    made = jax.jit(lambda x: likelihood.sample(field, STRAIGHT, x, down))(noise)
     np.testing.assert_allclose(
-      made.log_density_B, marginal(STRAIGHT, 0.0)(made.x), atol=1e-6
+      made.log_density_B,
+      marginal(STRAIGHT, 0.0)(np.asarray(made.x)),
+      atol=1e-6,
     )
-    back = likelihood.log_density(field, STRAIGHT, made.x, down[::-1])
+    back = density(field, STRAIGHT, made.x, down[::-1])
     np.testing.assert_allclose(back.x, noise, atol=1e-6)
     np.testing.assert_allclose(
       back.log_density_B, made.log_density_B, atol=1e-6
@@ -119,24 +131,29 @@ def test_one_probe_is_kept_for_the_whole_solve(name, law):
   # that form at e, if e stays what it is.
   with jax.enable_x64(True):
     path, rng = STRAIGHT, jax.random.key(3)
-    x = jnp.asarray(points(6))
     divergence = likelihood.hutchinson(law, probes=2)
-    result = likelihood.log_density(
-      correlated(path),
-      path,
-      x,
-      np.linspace(0.0, 1.0, 101),
-      solver=solvers.build(name, path),
-      divergence=divergence,
-      rng=rng,
-    )
-    probes_PB2 = divergence.draw(rng, x)
+
+    @jax.jit
+    def follow(x):
+      result = likelihood.log_density(
+        correlated(path),
+        path,
+        x,
+        np.linspace(0.0, 1.0, 101),
+        solver=solvers.build(name, path),
+        divergence=divergence,
+        rng=rng,
+      )
+      log_prior_B = likelihood.normal(1.0)(result.x)
+      return result.log_density_B, log_prior_B, divergence.draw(rng, x)
+
+    found_B, log_prior_B, probes_PB2 = follow(points(6))
     values, vectors = np.linalg.eigh(COV_22)
     log_22 = vectors @ np.diag(np.log(values)) @ vectors.T
     form_PB = np.einsum("pbi,ij,pbj->pb", probes_PB2, log_22, probes_PB2)
-    expected = likelihood.normal(1.0)(result.x) - 0.5 * form_PB.mean(axis=0)
+    expected = np.asarray(log_prior_B) - 0.5 * form_PB.mean(axis=0)
     bound = 1e-6 if name == "rk4" else 3e-4
-    np.testing.assert_allclose(result.log_density_B, expected, atol=bound)
+    np.testing.assert_allclose(found_B, expected, atol=bound)
 
 
 @pytest.mark.slow
@@ -148,20 +165,30 @@ def test_hutchinson_is_unbiased_and_exact_divergence_is_the_trace():
     flat = x.reshape(x.shape[0], 12)
     return (jnp.sin(flat @ matrix) * jnp.cos(t)).reshape(x.shape)
 
-  x = jax.random.normal(jax.random.key(0), (3, 2, 3, 2))
-  jacobian = jax.vmap(
-    jax.jacfwd(lambda x: field(x[None], 0.3).reshape(12)), in_axes=0
-  )(x).reshape(3, 12, 12)
+  x = np.random.default_rng(1).standard_normal((3, 2, 3, 2), np.float32)
+
+  @jax.jit
+  def known(x):
+    by_example = jax.jacfwd(lambda x: field(x[None], 0.3).reshape(12))
+    return field(x, 0.3), jax.vmap(by_example)(x).reshape(3, 12, 12)
+
+  expected, jacobian = map(np.asarray, known(x))
   trace_B = np.trace(jacobian, axis1=1, axis2=2)
+
+  def evaluate(divergence):
+    def found(x):
+      probes = divergence.draw(jax.random.key(1, impl="rbg"), x)
+      return divergence.evaluate(field, x, 0.3, probes)
+
+    return jax.jit(found)(x)
+
   for chunk in (5, 16):
-    v, divergence_B = likelihood.exact(chunk).evaluate(field, x, 0.3, ())
+    v, divergence_B = evaluate(likelihood.exact(chunk))
     np.testing.assert_allclose(divergence_B, trace_B, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(v, field(x, 0.3), rtol=1e-6)
+    np.testing.assert_allclose(v, expected, rtol=1e-6)
   for law in ("rademacher", "gaussian"):
-    estimate = likelihood.hutchinson(law, probes=4000)
-    probes = estimate.draw(jax.random.key(1), x)
-    v, divergence_B = estimate.evaluate(field, x, 0.3, probes)
-    np.testing.assert_allclose(v, field(x, 0.3), rtol=1e-6)
+    v, divergence_B = evaluate(likelihood.hutchinson(law, probes=4000))
+    np.testing.assert_allclose(v, expected, rtol=1e-6)
     spread = np.sqrt(2.0 * np.sum(jacobian**2, axis=(1, 2)) / 4000)
     assert np.all(np.abs(divergence_B - trace_B) < 4.0 * spread)
 
@@ -180,8 +207,9 @@ def test_gradients_are_those_of_the_closed_form(name, divergence):
   if name == "dopri5":
     pytest.importorskip("diffrax")
   solver = solvers.build(name, STRAIGHT)
-  x = jnp.asarray(points(3), jnp.float32)
+  x = points(3).astype(np.float32)
 
+  @jax.jit
   def total(k):
     result = likelihood.log_density(
       lambda x, t: k * x,
@@ -207,13 +235,14 @@ def test_a_flow_is_trained_by_maximum_likelihood():
     a, b = jax.random.normal(rng, (2, count))
     return jnp.stack([a, 0.5 * b + 0.5 * a**2 - 0.5], axis=-1)
 
-  def init(rng):
-    sizes = (3, 32, 32, 2)
+  def init():
+    random, sizes = np.random.default_rng(0), (3, 32, 32, 2)
+    scales = [
+      (0.1 if b == 2 else 1.0) / a**0.5 for a, b in itertools.pairwise(sizes)
+    ]
     return [
-      jax.random.normal(key, (a, b)) * (0.1 if b == 2 else 1.0) / a**0.5
-      for key, a, b in zip(
-        jax.random.split(rng, 3), sizes[:-1], sizes[1:], strict=True
-      )
+      scale * random.standard_normal(shape, np.float32)
+      for scale, shape in zip(scales, itertools.pairwise(sizes), strict=True)
     ]
 
   def velocity(params, x, t):
@@ -232,7 +261,7 @@ def test_a_flow_is_trained_by_maximum_likelihood():
     )
     return -jnp.mean(result.log_density_B)
 
-  params = init(jax.random.key(0))
+  params = init()
   optimiser = optax.adam(1e-2)
 
   @jax.jit
@@ -243,21 +272,21 @@ def test_a_flow_is_trained_by_maximum_likelihood():
       change, memory = optimiser.update(slope, memory)
       return (optax.apply_updates(params, change), memory), value
 
-    keys = jax.random.split(jax.random.key(1), 300)
+    keys = jax.random.split(key(1), 300)
     (params, _), values = jax.lax.scan(
       step, (params, optimiser.init(params)), keys
     )
     return params, values
 
   trained, values = train(params)
-  held_out = draw(jax.random.key(2), 4000)
+  held_out = np.asarray(jax.jit(draw, static_argnums=1)(key(2), 4000))
   # What a sample of this size says of the entropy itself.
   a, b = (
     held_out[:, 0],
     (held_out[:, 1] + 0.5 - 0.5 * held_out[:, 0] ** 2) / 0.5,
   )
   truth = float(
-    jnp.mean(0.5 * (a**2 + b**2)) + math.log(2 * math.pi) + math.log(0.5)
+    np.mean(0.5 * (a**2 + b**2)) + math.log(2 * math.pi) + math.log(0.5)
   )
   assert truth == pytest.approx(entropy, abs=0.05)
   # With other steps than it was trained with: it is the flow that fits.
@@ -270,7 +299,8 @@ def test_bits_per_dimension_count_the_bins():
   width = 2.0 / 255.0
   # Uniform over 256 bins from -1 to 1: 8 bits.
   log_density = -math.log(256.0 * width) * 48
-  bits = likelihood.bits_per_dimension(jnp.full((3,), log_density), 48, width)
+  log_density_B = np.full(3, log_density, np.float32)
+  bits = likelihood.bits_per_dimension(log_density_B, 48, width)
   np.testing.assert_allclose(bits, 8.0, rtol=1e-6)
 
 
@@ -288,7 +318,7 @@ def test_dequantised_values_fill_their_bins():
 
 
 def test_bad_input_is_refused():
-  x, up = jnp.ones((2, 2)), np.float32([0.0, 1.0])
+  x, up = np.ones((2, 2), np.float32), np.float32([0.0, 1.0])
   field = correlated(STRAIGHT)
   with pytest.raises(ValueError, match="must be one of rademacher"):
     likelihood.hutchinson("uniform")

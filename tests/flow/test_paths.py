@@ -1,5 +1,6 @@
 """Every path: its ends, its derivative, its signal-to-noise ratio."""
 
+import functools
 import math
 
 import jax
@@ -42,12 +43,18 @@ def build(case):
 
 
 PATHS = {case: build(case) for case in ENDS}
-every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+every_path = pytest.mark.parametrize("case", PATHS)
 
 
 def draw():
-  x, eps = np.random.default_rng(0).standard_normal((2, 5, 3, 2, 2), np.float32)
-  return jnp.asarray(x), jnp.asarray(eps)
+  return np.random.default_rng(0).standard_normal((2, 5, 3, 2, 2), np.float32)
+
+
+def of_all(function):
+  """Returns function(path, t) for every path, all in one program."""
+  return jax.jit(
+    lambda times: {case: function(PATHS[case], t) for case, t in times.items()}
+  )
 
 
 def within(path):
@@ -55,9 +62,60 @@ def within(path):
   return np.linspace(path.low, path.high, 103)
 
 
-def padded(*numbers):
-  """Returns 103 numbers: JAX compiles an operation once for each shape."""
-  return np.resize(np.asarray(numbers), 103)
+@functools.cache
+def meter(dtype):
+  """Returns a program that measures every path at its times, in `dtype`."""
+  x, eps = np.random.default_rng(0).standard_normal((2, 103, 2))
+
+  def measure(path, t):
+    log_snr = path.log_snr(t)
+    found = {
+      "t": t,
+      "at": path.at(t, t),
+      "log_snr": log_snr,
+      "t of it": path.log_snr_inverse(log_snr),
+    }
+    if dtype == np.float32:
+      return found
+    _, tangent = jax.jvp(
+      lambda t: path.interpolate(x, eps, t), (t,), (jnp.ones_like(t),)
+    )
+    levels = jnp.linspace(
+      jnp.minimum(log_snr[0], 15.0), jnp.maximum(log_snr[-1], -20.0), 103
+    )
+    return found | {
+      "velocity": path.velocity(x, eps, t),
+      "tangent": tangent,
+      "levels": levels,
+      "levels again": path.log_snr(path.log_snr_inverse(levels)),
+    }
+
+  return of_all(measure)
+
+
+@functools.cache
+def measured(dtype, *, rounded=False):
+  """Returns what there is to know of every path in float32 or in float64."""
+  first = np.float32 if rounded else dtype
+  times = {
+    case: within(path).astype(first).astype(dtype)
+    for case, path in PATHS.items()
+  }
+  with jax.enable_x64(dtype == np.float64):
+    return jax.tree.map(np.asarray, meter(dtype)(times))
+
+
+@functools.cache
+def interpolated():
+  """Returns x_t of both, of eps alone, of x alone: at t = 0 and at t = 1."""
+  x, eps = draw()
+  parts = ((x, eps), (0.0 * x, eps), (x, 0.0 * eps))
+
+  def interpolate(path, times):
+    return [[path.interpolate(*part, t) for part in parts] for t in times]
+
+  times = dict.fromkeys(PATHS, np.float32([0.0, 1.0]))
+  return jax.tree.map(np.asarray, of_all(interpolate)(times))
 
 
 def test_every_path_is_tested():
@@ -71,12 +129,12 @@ def test_the_ends_are_data_and_noise(case):
   for t, end in zip((0.0, 1.0), ENDS[case], strict=True):
     if end is None:
       continue
-    found, (alpha, sigma) = PATHS[case].interpolate(x, eps, t), end
+    (found, of_eps, of_x), (alpha, sigma) = interpolated()[case][int(t)], end
     np.testing.assert_allclose(found, alpha * x + sigma * eps, rtol=3e-6)
     # What is not there leaves no trace, not even of rounding.
     if end in (CLEAN, NOISE):
-      rest = PATHS[case].interpolate(sigma * x, alpha * eps, t)
-      np.testing.assert_array_equal(rest, jnp.zeros_like(x))
+      rest = of_eps if end == CLEAN else of_x
+      np.testing.assert_array_equal(rest, np.zeros_like(x))
   if ENDS[case][1] is not None:
     prior = ENDS[case][1][1]
     assert PATHS[case].prior_scale == pytest.approx(prior, rel=1e-6)
@@ -88,44 +146,38 @@ def test_the_prior_scale_is_known_while_tracing():
 
 
 @every_path
-def test_velocity_is_the_derivative_of_the_path(path):
-  with jax.enable_x64(True):
-    x, eps = np.random.default_rng(0).standard_normal((2, 103, 2))
-    t_B = jnp.asarray(within(path))
-    _, tangent = jax.jvp(
-      lambda t: path.interpolate(x, eps, t), (t_B,), (jnp.ones_like(t_B),)
-    )
-    found = path.velocity(x, eps, t_B)
-  np.testing.assert_allclose(found, tangent, rtol=1e-10, atol=1e-10)
+def test_velocity_is_the_derivative_of_the_path(case):
+  found = measured(np.float64)[case]
+  np.testing.assert_allclose(
+    found["velocity"], found["tangent"], rtol=1e-10, atol=1e-10
+  )
 
 
 @every_path
-def test_float32_loses_no_more_than_its_rounding(path):
-  t = jnp.asarray(within(path), jnp.float32)
-  with jax.enable_x64(True):
-    exact = path.at(jnp.asarray(t, jnp.float64), jnp.zeros(103, jnp.float64))
-  for found, expected in zip(path.at(t, t), exact, strict=True):
-    assert found.dtype == jnp.float32
+def test_float32_loses_no_more_than_its_rounding(case):
+  exact = measured(np.float64, rounded=True)[case]["at"]
+  single = measured(np.float32)[case]["at"]
+  for found, expected in zip(single, exact, strict=True):
+    assert found.dtype == np.float32 and expected.dtype == np.float64
     # Near 0 and 1 the times themselves are rounded: hence the absolute part.
     atol = 3e-7 * np.max(np.abs(expected))
     np.testing.assert_allclose(found, expected, rtol=5e-6, atol=atol)
-  np.testing.assert_allclose(path.sigma(t)[:-1], exact.sigma[:-1], rtol=3e-6)
+  np.testing.assert_allclose(single.sigma[:-1], exact.sigma[:-1], rtol=3e-6)
 
 
 @pytest.mark.parametrize("name", ["straight", "ddpm"])
 def test_each_example_has_its_own_time(name):
   path, (x, eps) = PATHS[name], draw()
-  t_B = jnp.linspace(0.1, 0.9, 5)
-  for method in (path.interpolate, path.velocity):
+  t_B = np.linspace(0.1, 0.9, 5, dtype=np.float32)
+  for method in (jax.jit(path.interpolate), jax.jit(path.velocity)):
     rows = [method(x[i], eps[i], t_B[i]) for i in range(5)]
     np.testing.assert_allclose(method(x, eps, t_B), np.stack(rows), rtol=1e-6)
 
 
 @every_path
-def test_log_snr_is_that_of_the_coefficients_and_falls(path):
-  with jax.enable_x64(True):
-    t = jnp.asarray(within(path))
-    found, (alpha, sigma, *_) = path.log_snr(t), path.at(t, t)
+def test_log_snr_is_that_of_the_coefficients_and_falls(case):
+  found = measured(np.float64)[case]["log_snr"]
+  alpha, sigma, *_ = measured(np.float64)[case]["at"]
   with np.errstate(divide="ignore"):
     expected = 2.0 * (np.log(alpha) - np.log(sigma))
   np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-10)
@@ -133,70 +185,105 @@ def test_log_snr_is_that_of_the_coefficients_and_falls(path):
 
 
 @every_path
-def test_log_snr_and_its_inverse(path):
-  t = jnp.asarray(within(path), jnp.float32)
-  np.testing.assert_allclose(
-    path.log_snr_inverse(path.log_snr(t)), t, atol=2e-7
-  )
-  with jax.enable_x64(True):
-    t = jnp.asarray(within(path))
-    log_snr = path.log_snr(t)
-    np.testing.assert_allclose(path.log_snr_inverse(log_snr), t, atol=1e-13)
-    least, most = max(log_snr[-1], -20.0), min(log_snr[0], 15.0)
-    log_snr = jnp.asarray(np.linspace(float(most), float(least), 103))
-    again = path.log_snr(path.log_snr_inverse(log_snr))
+def test_log_snr_and_its_inverse(case):
+  for dtype, atol in ((np.float32, 2e-7), (np.float64, 1e-13)):
+    found = measured(dtype)[case]
+    assert found["t of it"].dtype == dtype
+    np.testing.assert_allclose(found["t of it"], found["t"], atol=atol)
   # Near t = 1 lambda depends on 1 - t, of which t has rounded a part away.
-  np.testing.assert_allclose(again, log_snr, rtol=1e-9, atol=1e-9)
+  np.testing.assert_allclose(
+    found["levels again"], found["levels"], rtol=1e-9, atol=1e-9
+  )
+
+
+OUTSIDE = np.float32([-1.0, -1e-9, 0.0, 1e-30, 1.0, 1.01, 7.0])
+
+
+@functools.cache
+def anywhere(dtype):
+  """Returns the schedules, and their slopes, within every path and outside."""
+
+  def evaluate(path, t):
+    return {
+      "schedules": [
+        jax.jvp(schedule, (t,), (jnp.ones_like(t),))
+        for schedule in (path.alpha, path.sigma, path.alpha_dot, path.sigma_dot)
+      ],
+      "log_snr": path.log_snr(t),
+      "inverse": path.log_snr_inverse(
+        jnp.float32([-np.inf, -1e3, -60.0, 60.0, 1e3, np.inf])
+      ),
+    }
+
+  times = {
+    case: np.append(np.float32(within(path)), OUTSIDE).astype(dtype)
+    for case, path in PATHS.items()
+  }
+  return jax.tree.map(np.asarray, of_all(evaluate)(times))
 
 
 @every_path
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_finite_within_and_never_nan_outside(path, dtype):
-  schedules = (path.alpha, path.sigma, path.alpha_dot, path.sigma_dot)
-  inside = jnp.asarray(within(path), jnp.float32).astype(dtype)
-  outside = padded(-1.0, -1e-9, 0.0, 1e-30, 1.0, 1.01, 7.0)
-  outside = jnp.asarray(outside, jnp.float32).astype(dtype)
-  for schedule in schedules:
-    for t in (inside, outside):
-      slope = jax.jvp(schedule, (t,), (jnp.ones_like(t),))[1]
-      assert np.all(np.isfinite(schedule(t))) and np.all(np.isfinite(slope))
-  assert not np.any(np.isnan(path.log_snr(outside)))
-  extremes = padded(-np.inf, -1e3, -60.0, 60.0, 1e3, np.inf)
-  t = np.asarray(path.log_snr_inverse(jnp.asarray(extremes, jnp.float32)))
-  assert np.all((0.0 <= t) & (t <= 1.0)) and np.all(np.diff(t[:6]) <= 0.0)
+def test_finite_within_and_never_nan_outside(case, dtype):
+  found = anywhere(dtype)[case]
+  for value, slope in found["schedules"]:
+    assert np.all(np.isfinite(value)) and np.all(np.isfinite(slope))
+  assert not np.any(np.isnan(found["log_snr"]))
+  t = found["inverse"]
+  assert np.all((0.0 <= t) & (t <= 1.0)) and np.all(np.diff(t) <= 0.0)
+
+
+@functools.cache
+def slopes():
+  """Returns the gradients of a loss on every path, its ends among the times."""
+
+  def grads(path, t_B):
+    def loss(t_B, scale):
+      x, eps = draw().astype(scale.dtype)
+      x_t = path.interpolate(x, eps, t_B)
+      v = scale * x_t.astype(scale.dtype)
+      return jnp.mean((v - path.velocity(x, eps, t_B)) ** 2)
+
+    return {
+      dtype: jax.grad(loss, (0, 1))(t_B, jnp.ones((), dtype))
+      for dtype in ("float32", "bfloat16")
+    }
+
+  times = {
+    case: np.float32([0.0, path.low, 0.5, path.high, 1.0])
+    for case, path in PATHS.items()
+  }
+  return jax.tree.map(np.asarray, of_all(grads)(times))
 
 
 @every_path
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_the_gradient_of_a_loss_is_finite_at_both_ends(path, dtype):
-  x, eps = (a.astype(dtype) for a in draw())
-
-  def loss(t_B, scale):
-    x_t = path.interpolate(x, eps, t_B)
-    v = scale * x_t.astype(dtype)
-    return jnp.mean((v - path.velocity(x, eps, t_B)) ** 2)
-
-  t_B = jnp.array([0.0, path.low, 0.5, path.high, 1.0])
-  grads = jax.grad(loss, (0, 1))(t_B, jnp.ones((), dtype))
-  assert all(np.all(np.isfinite(grad)) for grad in grads)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gradient_of_a_loss_is_finite_at_both_ends(case, dtype):
+  for grad in slopes()[case][dtype]:
+    assert np.all(np.isfinite(grad.astype(np.float32)))
 
 
 def test_half_precision_is_widened():
-  x, eps = draw()
-  half = x.astype(jnp.bfloat16), eps.astype(jnp.bfloat16)
-  for t in (0.3, jnp.full((5,), 0.3)):
-    assert paths.straight().interpolate(*half, t).dtype == jnp.float32
-    assert paths.straight().velocity(*half, t).dtype == jnp.float32
+  half = draw().astype(jnp.bfloat16)
+  path = paths.straight()
+  for t in (0.3, np.full(5, 0.3, np.float32)):
+    for method in (path.interpolate, path.velocity):
+      assert jax.eval_shape(method, *half, t).dtype == jnp.float32
 
 
 def test_the_straight_path_is_that_of_rectified_flow():
   x, eps = draw()
   path = paths.straight()
-  np.testing.assert_allclose(
-    path.interpolate(x, eps, 0.25), 0.75 * x + 0.25 * eps, rtol=1e-6
-  )
-  np.testing.assert_allclose(path.velocity(x, eps, 0.25), eps - x, rtol=1e-6)
-  np.testing.assert_allclose(path.log_snr(0.25), 2 * np.log(3.0), rtol=1e-6)
+
+  @jax.jit
+  def at_a_quarter(x, eps):
+    v = path.velocity(x, eps, 0.25)
+    return path.interpolate(x, eps, 0.25), v, path.log_snr(0.25)
+
+  x_t, v, log_snr = at_a_quarter(x, eps)
+  np.testing.assert_allclose(x_t, 0.75 * x + 0.25 * eps, rtol=1e-6)
+  np.testing.assert_allclose(v, eps - x, rtol=1e-6)
+  np.testing.assert_allclose(log_snr, 2 * np.log(3.0), rtol=1e-6)
 
 
 # What the papers write, at 1 - t where they run from noise to data.
@@ -263,11 +350,20 @@ FORMULAS = [
 ]
 
 
-@pytest.mark.parametrize("case, formula", FORMULAS)
-def test_the_formulas_of_the_papers(case, formula):
+@functools.cache
+def late():
+  """Returns times from 0.01 on, and the coefficients of every path at them."""
   t = np.linspace(0.01, 1.0, 103)
   with jax.enable_x64(True):
-    alpha, sigma, alpha_dot, _ = PATHS[case].at(t, jnp.asarray(t))
+    times = dict.fromkeys(PATHS, t)
+    found = of_all(lambda path, t: path.at(t, t))(times)
+  return t, jax.tree.map(np.asarray, found)
+
+
+@pytest.mark.parametrize("case, formula", FORMULAS)
+def test_the_formulas_of_the_papers(case, formula):
+  t, found = late()
+  alpha, sigma, alpha_dot, _ = found[case]
   for found, expected in zip(
     (alpha, sigma, alpha_dot), formula(t), strict=True
   ):
@@ -282,28 +378,30 @@ def test_a_table_is_met_at_each_entry(zero):
   path = paths.table(root**2, "mine")
   assert (path.name, path.steps) == ("mine", 8)
 
+  @jax.jit
+  def schedules(t):
+    return {f: getattr(path, f)(t) for f in ("alpha", "sigma", "log_snr")}
+
   def at(schedule, t):
-    with jax.enable_x64(True):
-      return np.asarray(schedule(jnp.asarray(padded(*t))))[: len(t)]
+    return np.asarray(schedules(np.resize(t, 8))[schedule])[: len(t)]
 
   t = np.arange(1, 9) / 8
-  np.testing.assert_allclose(at(path.alpha, t), root, atol=1e-15)
-  np.testing.assert_allclose(
-    at(path.sigma, t), np.sqrt(1 - root**2), rtol=1e-14
-  )
-  # Continuous: the same from both sides of every entry.
-  for schedule in (path.alpha, path.sigma):
-    jump = at(schedule, t - 1e-12) - at(schedule, t + 1e-12)
-    np.testing.assert_allclose(jump, 0.0, atol=1e-10)
-  # Halfway between two entries so is lambda.
-  nodes = at(path.log_snr, t[:-1])
-  between = at(path.log_snr, t[:-2] + 1 / 16)
-  np.testing.assert_allclose(between, (nodes[1:] + nodes[:-1]) / 2)
-  # Before the first, sigma is linear; before a last of 0, alpha.
-  half = at(path.sigma, [1 / 16])
-  np.testing.assert_allclose(half, np.sqrt(1 - root[0] ** 2) / 2)
-  if zero:
-    np.testing.assert_allclose(at(path.alpha, [15 / 16]), root[-2] / 2)
+  with jax.enable_x64(True):
+    np.testing.assert_allclose(at("alpha", t), root, atol=1e-15)
+    np.testing.assert_allclose(at("sigma", t), np.sqrt(1 - root**2), rtol=1e-14)
+    # Continuous: the same from both sides of every entry.
+    for schedule in ("alpha", "sigma"):
+      jump = at(schedule, t - 1e-12) - at(schedule, t + 1e-12)
+      np.testing.assert_allclose(jump, 0.0, atol=1e-10)
+    # Halfway between two entries so is lambda.
+    nodes = at("log_snr", t[:-1])
+    between = at("log_snr", t[:-2] + 1 / 16)
+    np.testing.assert_allclose(between, (nodes[1:] + nodes[:-1]) / 2)
+    # Before the first, sigma is linear; before a last of 0, alpha.
+    half = at("sigma", [1 / 16])
+    np.testing.assert_allclose(half, np.sqrt(1 - root[0] ** 2) / 2)
+    if zero:
+      np.testing.assert_allclose(at("alpha", [15 / 16]), root[-2] / 2)
 
 
 def test_float32_times_find_their_entries():
@@ -317,24 +415,31 @@ def test_float32_times_find_their_entries():
 def test_tables_and_continuous_time_agree():
   # beta_i = beta(i / 999) / 1000, and the sum of log(1 - beta_i) is the
   # integral of -beta(t) but for its second order: 0.07 of lambda at t = 1.
-  t = jnp.linspace(0.01, 1.0, 103)
-  table, continuous = PATHS["ddpm"], PATHS["vp"]
-  np.testing.assert_allclose(table.alpha(t), continuous.alpha(t), atol=1.5e-3)
-  np.testing.assert_allclose(table.sigma(t), continuous.sigma(t), atol=2e-3)
-  difference = table.log_snr(t) - continuous.log_snr(t)
-  np.testing.assert_allclose(difference, 0.0, atol=0.08)
+  t = np.linspace(0.01, 1.0, 103, dtype=np.float32)
+
+  def of(t, *found):
+    @jax.jit
+    def evaluate(t):
+      return [(*path.at(t, t)[:2], path.log_snr(t)) for path in found]
+
+    return np.asarray(evaluate(t))
+
   # With steps of half the size and half the betas, half as far.
   finer = paths.build("ddpm", steps=2000, beta_start=5e-5, beta_end=1e-2)
-  ratio = finer.log_snr(t)[50:] - continuous.log_snr(t)[50:]
+  table, half, continuous = of(t, PATHS["ddpm"], finer, PATHS["vp"])
+  np.testing.assert_allclose(table[0], continuous[0], atol=1.5e-3)
+  np.testing.assert_allclose(table[1], continuous[1], atol=2e-3)
+  difference = table[2] - continuous[2]
+  np.testing.assert_allclose(difference, 0.0, atol=0.08)
+  ratio = half[2][50:] - continuous[2][50:]
   np.testing.assert_allclose(ratio / difference[50:], 0.5, atol=0.02)
   # The betas of the cosine table are made of its curve: exact at the entries,
   # 3e-5 between them, but for the cap of the last.
-  table, continuous = paths.build("cosine", steps=1000), PATHS["cosine"]
-  for times, atol in ((np.linspace(0.01, 0.99, 99), 2e-6), (t[:-2], 3e-5)):
-    times = jnp.asarray(padded(*times), jnp.float32)
-    for name in ("alpha", "sigma"):
-      found, expected = getattr(table, name)(times), getattr(continuous, name)
-      np.testing.assert_allclose(found, expected(times), atol=atol)
+  entries = np.float32(np.linspace(0.01, 0.99, 99))
+  pair = paths.build("cosine", steps=1000), PATHS["cosine"]
+  table, continuous = of(np.append(entries, t[:-2]), *pair)[:, :2]
+  np.testing.assert_allclose(table[:, :99], continuous[:, :99], atol=2e-6)
+  np.testing.assert_allclose(table, continuous, atol=3e-5)
 
 
 def test_narrowed_keeps_away_from_the_ends():

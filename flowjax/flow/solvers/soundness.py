@@ -37,16 +37,25 @@ def check(
   _check_order(solver, times)
   evaluated = times if _looks_ahead(solver) else times[:-1]
   _check_range(path, times, evaluated)
-  blind = evaluated[_alpha(path, evaluated) == 0.0]
-  if prediction in ("noise", "score") and blind.size:
+  if prediction in ("noise", "score"):
+    _check_data(prediction, path, evaluated)
+  if prediction == "data" and solver.prediction != "data":
+    _check_slope(solver, path, evaluated)
+
+
+def _check_data(
+  prediction: str, path: paths.Path, evaluated: np.ndarray
+) -> None:
+  with jax.ensure_compile_time_eval():
+    alpha = np.asarray(path.alpha(jnp.asarray(evaluated, jnp.float32)))
+  blind = evaluated[alpha == 0.0]
+  if blind.size:
     raise ValueError(
       f"A network that predicts {prediction} cannot be followed from t = "
       f"{blind[0]:g} on the path {path.name!r}: x_t is pure noise there, and "
       "that says nothing about the data. Train for 'v', 'velocity' or 'data', "
       "or stay below (paths.build(..., high=0.999))."
     )
-  if prediction == "data" and solver.prediction != "data":
-    _check_slope(solver, path, evaluated)
 
 
 def _check_order(solver: Any, times: np.ndarray) -> None:
@@ -114,8 +123,3 @@ def _looks_ahead(solver: Any) -> bool:
   """Whether the last step evaluates the field at its end, too."""
   nodes = getattr(solver, "nodes", (0.0,))
   return hasattr(solver, "run") or max(nodes) == 1.0
-
-
-def _alpha(path: paths.Path, times: np.ndarray) -> np.ndarray:
-  with jax.ensure_compile_time_eval():
-    return np.asarray(path.alpha(jnp.asarray(times, jnp.float32)))

@@ -1,5 +1,6 @@
 """Methods that remember: their order, their ends, and both directions."""
 
+import functools
 import math
 
 import jax
@@ -15,11 +16,22 @@ MEAN, STD = 0.7, 0.3
 
 def normal(*shape):
   random = np.random.default_rng(0)
-  return jnp.asarray(random.standard_normal(shape))
+  return random.standard_normal(shape)
 
 
-def deviation(path, t):
-  return jnp.sqrt((path.alpha(t) * STD) ** 2 + path.sigma(t) ** 2)
+build = functools.cache(paths.build)
+
+
+@functools.cache
+def marginals(path):
+  """Returns alpha and the deviation of x_t, as a program of t."""
+
+  @jax.jit
+  def at(t):
+    alpha = path.alpha(t)
+    return alpha, jnp.sqrt((alpha * STD) ** 2 + path.sigma(t) ** 2)
+
+  return at
 
 
 def field_of(path, prediction):
@@ -40,8 +52,9 @@ def field_of(path, prediction):
 
 def exact(path, x, start, end):
   """Where the flow carries x: it is linear about the mean."""
-  scale = deviation(path, end) / deviation(path, start)
-  return path.alpha(end) * MEAN + scale * (x - path.alpha(start) * MEAN)
+  alpha, deviation = map(np.asarray, marginals(path)(np.array([start, end])))
+  scale = deviation[1] / deviation[0]
+  return alpha[1] * MEAN + scale * (x - alpha[0] * MEAN)
 
 
 def error(solver, path, x):
@@ -58,7 +71,7 @@ def error(solver, path, x):
     for i in range(len(grid) - 1):
       state, memory = move(state, memory, grid[i], grid[i + 1], np.int32(i))
     expected = exact(path, x, grid[0], grid[-1])
-    return float(jnp.linalg.norm(state - expected))
+    return float(np.linalg.norm(state - expected))
 
   return end
 
@@ -108,26 +121,27 @@ def slope(name, options, path, ends, lead=True, steps=128):
 def test_the_measured_order_is_the_claimed_one(method, name, ends):
   solver, options, order = METHODS[method]
   lead = not solver.startswith("ab")
-  measured = slope(solver, options, paths.build(name), ends, lead)
+  measured = slope(solver, options, build(name), ends, lead)
   assert measured == pytest.approx(order, abs=0.35)
 
 
 def test_what_diffusers_takes_for_the_second_derivative_costs_an_order():
-  measured = slope("dpmpp_3m", {"compat": True}, paths.build("edm"), (0.9, 0.1))
+  measured = slope("dpmpp_3m", {"compat": True}, build("edm"), (0.9, 0.1))
   assert measured == pytest.approx(2.0, abs=0.25)
 
 
 @pytest.mark.slow
 def test_a_last_step_of_order_1_costs_unipc_its_order():
-  path = paths.build("vp")
+  path = build("vp")
   solver = solvers.build("unipc", path, order=3)
+  field = field_of(path, "data")
+  run = jax.jit(lambda x, times: solvers.solve(solver, field, x, times))
   with jax.enable_x64(True):
     x = normal(20)
     errors = []
     for steps in (40, 80):
       times = grid((0.7, 0.2), steps, lead=True)
-      end = solvers.solve(solver, field_of(path, "data"), x, times)
-      errors.append(float(jnp.linalg.norm(end - exact(path, x, 0.7, 0.2))))
+      errors.append(np.linalg.norm(run(x, times) - exact(path, x, 0.7, 0.2)))
   assert np.log2(errors[0] / errors[1]) == pytest.approx(2.0, abs=0.25)
 
 
@@ -140,48 +154,47 @@ def built(name, path):
   return solvers.build(name, path, **OPTIONS.get(name, {}))
 
 
+@functools.cache
+def straight(name):
+  """Returns a solve on the straight path as a program, and what it follows."""
+  path = build("straight")
+  solver = built(name, path)
+  field = field_of(path, solver.prediction)
+  run = jax.jit(lambda x, times: solvers.solve(solver, field, x, times))
+  return run, solver.prediction
+
+
 @pytest.mark.slow
 @every_method
 def test_from_end_to_end_and_back(name):
   # alpha = 0 at the one end and sigma = 0 at the other: both log-SNR infinite.
-  path = paths.straight()
-  solver = built(name, path)
-  field = field_of(path, solver.prediction)
-  eps = normal(50).astype(jnp.float32)
+  solver_ends, prediction = straight(name)
+  eps = normal(50).astype(np.float32)
   down = np.linspace(1.0, 0.0, 101, dtype=np.float32)
-  solver_ends = jax.jit(lambda x, t: solvers.solve(solver, field, x, t))
   x = solver_ends(eps, down)
   bound = 0.02 if name == "ddim" else 3e-3
   np.testing.assert_allclose(x, MEAN + STD * eps, atol=bound)
   back = solver_ends(MEAN + STD * eps, down[::-1])
   np.testing.assert_allclose(back, eps, atol=5.0 * bound)
   # Nor is anything infinite in the derivative.
-  slope = jax.grad(lambda x: jnp.sum(solver_ends(x, down)))(eps)
+  slope = jax.jit(jax.grad(lambda x: jnp.sum(solver_ends(x, down))))(eps)
   np.testing.assert_allclose(slope, STD, atol=bound)
 
 
 @every_method
 @pytest.mark.parametrize("ends", [(1.0, 0.0), (0.0, 1.0)])
 def test_a_single_step_from_end_to_end(name, ends):
-  path = paths.straight()
-  solver = built(name, path)
-  field = field_of(path, solver.prediction)
-  x = normal(3).astype(jnp.float32)
-  end = solvers.solve(solver, field, x, np.float32(ends))
+  run, prediction = straight(name)
+  end = run(normal(3).astype(np.float32), np.float32(ends))
   assert np.all(np.isfinite(end))
-  if solver.prediction == "data" and ends[1] == 0.0:
+  if prediction == "data" and ends[1] == 0.0:
     np.testing.assert_array_equal(end, np.full(3, np.float32(MEAN)))
 
 
 def test_ddim_on_the_straight_path_is_euler():
-  path = paths.straight()
-  x = normal(20).astype(jnp.float32)
+  x = normal(20).astype(np.float32)
   times = np.float32([1.0, 0.7, 0.3, 0.1, 0.0])
-  ends = []
-  for name in ("ddim", "euler"):
-    solver = solvers.build(name, path)
-    field = field_of(path, solver.prediction)
-    ends.append(solvers.solve(solver, field, x, times))
+  ends = [straight(name)[0](x, times) for name in ("ddim", "euler")]
   np.testing.assert_allclose(*ends, atol=1e-6)
 
 
@@ -199,13 +212,15 @@ def test_the_state_is_a_tree_in_float32_and_the_field_in_half(name):
     )
 
   x = normal(3).astype(jnp.bfloat16)
-  state = {"x": x, "other": jnp.ones((2, 2))}
-  ends = solvers.solve(solver, field, state, times, trajectory=True)
+  state = {"x": x, "other": np.ones((2, 2), np.float32)}
+  ends = jax.jit(
+    lambda x: solvers.solve(solver, field, x, times, trajectory=True)
+  )(state)
   assert ends["x"].shape == (5, 3) and ends["other"].shape == (5, 2, 2)
   assert ends["x"].dtype == jnp.float32
   assert set(seen) == {(jnp.dtype("float32"), jnp.dtype("float32"))}
   # A constant field: on the straight path from (0.9) to (0.1).
-  x = x.astype(jnp.float32)
+  x = x.astype(np.float32)
   keep = 1.0 / 9.0
   constant = {
     "velocity": x - 0.8 * 0.5,
@@ -224,7 +239,9 @@ def test_the_field_is_evaluated_as_often_as_is_said(name):
 
   solver = built(name, paths.straight())
   times = np.float32([0.9, 0.6, 0.5, 0.2])
-  solvers.solve(solver, field, jnp.ones(2), times)
+  jax.jit(lambda x: solvers.solve(solver, field, x, times))(
+    np.ones(2, np.float32)
+  )
   jax.effects_barrier()
   assert len(seen) == solver.evaluations(3)
   assert set(seen) <= set(times.tolist())
@@ -236,13 +253,14 @@ def test_adams_bashforth_is_exact_for_polynomials_on_any_grid():
     for name, power in (("ab2", 1), ("ab3", 2)):
       # Order 2 starts with Euler: from where the velocity is still.
       solver = solvers.build(name, paths.straight())
-      states = solvers.solve(
-        solver,
-        lambda x, t, p=power: t**p,
-        jnp.zeros(()),
-        times,
-        trajectory=True,
-      )
+
+      @jax.jit
+      def run(x, solver=solver, power=power):
+        return solvers.solve(
+          solver, lambda x, t: t**power, x, times, trajectory=True
+        )
+
+      states = run(np.float64(0.0))
       gained = np.diff(states)[power:]
       expected = np.diff(times ** (power + 1) / (power + 1))[power:]
       np.testing.assert_allclose(gained, expected, atol=1e-14)
@@ -250,9 +268,10 @@ def test_adams_bashforth_is_exact_for_polynomials_on_any_grid():
 
 def test_phis_keep_their_digits_at_every_size():
   z = np.concatenate([-np.logspace(-9, 2, 60), np.logspace(-9, 1, 60), [0.0]])
-  single = exponential.phis(jnp.float32(z), 4)
+  phis = jax.jit(exponential.phis, static_argnums=1)
+  single = phis(np.float32(z), 4)
   with jax.enable_x64(True):
-    double = exponential.phis(jnp.asarray(np.float64(np.float32(z))), 4)
+    double = phis(np.float64(np.float32(z)), 4)
     # phi_k(z) = int_0^1 e^{(1 - s) z} s^{k-1} / (k-1)! ds
     s, w = np.polynomial.legendre.leggauss(80)
     s, w = 0.5 * (s + 1.0), 0.5 * w
