@@ -220,6 +220,7 @@ def _scattered(x, groups, place, lead):
 
   def scatter(x):
     # A device has one copy, and of what was batched over devices one as well.
+    # A kernel keeps its dims: flattened to two, fewer are scattered on TPUs.
     shape, own = x.shape[: len(lead)], x.shape[len(lead) + len(groups) :]
     kept = tuple(n for n in shape if n > 1)
     found = jax.lax.psum_scatter(

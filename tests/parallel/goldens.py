@@ -18,6 +18,7 @@ import json
 import pathlib
 import runpy
 import sys
+from importlib import metadata
 
 ROOT = pathlib.Path(__file__).parents[2]
 if __name__ == "__main__":  # The devices and the flags of the tests.
@@ -107,6 +108,12 @@ def is_possible(name: str) -> bool:
   return where is None or topology.is_installed(topology.parse(where))
 
 
+def compilers(name: str) -> dict[str, str]:
+  """Returns the versions by which what is sent for a name was decided."""
+  packages = ("jax",) if PLACES[name.split()[0]] is None else ("jax", "libtpu")
+  return {package: metadata.version(package) for package in packages}
+
+
 def moved(run: parts.Parts) -> list[collectives.Collective]:
   """Compiles the step of a run and returns what it sends."""
   text = loop.lower_step(run).compile().as_text()
@@ -160,7 +167,7 @@ def main() -> int:
       continue
     if flags.update:
       table[name] = found
-      table["jax"] = jax.__version__
+      table.update(compilers(name))
       TABLE.write_text(json.dumps(table, indent=1) + "\n")
       print(f"{name}: written", flush=True)
       continue
