@@ -1,5 +1,7 @@
 """The whole path of text to image, on a network trained for a moment."""
 
+import contextlib
+import io
 import json
 import pathlib
 import sys
@@ -9,6 +11,7 @@ import pytest
 from PIL import Image
 
 from flowjax import __main__ as door
+from flowjax.commands import restored
 
 LAUNCH = pathlib.Path(__file__).parents[1] / "launch"
 SMALL = (
@@ -32,12 +35,13 @@ SMALL = (
 TOKENS = ("data.tokens", "text.tokens", "model.text_tokens")
 
 
-@pytest.fixture(name="demo_text")
-def _demo_text(monkeypatch):
-  monkeypatch.syspath_prepend(str(LAUNCH))
-  import demo_text
+@pytest.fixture(name="demo_text", scope="module")
+def _demo_text():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(str(LAUNCH))
+    import demo_text
 
-  yield demo_text
+    yield demo_text
   for name in ("demo", "demo_text"):
     sys.modules.pop(name, None)
 
@@ -66,25 +70,43 @@ def test_goals_are_met_or_missed(demo_text, changed, missed):
   assert list(found.values()).count(False) == missed
 
 
-@pytest.mark.slow
-def test_the_demo_trains_scores_and_draws(demo_text, tmp_path, capsys):
-  small = (*SMALL, "--num=8", "--judge_steps=2")
-  assert demo_text.main(str(tmp_path), *small) == 1
+@pytest.fixture(name="demo", scope="module")
+def _demo(demo_text, tmp_path_factory):
+  """Returns the workdir of a demo, its exit code, and what it said."""
+  workdir, said = tmp_path_factory.mktemp("demo"), io.StringIO()
+  with contextlib.redirect_stdout(said):
+    code = demo_text.main(str(workdir), *SMALL, "--num=8", "--judge_steps=2")
+  return workdir, code, said.getvalue()
 
-  out = capsys.readouterr().out
+
+@pytest.fixture(name="found", scope="module")
+def _found(demo):
+  return restored.open(demo[0])
+
+
+@pytest.mark.slow(15)
+def test_the_demo_trains_scores_and_draws(demo):
+  workdir, code, out = demo
+  assert code == 1
   assert "MISSED  with guidance, at least 85% of the digits" in out
   told = out.split("Where everything is:")[1].splitlines()
-  files = [line.split()[-1] for line in told if str(tmp_path) in line]
+  files = [line.split()[-1] for line in told if str(workdir) in line]
   assert len(files) == 7
   assert all(pathlib.Path(file).exists() for file in files)
-  report = json.loads((tmp_path / "report.json").read_text())
+  report = json.loads((workdir / "report.json").read_text())
   for name in ("seen", "held_out", "unguided", "shuffled", "judge"):
     assert set(report[name]) == {"digits", "colours", "relations"}
   assert report["samples"] == 8
-  sheet = np.asarray(Image.open(tmp_path / "prompts.png"))
+  sheet = np.asarray(Image.open(workdir / "prompts.png"))
   assert sheet.shape[1] > 4 * 160
 
-  into = f"--workdir={tmp_path}"
+
+def test_captions_that_cannot_be_are_refused(
+  demo, found, tmp_path, capsys, monkeypatch
+):
+  # Read once for all, as that takes a second.
+  monkeypatch.setattr(restored, "open", lambda *_, **__: found)
+  into = f"--workdir={demo[0]}"
   for words, said in (
     (["--prompt=a crimson 3"], "was never told 'crimson'"),
     (["--negative-prompt=a red 3"], "say by --prompt"),
@@ -100,29 +122,33 @@ def test_the_demo_trains_scores_and_draws(demo_text, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_prompts_come_in_turn_and_captions_that_are_cut_are_counted(
-  tmp_path, capsys
-):
-  into = f"--workdir={tmp_path}"
-  config = f"--config={LAUNCH.parent}/configs/scenes_mmdit.py"
-  short = [f"--config.{key}=9" for key in TOKENS]
-  assert door.main(["train", config, into, *SMALL, *short]) == 0
-  assert "times a caption was cut" in capsys.readouterr().out
-  rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
-  assert 0 < json.loads(rows[-1])["truncated_captions"] < 16
+def test_prompts_come_in_turn(demo, found, tmp_path, monkeypatch):
+  monkeypatch.setattr(restored, "open", lambda *_, **__: found)
   lines = tmp_path / "prompts.txt"
   lines.write_text("a blue 7\n\na green 2 in the middle\n")
 
   def drawn(*words):
     out = tmp_path / "out.npy"
+    into = f"--workdir={demo[0]}"
     assert door.main(["sample", into, f"--out={out}", *words]) == 0
     return np.load(out)
 
-  both = drawn("--prompt=a red 3", f"--prompts={lines}", "--guidance=4")
+  both = drawn("--prompt=a red 3", f"--prompts={lines}", "--guidance=2")
   assert both.shape == (3, 32, 32, 3)
   away = ["--negative-prompt=a white 1 above a blue 5"]
-  other = drawn("--prompt=a red 3", "--guidance=4", *away)
+  other = drawn("--prompt=a red 3", "--guidance=2", *away)
   assert 0.0 < np.abs(other[0] - both[0]).max()
   plain = drawn("--prompt=a red 3", "--guidance=1", *away)
   same = drawn("--prompt=a red 3", "--guidance=1")
   np.testing.assert_array_equal(plain, same)
+
+
+@pytest.mark.slow
+def test_captions_that_are_cut_are_counted(tmp_path, capsys):
+  config = f"--config={LAUNCH.parent}/configs/scenes_mmdit.py"
+  short = [f"--config.{key}=9" for key in TOKENS]
+  short += ["--config.log.samples_every=0", f"--workdir={tmp_path}"]
+  assert door.main(["train", config, *SMALL, *short]) == 0
+  assert "times a caption was cut" in capsys.readouterr().out
+  rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  assert 0 < json.loads(rows[-1])["truncated_captions"] < 16

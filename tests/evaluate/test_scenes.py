@@ -19,11 +19,11 @@ def test_a_detector_learns_to_see_what_is_in_real_scenes():
   source = scenes.of_digits(SCENES, "train", "all", length=2**20)
 
   def batches(step):
-    drawn = [source.scene(64 * step + i) for i in range(64)]
+    drawn = [source.scene(24 * step + i) for i in range(24)]
     images = np.stack([source.painted(scene) for scene in drawn])
     return images, [scene.things for scene in drawn]
 
-  judge = judges.fit(batches, colours=tuple(scenes.COLOURS), seed=0, steps=40)
+  judge = judges.fit(batches, colours=tuple(scenes.COLOURS), seed=0, steps=60)
   asked = [source.scene(10**6 + i) for i in range(50)]
   seen = judge.see(np.stack([source.painted(scene) for scene in asked]))
   found = judges.agreement(asked, seen, scenes.holds)

@@ -3,6 +3,7 @@
 # Shape suffixes: B batch, H height, W width, C channels, K codes, D width.
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,17 @@ def abstract(config):
   return network, jax.eval_shape(network.init, jax.random.key(0))
 
 
+@functools.cache
+def traced(config):
+  """Returns the number of parameters, and what an image of 512 becomes."""
+  network, params = abstract(config)
+  x = jax.ShapeDtypeStruct((1, 512, 512, 3), jnp.float32)
+  moments = jax.eval_shape(network.encode, params, x)
+  image = jax.eval_shape(network.decode, params, moments[0])
+  count = sum(leaf.size for leaf in jax.tree.leaves(params))
+  return count, *(each.shape for each in (*moments, image))
+
+
 @pytest.mark.parametrize(
   ("size", "count"),
   [
@@ -41,13 +53,13 @@ def abstract(config):
 )
 def test_published_sizes(size, count):
   config = autoencoder.sized(size)
-  network, params = abstract(config)
-  assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
   assert config.factor == 8
-  x = jax.ShapeDtypeStruct((1, 512, 512, 3), jnp.float32)
-  mean, log_variance = jax.eval_shape(network.encode, params, x)
-  assert mean.shape == (1, 64, 64, config.latent_channels) == log_variance.shape
-  assert jax.eval_shape(network.decode, params, mean).shape == x.shape
+  # Two and two differ in what neither parameters nor shapes depend on.
+  alike = dataclasses.replace(
+    config, image_size=(512, 512), scaling_factor=1.0, shift_factor=None
+  )
+  latents = (1, 64, 64, config.latent_channels)
+  assert traced(alike) == (count, latents, latents, (1, 512, 512, 3))
 
 
 @pytest.mark.parametrize("config", BOTH)
@@ -64,7 +76,11 @@ def test_flops_are_those_of_the_program(config):
 
 @pytest.fixture(name="params", scope="module")
 def _params():
-  return jax.jit(lambda key: autoencoder.init(TINY, key))(jax.random.key(0))
+  rng = np.random.default_rng(0)
+  return jax.tree.map(
+    lambda leaf: 0.3 * rng.standard_normal(leaf.shape, np.float32),
+    abstract(TINY)[1],
+  )
 
 
 def images(*shape):
@@ -101,18 +117,30 @@ def test_tiles_of_what_needs_no_surroundings_are_the_whole():
 
 def test_latents_are_scaled_and_back():
   config = autoencoder.sized("flux")
-  z = images(1, 2, 2, 16)
-  scaled = autoencoder.scaled(config, z)
+  z = np.asarray(images(1, 2, 2, 16))
+
+  @jax.jit
+  def there_and_back(z):
+    scaled = autoencoder.scaled(config, z)
+    return scaled, autoencoder.unscaled(config, scaled)
+
+  scaled, again = there_and_back(z)
   np.testing.assert_allclose(scaled, (z - 0.1159) * 0.3611, rtol=1e-5)
-  np.testing.assert_allclose(autoencoder.unscaled(config, scaled), z, atol=1e-6)
+  np.testing.assert_allclose(again, z, atol=1e-6)
 
 
 def test_drawn_latents_have_their_mean_and_variance():
-  mean, log_variance = jnp.full((1, 64, 64, 4), 2.0), jnp.log(9.0)
-  z = autoencoder.sample(mean, log_variance, jax.random.key(0))
+  mean = np.full((1, 64, 64, 4), 2.0, np.float32)
+  log_variance = np.full_like(mean, np.log(9.0))
+  z, found = jax.jit(
+    lambda *moments: (
+      autoencoder.sample(*moments, jax.random.key(0)),
+      autoencoder.divergence(*moments),
+    )
+  )(mean, log_variance)
+  z = np.asarray(z)
   np.testing.assert_allclose((z.mean(), z.std()), (2.0, 3.0), atol=0.1)
   # KL(N(2, 9) | N(0, 1)) = (4 + 9 - 1 - log 9) / 2.
-  found = autoencoder.divergence(mean, jnp.full_like(mean, log_variance))
   one = (4.0 + 9.0 - 1.0 - np.log(9.0)) / 2.0
   np.testing.assert_allclose(found, [one * mean.size], rtol=1e-5)
 
@@ -121,14 +149,16 @@ def test_statistics_are_in_float32():
   """In bfloat16 a mean of 1000 would swallow what deviates from it."""
   norm = convolutions.GroupNorm(2, silu=False)
   x_BHWC = (1000.0 + 8.0 * images(1, 32, 32, 4)).astype(jnp.bfloat16)
-  params = norm.init(jax.random.key(0), x_BHWC)
-  y_BHWC = norm.apply(params, x_BHWC)
+  y_BHWC, _ = jax.jit(norm.init_with_output)(jax.random.key(0), x_BHWC)
   assert y_BHWC.dtype == jnp.bfloat16
-  assert abs(float(y_BHWC.astype(jnp.float32).std()) - 1.0) < 0.02
+  assert abs(np.asarray(y_BHWC, np.float32).std() - 1.0) < 0.02
 
 
 def test_blocks_are_computed_again():
-  """With remat="full" the gradient has their convolutions once more."""
+  """With remat="full" the gradient has their first convolutions once more.
+
+  What the second ones make it needs in no other place.
+  """
   x = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
 
   def convolutions_of(remat):
@@ -139,25 +169,33 @@ def test_blocks_are_computed_again():
 
     return flops.of(jax.grad(loss), abstract(config)[1], x).flops
 
-  assert convolutions_of("full") > 1.1 * convolutions_of("none")
+  # Encoder and decoder, 16x16 with 16 channels and 8x8 with 32; a block takes
+  # the channels of the level before.
+  pairs = 16 * (16 + 16 + 32) * 16**2 + 32 * (16 + 32 + 32) * 8**2
+  assert convolutions_of("full") == convolutions_of("none") + 2 * 9 * pairs
 
 
 def test_a_latent_becomes_the_nearest_vector():
-  code_KD = jnp.array([[0.0, 0.0], [1.0, 0.0], [0.0, 3.0]])
+  code_KD = np.array([[0, 0], [1, 0], [0, 3]], np.float32)
   params = {"codebook": {"embedding": code_KD}}
-  z = jnp.array([[0.6, 0.1], [0.4, -9.0], [0.0, 1.6]]).reshape(1, 1, 3, 2)
-  chosen, index = vq.quantise(params, z)
-  assert index.tolist() == [[[1, 0, 2]]]
-  np.testing.assert_array_equal(chosen[0, 0], code_KD[jnp.array([1, 0, 2])])
+  z = np.array([[0.6, 0.1], [0.4, -9.0], [0.0, 1.6]], np.float32)
+  z = z.reshape(1, 1, 3, 2)
 
   def through(z):
-    return jnp.sum(3.0 * vq.straight_through(z, vq.quantise(params, z)[0]))
+    chosen, index = vq.quantise(params, z)
+    return jnp.sum(3.0 * vq.straight_through(z, chosen)), (chosen, index)
 
-  np.testing.assert_allclose(through(z), 3.0 * chosen.sum(), rtol=1e-6)
-  np.testing.assert_allclose(jax.grad(through)(z), 3.0)
-  in_use = vq.perplexity(3, index, jnp.ones(1))
+  pull = jax.jit(jax.value_and_grad(through, has_aux=True))
+  (value, (chosen, index)), slope = pull(z)
+  assert index.tolist() == [[[1, 0, 2]]]
+  np.testing.assert_array_equal(chosen[0, 0], code_KD[[1, 0, 2]])
+  np.testing.assert_allclose(value, 3.0 * np.sum(chosen), rtol=1e-6)
+  np.testing.assert_allclose(slope, 3.0)
+  perplexity = jax.jit(vq.perplexity, static_argnums=0)
+  in_use = perplexity(3, index, np.ones(1, np.float32))
   np.testing.assert_allclose(in_use, 3.0, rtol=1e-5)
-  assert vq.perplexity(3, jnp.zeros((2, 1, 1), int), jnp.array([1.0, 0.0])) == 1
+  masked = np.array([1, 0], np.float32)
+  assert perplexity(3, np.zeros((2, 1, 1), np.int32), masked) == 1
 
 
 @pytest.mark.parametrize(
