@@ -159,6 +159,8 @@ def encode(work: encoding.Work) -> archive.Index:
 
 def verify(folder: pathlib.Path) -> None:
   """Looks at every shard; raises DataError that names what is wrong."""
+  if not folder.is_dir():
+    raise errors.DataError(f"There is no folder {folder}: correct --out.")
   index = archive.read(folder)
   keys = index.plan.shards()
   mine = keys[jax.process_index() :: jax.process_count()]

@@ -164,10 +164,13 @@ def latent_size(
   return size[0] // factor, size[1] // factor
 
 
-def pictures(parts: frozen.Frozen, z_NHWC: np.ndarray) -> np.ndarray:
+def pictures(
+  parts: frozen.Frozen, z_NHWC: np.ndarray, *, tiled: bool = False
+) -> np.ndarray:
   """Returns the images of latents, one at a time on each device."""
   assert parts.mesh is not None
-  return parts.decode(z_NHWC, at_once=meshes.batch_ways(parts.mesh))
+  at_once = meshes.batch_ways(parts.mesh)
+  return parts.decode(z_NHWC, at_once, tiled=tiled)
 
 
 def _is_ours(source: pathlib.Path) -> bool:
