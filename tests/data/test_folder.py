@@ -222,7 +222,9 @@ def test_other_channels_are_latents_in_arrays(tmp_path):
   np.testing.assert_array_equal(record["image"], latents)
 
 
-@pytest.mark.parametrize("what", ["shape", "bytes", "pickle"])
+@pytest.mark.parametrize(
+  "what", ["shape", "bytes", "pickle", "words", "archive", "bomb"]
+)
 def test_an_array_that_is_no_latent_names_its_file(tmp_path, what):
   path = tmp_path / "cat" / "a.npy"
   path.parent.mkdir()
@@ -231,6 +233,15 @@ def test_an_array_that_is_no_latent_names_its_file(tmp_path, what):
     path.write_bytes(path.read_bytes()[:90])
   if what == "pickle":
     np.save(path, np.array([{}], object), allow_pickle=True)
+  if what == "words":
+    np.save(path, np.full((8, 8, 4), "word"))
+  if what == "archive":
+    with path.open("wb") as file:
+      np.savez(file, image=np.zeros((8, 8, 4)))
+  if what == "bomb":
+    claim = {"descr": "<f4", "fortran_order": False, "shape": (10**6, 10**9)}
+    with path.open("wb") as file:
+      np.lib.format.write_array_header_1_0(file, claim)
   source = sources.open(config_of(tmp_path, channels=4), "train")
   with pytest.raises(sources.Corrupt, match="a.npy"):
     _ = source[0]
