@@ -288,7 +288,7 @@ class Frozen:
       tile = functools.partial(whole_image, params)
       return tiles.decode(config, tile, z_BHWC)
 
-    run = {
+    run: dict[str, Any] = {
       "encode": jax.jit(encode),
       "decode": whole_image,
       "decode_tiled": decode_tiled,
