@@ -4,6 +4,7 @@
 
 import dataclasses
 import io
+import warnings
 
 import numpy as np
 
@@ -201,4 +202,8 @@ def _pillow():
     raise errors.UserError(
       "Image files need pillow, which is not installed: pip install pillow"
     ) from error
+  # How large is too large, config.data.max_pixels says.
+  kind = PIL.Image.DecompressionBombWarning
+  if not any(each[2] is kind for each in warnings.filters):
+    warnings.simplefilter("ignore", kind)
   return PIL
