@@ -159,6 +159,8 @@ def encode(work: encoding.Work) -> archive.Index:
 
 def verify(folder: pathlib.Path) -> None:
   """Looks at every shard; raises DataError that names what is wrong."""
+  if not folder.is_dir():
+    raise errors.DataError(f"There is no folder {folder}: correct --out.")
   index = archive.read(folder)
   keys = index.plan.shards()
   mine = keys[jax.process_index() :: jax.process_count()]
@@ -205,16 +207,13 @@ def frozen(
 def refuse_others(
   config: experiment.Experiment, directory: pathlib.Path
 ) -> None:
-  """Refuses latents that other networks made than those of config.pipeline.
-
-  A folder that is not found from here is looked for in the workdir.
-  """
+  """Refuses latents that other networks made than those of config.pipeline."""
   encoded = arrayrecord.of(config.data)
   if encoded is None or config.pipeline is None or not encoded.about["frozen"]:
     return
-  folder = pathlib.Path(config.pipeline)
-  folder = folder if folder.is_dir() else directory / folder
-  found = frozen(str(folder)).fingerprint()
+  from flowjax.commands import pipeline
+
+  found = frozen(str(pipeline.folder(directory, config))).fingerprint()
   made, here = ({**f, "dtype": None} for f in (encoded.about["frozen"], found))
   if rows := schema.difference(made, here, "frozen"):
     raise errors.DataError(

@@ -23,16 +23,20 @@ FOLDER = "pipeline"
 def folder(
   directory: pathlib.Path, config: experiment.Experiment
 ) -> pathlib.Path | None:
-  """Returns the folder that config.pipeline names, from the workdir on."""
+  """Returns the folder that config.pipeline names, from the workdir on.
+
+  What is not there is looked for from where the command is given.
+  """
   if config.pipeline is None:
     return None
-  found = directory / config.pipeline
-  if not found.is_dir():
-    raise errors.UserError(
-      f"config.pipeline = {config.pipeline!r}: there is no folder {found}. "
-      "Copy it there from where the run was imported."
-    )
-  return found
+  inside, here = directory / config.pipeline, pathlib.Path(config.pipeline)
+  for found in (inside, here.expanduser()):
+    if found.is_dir():
+      return found
+  raise errors.UserError(
+    f"config.pipeline = {config.pipeline!r}: there is no folder {inside}, nor "
+    "one of that name from here. Copy it there from where the run was imported."
+  )
 
 
 def open(directory: pathlib.Path) -> frozen.Frozen | None:
@@ -164,10 +168,13 @@ def latent_size(
   return size[0] // factor, size[1] // factor
 
 
-def pictures(parts: frozen.Frozen, z_NHWC: np.ndarray) -> np.ndarray:
+def pictures(
+  parts: frozen.Frozen, z_NHWC: np.ndarray, *, tiled: bool = False
+) -> np.ndarray:
   """Returns the images of latents, one at a time on each device."""
   assert parts.mesh is not None
-  return parts.decode(z_NHWC, at_once=meshes.batch_ways(parts.mesh))
+  at_once = meshes.batch_ways(parts.mesh)
+  return parts.decode(z_NHWC, at_once, tiled=tiled)
 
 
 def _is_ours(source: pathlib.Path) -> bool:

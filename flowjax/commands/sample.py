@@ -82,6 +82,12 @@ def add_flags(parser) -> None:
     action="store_true",
     help="leave what is drawn as it is: of a run with config.pipeline, latents",
   )
+  parser.add_argument(
+    "--tiles",
+    action="store_true",
+    help="make pictures larger than those of the autoencoder's training in "
+    "tiles of that size, which needs less memory",
+  )
   restored.add_method(parser, scales=True)
   parser.add_argument(
     "--worse",
@@ -114,6 +120,11 @@ def run(args) -> None:
   _check_texts(args, captions)
   # Before the network needs the memory, the encoders have it.
   parts = pipeline.open(args.workdir)
+  if args.tiles and (args.latents or not parts):
+    raise errors.UserError(
+      "--tiles is how the autoencoder of config.pipeline makes pictures, and "
+      + ("--latents leaves it out." if args.latents else "this run has none.")
+    )
   texts = None
   if parts and captions:
     texts = pipeline.texts(parts, captions, args.negative_prompt)
@@ -153,9 +164,9 @@ def run(args) -> None:
       images - originals, args.guidance or (method.guidance.scale,)
     )
   if parts and not args.latents:
-    images = pipeline.pictures(parts, images)
+    images = pipeline.pictures(parts, images, tiled=args.tiles)
     if originals is not None:
-      originals = pipeline.pictures(parts, originals)
+      originals = pipeline.pictures(parts, originals, tiled=args.tiles)
   if distributed.is_first():
     if texts is None:
       captions = drawing.captions(found.run, count)

@@ -168,7 +168,8 @@ def _labels(
   if not classes and not top.images:
     raise errors.DataError(
       f"The folder {root!r} is empty: it should hold one folder of images for "
-      "each class."
+      f"each class, and has no {'/'.join(endings)}. (With config.data.channels "
+      "1 or 3 these are images, with any other number latents in .npy.)"
     )
   if top.images:
     raise errors.DataError(

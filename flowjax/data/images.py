@@ -4,6 +4,7 @@
 
 import dataclasses
 import io
+import warnings
 
 import numpy as np
 
@@ -129,17 +130,31 @@ def decode_array(
 ) -> np.ndarray:
   """Reads a `.npy` array [H, W, C], such as the latents of an image.
 
-  Raises `sources.Corrupt` with `name` if it is none or has another shape.
+  Raises `sources.Corrupt` with `name` if it is none, or has another shape: its
+  header alone is read until that is known, as it may claim any size.
   """
   try:
-    array_HWC = np.load(io.BytesIO(content), allow_pickle=False)
+    found, kind = _header(content)
+    fits = found == shape and kind.kind in "fiu"
+    array = np.load(io.BytesIO(content), allow_pickle=False) if fits else None
   except (ValueError, EOFError, OSError) as error:
     raise sources.Corrupt(f"{name} is corrupt: {_reason(error)}.") from error
-  if array_HWC.shape != shape:
+  if array is None:
     raise sources.Corrupt(
-      f"{name} has shape {array_HWC.shape}, and {shape} is asked for."
+      f"{name} has shape {found} of {kind}, and numbers of {shape} are asked "
+      "for."
     )
-  return array_HWC.astype(np.float32)
+  return array.astype(np.float32)
+
+
+def _header(content: bytes) -> tuple[tuple[int, ...], np.dtype]:
+  """Returns what a `.npy` array says of itself; raises ValueError for none."""
+  file = io.BytesIO(content)
+  if np.lib.format.read_magic(file) == (1, 0):
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+  else:
+    shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+  return shape, dtype
 
 
 def check_channels(channels: int) -> None:
@@ -187,4 +202,8 @@ def _pillow():
     raise errors.UserError(
       "Image files need pillow, which is not installed: pip install pillow"
     ) from error
+  # How large is too large, config.data.max_pixels says.
+  kind = PIL.Image.DecompressionBombWarning
+  if not any(each[2] is kind for each in warnings.filters):
+    warnings.simplefilter("ignore", kind)
   return PIL

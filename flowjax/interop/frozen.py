@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import pathlib
 from typing import Any
 
@@ -35,7 +34,7 @@ from flowjax.interop import (
   vae,
   weights,
 )
-from flowjax.models import autoencoder
+from flowjax.models import autoencoder, tiles
 from flowjax.parallel import mesh as meshes
 from flowjax.parallel import placing, rules
 
@@ -122,12 +121,16 @@ class Frozen:
     """
     return self._on_rows(self._part("vae"), "encode", x_BHWC)
 
-  def decode(self, z_BHWC: Any, at_once: int | None = None) -> np.ndarray:
+  def decode(
+    self, z_BHWC: Any, at_once: int | None = None, *, tiled: bool = False
+  ) -> np.ndarray:
     """Returns images, near [-1, 1], of latents as the network draws them.
 
-    So many `at_once`, by default all.
+    So many `at_once`, by default all. If `tiled`, large ones are put together
+    of tiles of the size that the autoencoder was trained at.
     """
-    return self._on_rows(self._part("vae"), "decode", z_BHWC, at_once)
+    what = "decode_tiled" if tiled else "decode"
+    return self._on_rows(self._part("vae"), what, z_BHWC, at_once)
 
   def fingerprint(self) -> dict[str, Any]:
     """Returns what tells these parts from others, as JSON can hold it.
@@ -279,7 +282,17 @@ class Frozen:
       z_BHWC = autoencoder.unscaled(config, z_BHWC)
       return autoencoder.decode(config, params, z_BHWC)
 
-    run = {"encode": jax.jit(encode), "decode": jax.jit(decode)}
+    whole_image = jax.jit(decode)
+
+    def decode_tiled(params, z_BHWC):
+      tile = functools.partial(whole_image, params)
+      return tiles.decode(config, tile, z_BHWC)
+
+    run: dict[str, Any] = {
+      "encode": jax.jit(encode),
+      "decode": whole_image,
+      "decode_tiled": decode_tiled,
+    }
     return _Part(config, params, run)
 
   def _placed(self, leaves: Any, abstract: Any, table: rules.Rules) -> Any:
@@ -353,7 +366,7 @@ def open(
 
 def _digest(folder: pathlib.Path) -> dict[str, Any]:
   """Returns what tells a part in a folder from others of its class."""
-  content = json.loads((folder / "config.json").read_text())
+  content = pipelines.read_json(folder / "config.json")
   is_vae = folder.name == pipelines.VAE
   stem = folder_export.STEMS["diffusers"] if is_vae else text_encoders.STEM
   tensors = shards.read(weights.find(folder, stem), text_encoders.is_weight)

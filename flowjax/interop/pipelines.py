@@ -82,7 +82,7 @@ def sampling(source: pathlib.Path, guided: bool) -> dict[str, Any] | None:
   """
   index = read_index(source)
   kind = require_kind(source, index)
-  content = _read_json(source / SCHEDULER / _SCHEDULER_FILE)
+  content = read_json(source / SCHEDULER / _SCHEDULER_FILE)
   grid: dict[str, Any] = {"name": "flow_match", "compat": True}
   plain = {"num_train_timesteps": 1000, "time_shift_type": "exponential"}
   known = {**plain, "shift": 1.0, "use_dynamic_shifting": False, **_BY_TOKENS}
@@ -115,7 +115,7 @@ def sampling(source: pathlib.Path, guided: bool) -> dict[str, Any] | None:
 
 def read_index(source: pathlib.Path) -> dict[str, Any]:
   """Returns what a pipeline says of its parts."""
-  return _read_json(source / INDEX)
+  return read_json(source / INDEX)
 
 
 def require_kind(source: pathlib.Path, index: dict[str, Any]) -> str:
@@ -153,13 +153,13 @@ def encoders(index: dict[str, Any]) -> dict[str, str]:
 
 def factor(source: pathlib.Path) -> int:
   """Returns how many pixels, either way, a latent of a pipeline stands for."""
-  content = _read_json(source / VAE / "config.json")
+  content = read_json(source / VAE / "config.json")
   return 2 ** (len(content["block_out_channels"]) - 1)
 
 
 def text_width(source: pathlib.Path) -> int:
   """Returns how wide the text is that the transformer of a pipeline reads."""
-  content = _read_json(source / TRANSFORMER / "config.json")
+  content = read_json(source / TRANSFORMER / "config.json")
   return int(content["joint_attention_dim"])
 
 
@@ -178,7 +178,7 @@ def read(source: pathlib.Path, config: Any) -> dict[str, Any]:
     )
   _require_folders(source, index)
   if VAE in parts(index):
-    latents = _read_json(source / VAE / "config.json").get("latent_channels")
+    latents = read_json(source / VAE / "config.json").get("latent_channels")
     if latents != config.channels:
       raise errors.UserError(
         f"{source / VAE}: its latents have {latents} channels, and the network "
@@ -190,7 +190,7 @@ def read(source: pathlib.Path, config: Any) -> dict[str, Any]:
 def same_scheduler(source: pathlib.Path, scheduler: dict[str, Any]) -> bool:
   """Says whether the scheduler of a pipeline does what another one does."""
   path = source / SCHEDULER / _SCHEDULER_FILE
-  found = _read_json(path) if path.exists() else {}
+  found = read_json(path) if path.exists() else {}
   return all(
     found.get(key) == value
     for key, value in scheduler.items()
@@ -218,7 +218,7 @@ def write(
         source / name, folder / name, copy_function=shutil.copyfile
       )
   if (folder / SCHEDULER).exists():
-    content = _read_json(folder / SCHEDULER / _SCHEDULER_FILE)
+    content = read_json(folder / SCHEDULER / _SCHEDULER_FILE)
     entry = ["diffusers", content["_class_name"]]
     if index.get(SCHEDULER) != entry:
       index = {**index, SCHEDULER: entry}
@@ -250,7 +250,8 @@ def _set(group: dict[str, Any]) -> dict[str, Any]:
   return {key: value for key, value in group.items() if value is not None}
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """Returns what a JSON file of a pipeline says; raises UserError without."""
   try:
     content = json.loads(path.read_text())
   except (OSError, ValueError) as error:

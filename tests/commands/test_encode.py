@@ -332,8 +332,13 @@ def test_latents_of_another_autoencoder_are_refused(
     return lambda folder: opened.append(folder) or Encoder(scale=scale)
 
   monkeypatch.setattr(encode, "frozen", frozen(0.5))
+  with pytest.raises(errors.UserError, match="there is no folder"):
+    encode.refuse_others(config, tmp_path)
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "models/sd3").mkdir(parents=True)
+  encode.refuse_others(config, tmp_path / "runs")
   encode.refuse_others(config, tmp_path)
-  assert opened == [str(tmp_path / "models/sd3")]
+  assert opened == ["models/sd3", str(tmp_path / "models/sd3")]
   monkeypatch.setattr(encode, "frozen", frozen(0.7))
   with pytest.raises(errors.DataError, match="by other networks than") as error:
     encode.refuse_others(config, tmp_path)
@@ -456,7 +461,5 @@ def test_the_flags_are_looked_at(tmp_path, capsys):
   assert "invalid choice: 'int8'" in said(f"--config={config}", "--dtype=int8")
   words = [f"--config={config}", "--config.data.held_out=0.0"]
   assert "Or leave it out: --splits=train" in said(*words)
-  assert "has no index.json" in said("--verify") or "no folder" in said(
-    "--verify"
-  )
+  assert "correct --out" in said("--verify")
   assert not (tmp_path / "out").exists()

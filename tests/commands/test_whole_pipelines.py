@@ -320,6 +320,23 @@ def test_images_go_to_latents_and_back_as_theirs(saved):
   np.testing.assert_allclose(y_BHWC, decoded.numpy(), atol=1e-4)
 
 
+def test_large_pictures_can_be_made_in_tiles(saved):
+  _, theirs, folder = saved
+  mesh = meshes.build(meshes.MeshConfig(data=2, fsdp=1), jax.devices()[:2])
+  parts = frozen.open(folder, mesh=mesh, dtype="float32")
+  z_NHWC = noise(3, (12, 8))  # Tiles are of 8x8.
+  vae = theirs.vae
+  factor, shift = vae.config.scaling_factor, vae.config.shift_factor
+  vae.enable_tiling()
+  with torch.no_grad():
+    z = torch.tensor(z_NHWC).permute(0, 3, 1, 2) / factor + shift
+    wanted = vae.decode(z).sample.permute(0, 2, 3, 1).numpy()
+  vae.disable_tiling()
+  found = pipeline.pictures(parts, z_NHWC, tiled=True)
+  np.testing.assert_allclose(found, wanted, atol=1e-4)
+  assert np.abs(found - pipeline.pictures(parts, z_NHWC)).max() > 1e-2
+
+
 def test_a_fingerprint_tells_another_pipeline(saved, tmp_path):
   _, theirs, folder = saved
   first = frozen.open(folder).fingerprint()
@@ -330,9 +347,13 @@ def test_a_fingerprint_tells_another_pipeline(saved, tmp_path):
   data = bytearray(path.read_bytes())
   data[-1] ^= 64
   path.write_bytes(data)
-  second = frozen.open(tmp_path / "other").fingerprint()
+  other = frozen.open(tmp_path / "other")
+  second = other.fingerprint()
   assert first["vae"] != second.pop("vae")
   assert {key: first[key] for key in second} == second
+  (tmp_path / "other" / "vae" / "config.json").unlink()
+  with pytest.raises(errors.UserError, match="config.json cannot be read"):
+    other.fingerprint()
 
 
 def test_what_is_encoded_once_is_what_the_parts_say(saved, tmp_path):
@@ -538,6 +559,7 @@ def test_sizes_and_folders_that_cannot_be_are_refused(saved, run):
   with pytest.raises(errors.UserError, match="in float16 T5 overflows"):
     frozen.open(folder, dtype="float16")
   assert door.main(["sample", f"--workdir={run}", "--size=16"]) == 2
+  assert door.main(["sample", f"--workdir={run}", "--tiles", "--latents"]) == 2
 
 
 def change(folder, name=pipelines.INDEX, **changes):

@@ -1,4 +1,5 @@
 import os
+import warnings
 
 import numpy as np
 import PIL.Image
@@ -185,6 +186,12 @@ def test_an_empty_folder_is_refused(tmp_path):
   assert "is empty" in refused(tmp_path)
 
 
+def test_images_where_latents_are_asked_for_are_explained(tmp_path):
+  save(tmp_path, "x.png", np.zeros((8, 8, 3)))
+  with pytest.raises(errors.DataError, match="has no .npy.*1 or 3 these are"):
+    sources.open(config_of(tmp_path, channels=4), "train")
+
+
 def test_images_without_a_class_are_refused(tmp_path):
   save(tmp_path, "x.png", np.zeros((8, 8, 3)))
   assert "no label" in refused(tmp_path) and "x.png" in refused(tmp_path)
@@ -222,7 +229,9 @@ def test_other_channels_are_latents_in_arrays(tmp_path):
   np.testing.assert_array_equal(record["image"], latents)
 
 
-@pytest.mark.parametrize("what", ["shape", "bytes", "pickle"])
+@pytest.mark.parametrize(
+  "what", ["shape", "bytes", "pickle", "words", "archive", "bomb"]
+)
 def test_an_array_that_is_no_latent_names_its_file(tmp_path, what):
   path = tmp_path / "cat" / "a.npy"
   path.parent.mkdir()
@@ -231,6 +240,15 @@ def test_an_array_that_is_no_latent_names_its_file(tmp_path, what):
     path.write_bytes(path.read_bytes()[:90])
   if what == "pickle":
     np.save(path, np.array([{}], object), allow_pickle=True)
+  if what == "words":
+    np.save(path, np.full((8, 8, 4), "word"))
+  if what == "archive":
+    with path.open("wb") as file:
+      np.savez(file, image=np.zeros((8, 8, 4)))
+  if what == "bomb":
+    claim = {"descr": "<f4", "fortran_order": False, "shape": (10**6, 10**9)}
+    with path.open("wb") as file:
+      np.lib.format.write_array_header_1_0(file, claim)
   source = sources.open(config_of(tmp_path, channels=4), "train")
   with pytest.raises(sources.Corrupt, match="a.npy"):
     _ = source[0]
@@ -270,3 +288,13 @@ def test_an_image_is_never_larger_than_a_decoder_should_trust(tmp_path):
   assert read_one(tmp_path, max_pixels=64).shape == (8, 8, 3)
   with pytest.raises(sources.Corrupt, match="8x8 are 64 pixels.*max_pixels=63"):
     read_one(tmp_path, max_pixels=63)
+
+
+def test_a_bomb_is_told_of_in_our_words_alone(tmp_path):
+  (tmp_path / "a").mkdir()
+  PIL.Image.new("1", (9500, 9500)).save(tmp_path / "a" / "0.png")
+  with warnings.catch_warnings(record=True) as seen:
+    warnings.resetwarnings()
+    with pytest.raises(sources.Corrupt, match="9500x9500 are 90,250,000"):
+      read_one(tmp_path)
+  assert not seen
