@@ -7,13 +7,14 @@ shape that a digit's name stands for, is learned as fast as what is plain.
 
 import math
 import re
+import typing
 from typing import Any
 
 import jax
 import optax
 from optax import contrib
 
-Dims = contrib.MuonDimensionNumbers
+Dims: typing.TypeAlias = contrib.MuonDimensionNumbers
 
 # Kernels by name, and which of their dims, from the end, are inputs and
 # outputs: a product of others is so many kernels. Embeddings, the first and the
