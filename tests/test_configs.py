@@ -80,13 +80,13 @@ def test_it_builds_and_its_header_says_how_to_run_it(name):
     assert abs(count / 1e6 - MILLIONS[size][int(patch)]) < 1.0
 
 
+# digits_autoencoder.py:vq_ema takes its steps in commands/test_autoencoder.py.
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("name", "sizes"),
   [
     ("digits_dit.py", dict(width=16, depth=1, heads=2)),
     ("imagenet_dit.py:s_8", dict(width=16, depth=1, heads=2)),
-    ("digits_autoencoder.py:vq_ema", dict(widths=(8, 8), groups=4)),
     ("sd3.py:3.5_medium", dict(heads=1, depth=3, dual_layers=1, **TEXT)),
     (
       "flux_dev.py",

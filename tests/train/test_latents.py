@@ -1,6 +1,5 @@
 """Latents are sampled and texts dropped in the loss, by its rng alone."""
 
-import dataclasses
 import types
 
 import jax
@@ -21,7 +20,7 @@ from flowjax.data import config as data_config
 from flowjax.models import conditions
 from flowjax.parallel import mesh as meshes
 from flowjax.parallel import placing
-from flowjax.train import experiment, latents, loop, parts
+from flowjax.train import experiment, latents, loop
 
 SHAPE = (4, 4, 2)
 TEXTS = embeddings.Texts(
@@ -102,7 +101,7 @@ def seen(params, batch, rng):
 
 def test_latents_are_sampled_from_their_law():
   batch = batch_of(4000)
-  found = latents.sampled(batch, jax.random.key(0))
+  found = jax.jit(latents.sampled)(batch, jax.random.key(0))
   mean = batch["mean"].astype(np.float32)
   z = (np.asarray(found["image"]) - mean) / np.exp(-1.0)
   assert found["image"].dtype == jnp.float32 and "mean" not in found
@@ -145,7 +144,7 @@ def test_each_encoder_is_dropped_by_itself(data):
     latents.training(latents.EncodedConfig(), data, seen),
     latents.evaluation(config, data, seen),
   ):
-    _, found = quiet(None, batch_of(), jax.random.key(0))
+    _, found = jax.jit(quiet)(None, batch_of(), jax.random.key(0))
     np.testing.assert_array_equal(
       found["text"], batch_of()["text"].astype(np.float32)
     )
@@ -153,25 +152,29 @@ def test_each_encoder_is_dropped_by_itself(data):
 
 def test_what_an_example_receives_is_the_same_on_every_mesh(data):
   config = latents.EncodedConfig(text_dropout=SD3)
-  loss = latents.training(config, data, seen)
-  _, want = jax.jit(loss)(None, batch_of(), jax.random.key(3))
+  loss = jax.jit(latents.training(config, data, seen))
+  _, want = loss(None, batch_of(), jax.random.key(3))
   mesh = meshes.build(meshes.MeshConfig(data=4, fsdp=2))
   placed = placing.put_whole(mesh)(batch_of())
   with meshes.use(mesh):
-    _, found = jax.jit(loss)(None, placed, jax.random.key(3))
+    _, found = loss(None, placed, jax.random.key(3))
   for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(found), strict=True):
     np.testing.assert_array_equal(a, b)
-  _, other = jax.jit(loss)(None, batch_of(), jax.random.key(4))
+  _, other = loss(None, batch_of(), jax.random.key(4))
   assert not np.array_equal(want["image"], other["image"])
 
 
 def test_no_text_is_the_empty_caption(data):
   """All at once, as `condition_dropout` does it, and in guidance."""
   config = types.SimpleNamespace(num_classes=0, condition_dropout=0.5)
-  _, batch = latents.evaluation(latents.EncodedConfig(), data, seen)(
-    None, batch_of(), jax.random.key(0)
-  )
-  found = conditions.dropped(config, batch, jax.random.key(1))
+  quiet = latents.evaluation(latents.EncodedConfig(), data, seen)
+
+  @jax.jit
+  def dropped(batch):
+    _, batch = quiet(None, batch, jax.random.key(0))
+    return conditions.dropped(config, batch, jax.random.key(1))
+
+  found = dropped(batch_of())
   drop = np.asarray(found["pooled"])[:, 0] == 7.0
   assert 0 < drop.sum() < 8
   np.testing.assert_array_equal(
@@ -242,7 +245,7 @@ def test_the_commands_know_such_a_run(data, tmp_path, capsys, monkeypatch):
   assert door.main(["evaluate", run]) == 0
   found = restored.open(tmp_path / "run").run
   # What is lowered is what the loader gives.
-  batch = bench.random_batch(parts.build(dataclasses.replace(found.experiment)))
+  batch = bench.random_batch(found)
   shapes = loop.batch_shapes(found)
   assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
     k: (v.shape, v.dtype) for k, v in shapes.items()
