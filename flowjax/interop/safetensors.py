@@ -164,11 +164,13 @@ def refuse_pickle(path: pathlib.Path) -> None:
   # a safetensors file begins may be the same bytes; its header comes then.
   looks_so = start[:4] == b"PK\x03\x04" or start[:1] == b"\x80"
   if path.suffix in PICKLES or (looks_so and start[8:] != b"{"):
+    # The name by which the folder that it lies in is read.
+    stem = "model" if path.stem == "pytorch_model" else path.stem
     raise errors.UserError(
       f"{path} is a pickle, and is not read: loading one runs whatever code is "
       "in it. Where you trust it, convert it once, with torch:\n"
       f'  tensors = torch.load("{path.name}", weights_only=True)\n'
-      '  safetensors.torch.save_file(tensors, "model.safetensors")\n'
+      f'  safetensors.torch.save_file(tensors, "{stem}.safetensors")\n'
       "(of a training checkpoint, the entry with the weights), and import that."
     )
 

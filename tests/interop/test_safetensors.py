@@ -139,6 +139,21 @@ def test_what_is_not_wanted_may_be_of_any_type(path):
   assert ours.read(path, lambda key: False) == {}
 
 
+@pytest.mark.parametrize(
+  "name, wanted",
+  [
+    ("pytorch_model.bin", "model"),
+    ("diffusion_pytorch_model.bin", "diffusion_pytorch_model"),
+  ],
+)
+def test_a_pickle_is_to_be_saved_under_the_name_that_is_read(
+  tmp_path, name, wanted
+):
+  (tmp_path / name).write_bytes(b"PK\x03\x04")
+  with pytest.raises(errors.UserError, match=f'"{wanted}.safetensors"'):
+    ours.refuse_pickle(tmp_path / name)
+
+
 def test_a_length_that_looks_like_a_pickle_is_none(path):
   """A header of 640 bytes begins as a pickle of protocol 2: 80 02."""
   header = {"__metadata__": {"format": "pt"}}
