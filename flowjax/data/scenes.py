@@ -2,9 +2,9 @@
 
 Up to three of the digits of scikit-learn stand on black, 14 pixels high, and
 the caption says which and where: "a red 3 to the left of a blue 7", "a white 1
-at the top left". Nothing is stored: scene i is a pure function of the seed and
-i. Of each digit one colour is held out, so that training never sees that
-combination.
+at the top". Nothing is
+stored: scene i is a pure function of the seed and i. Of each digit one colour
+is held out, so that training never sees that combination.
 """
 
 # Shape suffixes: B batch, N digits, H height, W width, C channels.
@@ -22,7 +22,7 @@ from flowjax.data import config as config_lib
 from flowjax.data import digits, order
 
 SIZE, SIDE = 32, 14  # Pixels of a scene and of a digit, both square.
-CELL = SIZE // 2  # Digits have a cell each.
+CELL, STEP = SIZE // 2, 8  # Digits have a cell each, at every eighth pixel.
 LENGTH = {"train": 2**20, "held_out": 256}
 COMBINATIONS = ("seen", "held_out", "all")
 COLOURS = {
@@ -48,8 +48,8 @@ _ITS = {
   "below": "below it",
 }
 WORDS = tuple(
-  "0 1 2 3 4 5 6 7 8 9 a above and at below bottom is it its left of one right "
-  "the there to top".split()
+  "0 1 2 3 4 5 6 7 8 9 a above and at below bottom in is it its left middle of "
+  "one right the there to top".split()
 ) + tuple(COLOURS)
 # How far two centres must be apart for one to be left of the other, or above.
 APART = 4
@@ -230,14 +230,14 @@ def _dice(seed: int, i: int) -> Iterator[int]:
 def _arranged(count: int, draw: Iterator[int]):
   """Returns the upper left corners of things, and the relations between them.
 
-  Each stands in a quarter of the scene: one anywhere; two side by side, or one
-  above the other; a third beside the first of them, across.
+  One stands in one of nine places; two side by side, or one above the other;
+  a third beside the first of them, across.
   """
   if count == 1:
-    return [(_at(next(draw) % 2), _at(next(draw) % 2))], ()
+    return [(_at(next(draw) % 3), _at(next(draw) % 3))], ()
   flipped = next(draw) % 2, next(draw) % 2  # Down, and across.
   (row, other_row), (column, other_column) = (
-    (_at(flip), _at(1 - flip)) for flip in flipped
+    (_at(2 * flip), _at(2 - 2 * flip)) for flip in flipped
   )
   beside = (0, ("left", "right")[flipped[1]], 1)
   over = (0, ("above", "below")[flipped[0]], count - 1)
@@ -245,13 +245,13 @@ def _arranged(count: int, draw: Iterator[int]):
     places = [(row, column), (row, other_column), (other_row, column)]
     return places, (beside, over) if next(draw) % 2 else (over, beside)
   if next(draw) % 2:
-    return [(row, column), (row, other_column)], (beside,)
-  return [(row, column), (other_row, column)], (over,)
+    return [(_at(1), column), (_at(1), other_column)], (beside,)
+  return [(row, _at(1)), (other_row, _at(1))], (over,)
 
 
 def _at(number: int) -> int:
-  """Returns where the row or column of that number begins, in pixels."""
-  return number * CELL + (CELL - SIDE) // 2
+  """Returns where the place of that number begins, in pixels."""
+  return number * STEP + (CELL - SIDE) // 2
 
 
 def _colours(
@@ -272,10 +272,12 @@ def _colours(
 
 
 def _where(thing: Thing) -> str:
-  """Says in which quarter of the scene a thing is."""
-  row = ("top", "bottom")[int(thing.row / CELL)]
-  column = ("left", "right")[int(thing.column / CELL)]
-  return f"at the {row} {column}"
+  """Says in which of nine places a thing is."""
+  third = SIZE / 3
+  row = ("top", "", "bottom")[int(thing.row / third)]
+  column = ("left", "", "right")[int(thing.column / third)]
+  place = " ".join(filter(None, (row, column)))
+  return f"at the {place}" if place else "in the middle"
 
 
 def _said(things, relations, draw: Iterator[int]) -> str:
