@@ -20,7 +20,7 @@ def get_config(network: str = "mmdit"):
   if network not in ("mmdit", "flux"):
     raise ValueError(f"network {network!r} must be 'mmdit' or 'flux'.")
   config = experiment.defaults(network)
-  config.steps = 2200
+  config.steps = 2800
   config.model.update(
     image_size=(32, 32),
     channels=3,

@@ -2,9 +2,8 @@
 
 Up to three of the digits of scikit-learn stand on black, 14 pixels high, and
 the caption says which and where: "a red 3 to the left of a blue 7", "a white 1
-at the top". Nothing is
-stored: scene i is a pure function of the seed and i. Of each digit one colour
-is held out, so that training never sees that combination.
+at the top". Nothing is stored: scene i is a pure function of the seed and i. Of
+each digit one colour is held out, so that training never sees that combination.
 """
 
 # Shape suffixes: B batch, N digits, H height, W width, C channels.
