@@ -198,6 +198,12 @@ def saved(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def parts(saved):
+  """Returns what of the pipeline is frozen, as it is read on one device."""
+  return frozen.open(saved[2], dtype="float32")
+
+
+@pytest.fixture(scope="module")
 def run(saved):
   """Returns the workdir into which the pipeline was brought."""
   kind, _, folder = saved
@@ -300,9 +306,8 @@ def test_without_t5_its_tokens_are_zeros(saved, tmp_path):
   assert not found["text"][:, LENGTH:].any()
 
 
-def test_images_go_to_latents_and_back_as_theirs(saved):
-  _, theirs, folder = saved
-  parts = frozen.open(folder, dtype="float32")
+def test_images_go_to_latents_and_back_as_theirs(saved, parts):
+  _, theirs, _ = saved
   rng = np.random.default_rng(0)
   x_BHWC = rng.uniform(-1, 1, (3, SIZE, SIZE, 3)).astype(np.float32)
   vae = theirs.vae
@@ -356,10 +361,12 @@ def test_a_fingerprint_tells_another_pipeline(saved, tmp_path):
     other.fingerprint()
 
 
-def test_what_is_encoded_once_is_what_the_parts_say(saved, tmp_path):
-  kind, _, folder = saved
+@pytest.mark.slow(3)
+def test_what_is_encoded_once_is_what_the_parts_say(saved, parts, tmp_path):
+  _, _, folder = saved
   rng = np.random.default_rng(0)
-  for i, prompt in enumerate(PROMPTS):
+  captions = [*PROMPTS, NEGATIVE]
+  for i, prompt in enumerate(captions):
     pixels = rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8)
     PIL.Image.fromarray(pixels).save(tmp_path / f"{i}.png")
     (tmp_path / f"{i}.txt").write_text(prompt)
@@ -381,17 +388,17 @@ def test_what_is_encoded_once_is_what_the_parts_say(saved, tmp_path):
     source=f"arrayrecord:{out}", image_size=(8, 8), channels=4
   )
   stored = sources.open(data, "train")
-  found = stored.gather(np.arange(2))
-  parts = frozen.open(folder, dtype="float32")
-  told = parts.texts(PROMPTS)
+  found = stored.gather(np.arange(3))
+  every = [*captions, ""]
+  told = parts.texts(every)
   for key in ("text", "pooled"):
-    np.testing.assert_allclose(found[key], told[key], atol=1e-4)
-    empty = parts.texts([""])[key][0]
+    np.testing.assert_allclose(found[key], told[key][:-1], atol=1e-4)
+    empty = told[key][-1]
     np.testing.assert_allclose(stored.encoded.empty[key], empty, atol=1e-4)
   image_BHWC = np.stack(
     [
       np.asarray(PIL.Image.open(tmp_path / f"{i}.png"), np.float32) / 127.5 - 1
-      for i in range(2)
+      for i in range(3)
     ]
   )
   mean_BHWC, log_variance_BHWC = parts.encode(image_BHWC)
@@ -404,7 +411,7 @@ def test_what_is_encoded_once_is_what_the_parts_say(saved, tmp_path):
   )
   # Each box holds what its encoder says, and nothing of another.
   for part in parts.parts:
-    text_BLE, pooled_BP = parts._encoded(part.name, PROMPTS)
+    text_BLE, pooled_BP = parts._encoded(part.name, every)
     if part.tokens:
       box = told["text"][:, slice(*part.tokens), slice(*part.columns)]
       np.testing.assert_array_equal(box, text_BLE)
@@ -462,7 +469,7 @@ def our_images(directory, tmp_path, starts, *words):
   return np.clip(np.load(tmp_path / "images.npy"), -1.0, 1.0)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(10)
 def test_prompts_become_the_pictures_that_diffusers_draws(
   saved, run, tmp_path, capsys
 ):

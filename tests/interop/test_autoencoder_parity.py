@@ -2,6 +2,7 @@
 
 # Shape suffixes: B batch, H height, W width, C channels.
 
+import functools
 import json
 
 import jax
@@ -18,9 +19,9 @@ diffusers = pytest.importorskip("diffusers")
 
 TOLERANCE = 1e-4
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-SIDE = 32
+SIDE = 16
 SMALL = dict(
-  image_size=(SIDE, SIDE), widths=(16, 32), depth=1, groups=8, channels=3
+  image_size=(SIDE, SIDE), widths=(8, 16), depth=1, groups=4, channels=3
 )
 CONFIGS = {
   "kl": autoencoder.AutoencoderConfig(**SMALL, attention_levels=(1,)),
@@ -40,6 +41,7 @@ def module_of(config):
   return vq if config.name == "vq" else autoencoder
 
 
+@functools.cache
 def random_params(config, seed=0):
   """Draws all parameters, also those that begin as zeros or ones."""
   shapes = jax.eval_shape(
@@ -97,25 +99,34 @@ def test_what_is_encoded_and_decoded(pair):
   with torch.no_grad():
     found = theirs.encode(torch_of(x_BHWC))
   own = module_of(config)
-  encode = jax.jit(lambda x: own.encode(config, params, x))
   if config.name == "vq":
-    h_BHWC = jax.jit(lambda x: vq.latents(config, params, x))(x_BHWC)
-    close(h_BHWC, numpy_of(found.latents))
-    chosen_BHWC, index_BHW = encode(x_BHWC)
+
+    @jax.jit
+    def encode(x_BHWC):
+      z_BHWC = vq.latents(config, params, x_BHWC)
+      return z_BHWC, *vq.encode(config, params, x_BHWC)
+
+    z_BHWC, chosen_BHWC, index_BHW = encode(x_BHWC)
+    close(z_BHWC, numpy_of(found.latents))
     with torch.no_grad():
       theirs_BCHW, _, (_, _, index_N) = theirs.quantize(found.latents)
     close(chosen_BHWC, numpy_of(theirs_BCHW))
     assert (np.ravel(index_BHW) == index_N.numpy()).all()
     assert len(np.unique(index_BHW)) > 3
-    z_BHWC = h_BHWC
   else:
-    mean, log_variance = encode(x_BHWC)
+
+    @jax.jit
+    def encode(x_BHWC):
+      moments = autoencoder.encode(config, params, x_BHWC)
+      z_BHWC = autoencoder.sample(*moments, jax.random.key(0))
+      return z_BHWC, *moments, autoencoder.divergence(*moments)
+
+    z_BHWC, mean, log_variance, divergence = encode(x_BHWC)
     close(mean, numpy_of(found.latent_dist.mean))
     close(log_variance, numpy_of(found.latent_dist.logvar))
     with torch.no_grad():
-      close(autoencoder.divergence(mean, log_variance) / mean[0].size,
+      close(divergence / mean[0].size,
             found.latent_dist.kl().numpy() / mean[0].size)  # fmt: skip
-    z_BHWC = autoencoder.sample(mean, log_variance, jax.random.key(0))
   with torch.no_grad():
     image = theirs.decode(torch_of(z_BHWC)).sample
   ours = jax.jit(lambda z: own.decode(config, params, z))(z_BHWC)
@@ -189,7 +200,7 @@ def test_tiles_fade_as_theirs():
   state = {k: torch.as_tensor(v) for k, v in table.to_theirs(params)}
   theirs.load_state_dict(state)
   theirs.enable_tiling()
-  x_BHWC = images(1, 56, 40, 3)
+  x_BHWC = images(1, 28, 20, 3)
   with torch.no_grad():
     found = theirs.encode(torch_of(x_BHWC)).latent_dist
     encode = jax.jit(lambda x: autoencoder.encode(config, params, x))

@@ -63,25 +63,25 @@ def _batch():
   return {"image": drawn["image"], "token": token_BL, "token_mask": mask_BL}
 
 
-def _stepped(batch, mesh, devices):
+def _stepped(run, start, batch):
   """Returns the losses of two steps, and the first gradients by name."""
-  run = parts.build(captioned(mesh=meshes.MeshConfig(**mesh)), devices)
-  alone = parts.build(captioned(), jax.devices()[:1])
-  start = jax.device_get(alone.initial_state())
   state = jax.device_put(start, parts.shardings_of(run.abstract))
   with meshes.use(run.mesh):
     step, put = loop.jit_step(run), placing.put_whole(run.mesh)
     state, first = step(state, put(batch))
     moments = jax.device_get(manifest.named_leaves(state.opt_state[1].mu))
     _, second = step(state, put(batch))
-  return [float(v["loss"]) for v in (first, second)], moments, run
+  return [float(v["loss"]) for v in (first, second)], moments
 
 
 @pytest.mark.slow
 def test_eight_devices_train_the_encoder_as_one_does(batch):
-  wanted, gradients, _ = _stepped(batch, {}, jax.devices()[:1])
-  mesh = dict(data=1, fsdp=2, tensor=2, context=2)
-  found, others, run = _stepped(batch, mesh, jax.devices())
+  alone = parts.build(captioned(), jax.devices()[:1])
+  start = jax.device_get(alone.initial_state())
+  wanted, gradients = _stepped(alone, start, batch)
+  mesh = meshes.MeshConfig(data=1, fsdp=2, tensor=2, context=2)
+  run = parts.build(captioned(mesh=mesh), jax.devices())
+  found, others = _stepped(run, start, batch)
   np.testing.assert_allclose(found, wanted, rtol=1e-5)
   for name, gradient in gradients.items():
     atol = 1e-5 * np.abs(gradient).max()

@@ -43,17 +43,33 @@ def close(a, b):
 
 
 def images(count=4, seed=0):
-  shape = (count, 8, 8, 1)
-  return jax.random.uniform(jax.random.key(seed), shape, minval=-1.0)
+  rng = np.random.default_rng(seed)
+  return rng.uniform(-1.0, 1.0, (count, 8, 8, 1)).astype("f4")
+
+
+# Many programs for one number of each of many shapes.
+norm = jax.jit(optax.global_norm)
 
 
 def made(config, model):
-  """Returns network, parameters and loss; the codebook is spread out."""
-  network = config.network(models.build(model))
-  params = jax.jit(network.init)(jax.random.key(0))
-  code_KD = jax.random.normal(jax.random.key(7), (5, 2))
+  """Returns network, parameters and loss; the codebook is spread out.
+
+  To draw them here takes less than to compile what draws them.
+  """
+  network, rng = config.network(models.build(model)), np.random.default_rng(0)
+
+  def draw(path, leaf):
+    if leaf.ndim > 1:
+      fan_in = np.prod(leaf.shape[:-1])
+      return rng.standard_normal(leaf.shape, np.float32) / np.sqrt(fan_in)
+    fill = np.ones if path[-1].key == "scale" else np.zeros
+    return fill(leaf.shape, np.float32)
+
+  abstract = jax.eval_shape(network.init, jax.random.key(0))
+  params = jax.tree_util.tree_map_with_path(draw, abstract)
+  code_KD = np.random.default_rng(7).standard_normal((5, 2), np.float32)
   if running.CODEBOOK in params:
-    params[running.CODEBOOK]["sum"] = code_KD
+    params[running.CODEBOOK] = vq.running(code_KD)
   elif "codebook" in params:
     params["codebook"]["embedding"] = code_KD
   return network, params, reconstruction.loss(config, network)
@@ -66,9 +82,21 @@ def gradient(loss, params, x_BHWC):
 
 
 @jax.jit
-def encoded(params, x_BHWC):
+def _encoded(params, x_BHWC):
   z_BHWC = vq.latents(VQ, params, x_BHWC)
   return z_BHWC, *vq.quantise(params, z_BHWC)
+
+
+def encoded(params, x_BHWC):
+  """Returns latents, vectors and indices, on the host."""
+  return map(np.asarray, _encoded(params, x_BHWC))
+
+
+def summed(index, values):
+  """Returns for each code the sum of the values that chose it."""
+  total = np.zeros((5, *np.shape(values)[index.ndim :]), np.float32)
+  np.add.at(total, index, values)
+  return total
 
 
 @pytest.fixture(name="played", scope="module")
@@ -79,47 +107,36 @@ def _played():
   return network, params, gradient(loss, params, images())
 
 
-def plain(network, params, weight, x_BHWC=None):
-  """Returns the generator's loss, the weight of the adversary being known."""
-  x_BHWC = images() if x_BHWC is None else x_BHWC
+@pytest.fixture(name="slope", scope="module")
+def _slope(played):
+  """The generator's gradient, the weight of the adversary being known."""
+  network, params, _ = played
   judge = params[adversary.GROUP]
 
-  def loss(own):
-    found = network.reconstruct(own, x_BHWC, jax.random.key(3))
+  def plain(own, weight):
+    found = network.reconstruct(own, images(), jax.random.key(3))
     image = network.last(own["decoder"]["out"], found.features_BHWC)
-    value = jnp.mean(jnp.abs(image - x_BHWC))
+    value = jnp.mean(jnp.abs(image - images()))
     value += 1e-6 * jnp.mean(found.penalties["divergence"])
     fooled = adversary.apply(judge, image, **AGAINST.shape)
     return value - weight * jnp.mean(fooled)
 
-  return loss
+  pull = jax.jit(jax.grad(plain))
+  return lambda weight: pull(network.own(params), weight)
 
 
-def test_the_generator_learns_by_the_weight_of_both_slopes(played):
+def test_the_generator_learns_by_the_weight_of_both_slopes(played, slope):
   network, params, found = played
-  own = network.own(params)
-  kernel = ("decoder", "out", "kernel")
 
-  def at_last(loss):
-    tree = jax.jit(jax.grad(loss))(own)
-    for key in kernel:
-      tree = tree[key]
-    return jnp.linalg.norm(tree)
+  def at_last(tree):
+    return np.asarray(tree["decoder"]["out"]["kernel"])
 
-  free = plain(network, params, 0.0)
-
-  def error(own):
-    made = network.reconstruct(own, images(), jax.random.key(3))
-    image = network.last(own["decoder"]["out"], made.features_BHWC)
-    return jnp.mean(jnp.abs(image - images()))
-
-  def against(own):
-    return plain(network, params, 1.0)(own) - free(own)
-
-  weight = 0.5 * at_last(error) / (at_last(against) + 1e-4)
+  # The divergence is of the encoder, and has no slope at the last kernel.
+  error, both = at_last(slope(0.0)), at_last(slope(1.0))
+  against = np.linalg.norm(both - error)
+  weight = 0.5 * np.linalg.norm(error) / (against + 1e-4)
   assert 0.01 < weight < 1e4
-  wanted = jax.jit(jax.grad(plain(network, params, weight)))(own)
-  close({key: found[key] for key in own}, wanted)
+  close({key: found[key] for key in network.own(params)}, slope(weight))
 
 
 def test_the_discriminator_learns_to_tell(played):
@@ -138,19 +155,17 @@ def test_the_discriminator_learns_to_tell(played):
 
   wanted = jax.jit(jax.grad(hinge))(params[adversary.GROUP])
   close(found[adversary.GROUP], wanted)
-  assert optax.global_norm(wanted) > 0.01
+  assert norm(wanted) > 0.01
 
 
-def test_before_its_start_there_is_no_adversary(played):
+def test_before_its_start_there_is_no_adversary(played, slope):
   network, params, _ = played
   late = dataclasses.replace(AGAINST, start=5)
   config = reconstruction.ReconstructionConfig(adversary=late)
   loss = reconstruction.loss(config, network)
   found = gradient(loss, params, images())
-  assert optax.global_norm(found[adversary.GROUP]) == 0.0
-  own = network.own(params)
-  wanted = jax.jit(jax.grad(plain(network, params, 0.0)))(own)
-  close({key: found[key] for key in own}, wanted)
+  assert norm(found[adversary.GROUP]) == 0.0
+  close({key: found[key] for key in network.own(params)}, slope(0.0))
   assert found[running.STEPS]["count"] == -1.0  # The step adds one.
 
 
@@ -162,7 +177,7 @@ def test_a_codebook_and_its_latents_are_drawn_to_each_other():
   z_BHWC, chosen, index = encoded(params, x_BHWC)
   found = gradient(loss, params, x_BHWC)["codebook"]["embedding"]
   # d/de mean |sg(z) - e|^2 = 2 sum over the latents of e (e - z) / all values.
-  wanted = jnp.zeros((5, 2)).at[index].add(2 * (chosen - z_BHWC) / z_BHWC.size)
+  wanted = summed(index, 2 * (chosen - z_BHWC) / z_BHWC.size)
   np.testing.assert_allclose(found, 0.7 * wanted, **CLOSE)
 
 
@@ -173,53 +188,31 @@ def trainer(config, network, params, accumulate=1):
   step = steps.build(
     loss, optimizer, seed=0, ema_config=ema.EmaConfig(), accumulate=accumulate
   )
-  return jax.jit(step), states.begin(params, optimizer)
+  begin = jax.jit(lambda params: states.begin(params, optimizer))
+  return jax.jit(step), begin(params)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_codebook_that_is_a_moving_average(accumulate):
   """Its averages move by the decay, unclipped, alike in parts as whole."""
-  config = reconstruction.ReconstructionConfig(codebook_decay=0.8)
+  config = reconstruction.ReconstructionConfig(codebook_decay=0.4)
   network, params, _ = made(config, VQ)
   averages = params[running.CODEBOOK]
   x_BHWC = images(8)
   z_BHWC, _, index = encoded(network.own(params), x_BHWC)
-  count_K = jnp.zeros(5).at[index].add(1.0) * 5 / index.size
-  sum_KD = jnp.zeros((5, 2)).at[index].add(z_BHWC) * 5 / index.size
+  count_K = summed(index, np.ones(index.shape)) * 5 / index.size
+  sum_KD = summed(index, z_BHWC) * 5 / index.size
   step, state = trainer(config, network, params, accumulate)
   state, values = step(state, {"image": x_BHWC})
   moved = state.params[running.CODEBOOK]
-  close(moved["count"], 0.8 * averages["count"] + 0.2 * count_K)
-  close(moved["sum"], 0.8 * averages["sum"] + 0.2 * sum_KD)
+  moved, averages = jax.device_get((moved, averages))
+  close(moved["count"], 0.4 * averages["count"] + 0.6 * count_K)
+  close(moved["sum"], 0.4 * averages["sum"] + 0.6 * sum_KD)
   code_KD = network.own(state.params)["codebook"]["embedding"]
   close(code_KD, moved["sum"] / moved["count"][:, None])
   # The norm is of what is learned: averages that move far are no part of it.
-  far = optax.global_norm(jax.tree.map(jnp.subtract, averages, moved))
+  far = norm(jax.tree.map(np.subtract, averages, moved))
   assert 0 < values["grad_norm"] < far
-
-
-def test_what_runs_along_is_no_part_of_the_optimizer():
-  config = reconstruction.ReconstructionConfig(
-    codebook_decay=0.8, adversary=AGAINST
-  )
-  network, params, _ = made(config, VQ)
-  step, state = trainer(config, network, params)
-  for _ in range(2):
-    state, values = step(state, {"image": images()})
-  assert state.params[running.STEPS]["count"] == 2.0
-  moments = {
-    jax.tree_util.keystr(path)
-    for path, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)
-  }
-  assert any(adversary.GROUP in name for name in moments)
-  assert not any(group in name for name in moments for group in running.GROUPS)
-  # Nothing that is not finite gets in.
-  bad, _ = step(state, {"image": images().at[0].set(jnp.nan)})
-  assert int(bad.skipped) == 1
-  close(bad.params[running.CODEBOOK], state.params[running.CODEBOOK])
-  assert set(network.own(params)) == {
-    "encoder", "decoder", "quant_conv", "post_quant_conv", "codebook"
-  }  # fmt: skip
 
 
 def test_a_perceptual_network_stays_as_it_is():
@@ -242,14 +235,14 @@ def test_what_is_held_out_is_scored_and_padding_is_not():
   again = jax.jit(
     lambda x: network.decode(params, network.encode(params, x)[0])
   )
-  square_B = jnp.mean(jnp.square(again(x_BHWC) - x_BHWC), axis=(1, 2, 3))
+  square_B = np.square(again(x_BHWC) - x_BHWC).mean(axis=(1, 2, 3))
   np.testing.assert_allclose(value, square_B.mean(), rtol=1e-5)
   psnr_B = 10 * np.log10(4 / square_B)
   np.testing.assert_allclose(metrics["means"]["psnr"], psnr_B.mean(), rtol=1e-5)
   assert 1 < metrics["means"]["codes_in_use"] <= 5
   padded = {
-    "image": jnp.concatenate([x_BHWC, jnp.full_like(x_BHWC, jnp.nan)]),
-    "mask": jnp.repeat(jnp.array([1.0, 0.0]), 4),
+    "image": np.concatenate([x_BHWC, np.full_like(x_BHWC, np.nan)]),
+    "mask": np.repeat(np.array([1, 0], np.float32), 4),
   }
   again, found = loss(params, padded, rng)
   np.testing.assert_allclose(again, value, rtol=1e-5)
@@ -288,36 +281,72 @@ def test_what_would_be_without_effect_is_refused(changes, text):
   assert data_config.DataConfig().image_size == (8, 8)
 
 
-@pytest.mark.slow
-def test_devices_train_as_one_does():
-  """Codebook, adversary and parts of a batch, over data and fsdp."""
+def trained(mesh, devices, start=None):
+  """Returns losses, state and a step: codebook, adversary, parts of a batch."""
   against = dataclasses.replace(AGAINST, start=1)
-
-  def run(mesh, devices):
-    built = parts.build(
-      experiment.Experiment(
-        model=dataclasses.replace(VQ, codes=8),
-        data=data_config.DataConfig(batch_size=16),
-        mesh=meshes.MeshConfig(**mesh),
-        optim=optim.OptimConfig(learning_rate=1e-3, accumulate=2),
-        reconstruction=reconstruction.ReconstructionConfig(
-          codebook_decay=0.5, adversary=against
-        ),
+  built = parts.build(
+    experiment.Experiment(
+      model=dataclasses.replace(VQ, codes=8),
+      data=data_config.DataConfig(batch_size=16),
+      mesh=meshes.MeshConfig(**mesh),
+      optim=optim.OptimConfig(learning_rate=1e-3, accumulate=2),
+      reconstruction=reconstruction.ReconstructionConfig(
+        codebook_decay=0.5, adversary=against
       ),
-      devices,
-    )
-    losses, state = [], built.initial_state()
-    with meshes.use(built.mesh):
-      step, put = loop.jit_step(built), placing.put_whole(built.mesh)
-      for i in range(3):
-        batch = {"image": np.asarray(images(16, seed=i))}
-        state, values = step(state, put(batch))
-        losses.append(float(values["loss"]))
-    return losses, state
+    ),
+    devices,
+  )
+  losses, start = [], start or jax.device_get(built.initial_state())
+  state = jax.device_put(start, parts.shardings_of(built.abstract))
+  step, put = loop.jit_step(built), placing.put_whole(built.mesh)
 
-  alone, _ = run({}, jax.devices()[:1])
-  losses, state = run(dict(data=2, fsdp=4), jax.devices())
-  np.testing.assert_allclose(losses, alone, rtol=1e-4)
+  def stepped(state, image_BHWC):
+    with meshes.use(built.mesh):
+      return step(state, put({"image": image_BHWC}))
+
+  for i in range(3):
+    state, values = stepped(state, images(16, seed=i))
+    losses.append(float(values["loss"]))
+  return losses, state, stepped, start
+
+
+@pytest.fixture(name="alone", scope="module")
+def _alone():
+  return trained({}, jax.devices()[:1])
+
+
+@pytest.mark.slow
+def test_what_runs_along_is_no_part_of_the_optimizer(alone):
+  _, state, stepped, _ = alone
+  params = jax.device_get(state.params)
+  assert params[running.STEPS]["count"] == 3.0
+  moments = {
+    jax.tree_util.keystr(path)
+    for path, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)
+  }
+  assert any(adversary.GROUP in name for name in moments)
+  assert not any(group in name for name in moments for group in running.GROUPS)
+  # Nothing that is not finite gets in.
+  broken = images(16)
+  broken[0] = np.nan
+  bad, _ = stepped(state, broken)
+  assert int(bad.skipped) == 1
+  close(bad.params[running.CODEBOOK], params[running.CODEBOOK])
+  config = reconstruction.ReconstructionConfig(
+    codebook_decay=0.5, adversary=AGAINST
+  )
+  own = config.network(models.build(VQ)).own(params)
+  assert set(own) == {
+    "encoder", "decoder", "quant_conv", "post_quant_conv", "codebook"
+  }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_devices_train_as_one_does(alone):
+  """Codebook, adversary and parts of a batch, over data and fsdp."""
+  wanted, _, _, start = alone
+  losses, state, *_ = trained(dict(data=2, fsdp=4), jax.devices(), start)
+  np.testing.assert_allclose(losses, wanted, rtol=1e-4)
   assert losses[1] > losses[0]  # The discriminator came to it.
   kernel = state.params["decoder"]["middle"]["block_0"]["conv_1"]["kernel"]
   assert kernel.addressable_shards[0].data.size * 4 == kernel.size
