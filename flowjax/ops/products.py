@@ -246,6 +246,8 @@ def _sum(x, dim):
 
 
 def _batched(axis, arguments, dims, *, lead, **params):
+  if dims[0] is None:  # What is batched is another argument of the network.
+    return _copies.bind(*arguments, lead=lead, **params), None
   kernel = jnp.moveaxis(arguments[0], dims[0], 0)
   return _copies.bind(kernel, lead=(axis.spmd_name, *lead), **params), 0
 

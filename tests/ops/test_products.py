@@ -121,6 +121,16 @@ def test_shares_of_a_gradient_stay_apart():
   }
 
 
+def test_what_is_mapped_may_be_the_activations_alone():
+  """As for an exact divergence: many tangents through the same kernels."""
+  kernel, x = _inputs()
+  many = np.stack([x, -2.0 * x])
+  with meshes.use(meshes.build(meshes.MeshConfig(**MESH))):
+    found = jax.jit(jax.vmap(_loss, in_axes=(None, 0)))(kernel, many)
+  wanted = [_loss(kernel, one) for one in many]
+  np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
 def test_a_kernel_is_cast_before_it_is_gathered():
   text = _lowered("bfloat16", "float32")[0].as_text()
   named = re.findall(r"sharding_constraint .*(tensor<\S*16x4x8x\S+)", text)

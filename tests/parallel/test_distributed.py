@@ -3,7 +3,9 @@
 import types
 
 import numpy as np
+import pytest
 
+from flowjax import errors
 from flowjax.parallel import distributed
 
 
@@ -25,7 +27,12 @@ class Jitted:
 
 def test_a_program_runs_when_all_have_compiled_it(monkeypatch):
   said = []
-  met = lambda name, seconds: said.append(name.split("/")[0])  # noqa: E731
+
+  def met(name, seconds):
+    del seconds
+    said.append(name.split("/")[0])
+    return True
+
   monkeypatch.setattr(distributed, "_peers", types.SimpleNamespace(meet=met))
   function = distributed.together(Jitted(said))
   assert (function(np.zeros(2)) == 0).all()
@@ -36,6 +43,13 @@ def test_a_program_runs_when_all_have_compiled_it(monkeypatch):
   # Of other shapes it is another program.
   function(np.zeros(3))
   assert said == [*first, "run", *first]
+
+
+def test_who_waits_in_vain_is_lost(monkeypatch):
+  alone = types.SimpleNamespace(meet=lambda name, seconds: False)
+  monkeypatch.setattr(distributed, "_peers", alone)
+  with pytest.raises(errors.Lost, match="Not all processes came"):
+    distributed.meet()
 
 
 def test_one_process_waits_for_nobody():
