@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flowjax.models import lora, seam, text, uncertainty, vq
+from flowjax.models import conditions, lora, seam, text, uncertainty, vq
 
 
 def with_lora(network: seam.Network, config: lora.LoraConfig) -> seam.Network:
@@ -56,22 +56,7 @@ def with_text_encoder(
   same; without a condition the caption is `empty`, token [L] and mask [L].
   """
   model = network.config
-  if not hasattr(model, "text_width") or model.num_classes:
-    raise ValueError(
-      f"vocabulary = {config.vocabulary}: a network {model.name!r} with "
-      f"num_classes = {model.num_classes} reads no text; take an MM-DiT or a "
-      "FLUX with num_classes = 0, or set vocabulary = 0."
-    )
-  if not model.text_width == model.pooled_width == config.width:
-    raise ValueError(
-      f"width = {config.width} must be that of the text, model.text_width = "
-      f"{model.text_width}, and model.pooled_width = {model.pooled_width}."
-    )
-  if model.text_tokens != config.tokens:
-    raise ValueError(
-      f"tokens = {config.tokens} and model.text_tokens = {model.text_tokens} "
-      "must be the same."
-    )
+  _check_text_encoder(config, model)
   nothing = dict(zip(("token", "token_mask"), empty, strict=True))
 
   def init(rng):
@@ -111,15 +96,8 @@ def with_text_encoder(
     return {**cond, **emptied}
 
   def dropped(cond, rng):
-    emptied = unconditional(cond)
-    drop_B = jax.random.bernoulli(
-      rng, model.condition_dropout, cond["token"].shape[:1]
-    )
-    lost = {
-      key: jnp.where(drop_B[:, None], emptied[key], cond[key])
-      for key in nothing
-    }
-    return {**cond, **lost}
+    emptied, rate = unconditional(cond), model.condition_dropout
+    return conditions.exchanged(cond, emptied, tuple(nothing), rate, rng)
 
   def apply(params, x_BHWC, t_B, cond, rng=None):
     cond = cond if rng is None else dropped(cond, rng)
@@ -143,6 +121,26 @@ def with_text_encoder(
     own=lambda params: network.own(without(params)),
     told=told,
   )
+
+
+def _check_text_encoder(config: text.TextConfig, model: Any) -> None:
+  """Raises ValueError for an encoder that a model cannot listen to."""
+  if not hasattr(model, "text_width") or model.num_classes:
+    raise ValueError(
+      f"vocabulary = {config.vocabulary}: a network {model.name!r} with "
+      f"num_classes = {model.num_classes} reads no text; take an MM-DiT or a "
+      "FLUX with num_classes = 0, or set vocabulary = 0."
+    )
+  if not model.text_width == model.pooled_width == config.width:
+    raise ValueError(
+      f"width = {config.width} must be that of the text, model.text_width = "
+      f"{model.text_width}, and model.pooled_width = {model.pooled_width}."
+    )
+  if model.text_tokens != config.tokens:
+    raise ValueError(
+      f"tokens = {config.tokens} and model.text_tokens = {model.text_tokens} "
+      "must be the same."
+    )
 
 
 def with_uncertainty(network: seam.Network) -> seam.Network:

@@ -7,6 +7,7 @@ is learned; so such a network trains on labelled images as it is.
 # Shape suffixes: B batch, L text tokens, E width of the text, P width of the
 # pooled text, D width, K labels and the one that stands for none.
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -116,17 +117,25 @@ def dropped(config: Any, cond: Cond, rng: jax.Array) -> Cond:
 
   Each by itself, with probability `condition_dropout`.
   """
-  without = unconditional(config, cond)
   keys = ("label",) if config.num_classes else _TEXT
-  batch = cond[keys[0]].shape[:1]
-  drop_B = jax.random.bernoulli(rng, config.condition_dropout, batch)
+  without = unconditional(config, cond)
+  return exchanged(cond, without, keys, config.condition_dropout, rng)
 
-  def choose(without, value):
+
+def exchanged(
+  cond: Cond, other: Cond, keys: Sequence[str], rate: float, rng: jax.Array
+) -> Cond:
+  """Returns `cond`, of which some examples have the `keys` of another.
+
+  Each by itself, with probability `rate`; keys that `cond` lacks are left out.
+  """
+  drop_B = jax.random.bernoulli(rng, rate, cond[keys[0]].shape[:1])
+
+  def choose(other, value):
     drop = drop_B.reshape(-1, *(1,) * (value.ndim - 1))
-    return jnp.where(drop, without, value)
+    return jnp.where(drop, other, value)
 
-  changed = {k: choose(without[k], cond[k]) for k in keys if k in cond}
-  return {**cond, **changed}
+  return {**cond, **{k: choose(other[k], cond[k]) for k in keys if k in cond}}
 
 
 def check_config(config: Any) -> None:
