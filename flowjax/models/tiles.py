@@ -1,6 +1,6 @@
-"""Large images in parts: one after the other, or in tiles that overlap.
+"""Large images in tiles that overlap.
 
-Memory is then that of a part. A tile sees no more than itself, so that the
+Memory is then that of a tile. A tile sees no more than itself, so that the
 result differs from that of the whole; where two overlap, one fades into the
 other. Tiles begin every (1 - overlap) of their size, and the last are what is
 left, as in diffusers.
@@ -14,18 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-Map = collections.abc.Callable[[jax.Array], Any]
+Map = collections.abc.Callable[[jax.Array], jax.Array]
 
 OVERLAP = 0.25
-
-
-def sliced(function: Map, x_BHWC: jax.Array, count: int = 1) -> Any:
-  """Returns `function(x)`, of `count` examples at a time."""
-  return jax.lax.map(
-    lambda x_HWC: jax.tree.map(lambda y: y[0], function(x_HWC[None])),
-    x_BHWC,
-    batch_size=count if count > 1 else None,
-  )
 
 
 def tiled(
@@ -35,11 +26,11 @@ def tiled(
   tile: int,
   tile_out: int,
   overlap: float = OVERLAP,
-) -> Any:
+) -> jax.Array:
   """Returns `function(x)` of tiles of a side, which become `tile_out` wide.
 
-  The function may return a tree, of which each leaf is put together. It is
-  called once for each tile; jit it, not this: there are four shapes at most.
+  The function is called once for each tile; jit it, not this: there are four
+  shapes at most.
   """
   if not 0.0 <= overlap < 1.0:
     raise ValueError(f"overlap={overlap} is the part of a tile: 0 to below 1.")
@@ -60,30 +51,12 @@ def tiled(
     for i in range(0, height, step)
   ]
   fade = int(tile_out * overlap)
-  leaves, structure = jax.tree.flatten(found[0][0])
-  joined = [
-    _joined(
-      [[jax.tree.leaves(tree)[n] for tree in row] for row in found],
-      fade,
-      tile_out - fade,
-    )
-    for n in range(len(leaves))
-  ]
-  return jax.tree.unflatten(structure, joined)
+  return _joined(found, fade, tile_out - fade)
 
 
-def encode(network: Any, function: Map, x_BHWC: jax.Array, **options) -> Any:
-  """Encodes images in tiles of the size that a config was trained at."""
-  return tiled(
-    function,
-    x_BHWC,
-    tile=network.image_size[0],
-    tile_out=network.latent_size[0],
-    **options,
-  )
-
-
-def decode(network: Any, function: Map, z_BHWC: jax.Array, **options) -> Any:
+def decode(
+  network: Any, function: Map, z_BHWC: jax.Array, **options
+) -> jax.Array:
   """Decodes latents in tiles of the size that a config was trained at."""
   return tiled(
     function,

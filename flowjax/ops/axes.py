@@ -107,11 +107,6 @@ def even(x: jax.Array, dim_name: str, dim: int = 1) -> jax.Array:
   return jnp.pad(x, padding)
 
 
-def is_split(dim_name: str) -> bool:
-  """Returns whether more than one device shares the dim of that name."""
-  return parts(dim_name) > 1
-
-
 def is_shared() -> bool:
   """Returns whether several devices compute what is traced now."""
   if _rules.get() is None:

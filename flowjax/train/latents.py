@@ -19,6 +19,7 @@ from flowjax import errors
 from flowjax.data import arrayrecord, embeddings
 from flowjax.data import config as data_config
 from flowjax.flow import losses
+from flowjax.models import autoencoder
 
 Batch = Mapping[str, Any]
 Arrays = Mapping[str, Any]
@@ -124,8 +125,7 @@ def sampled(batch: Batch, rng: jax.Array | None) -> dict[str, Any]:
   mean = rest.pop("mean").astype(jnp.float32)
   log_variance = rest.pop("log_variance").astype(jnp.float32)
   if rng is not None:
-    eps = jax.random.normal(rng, mean.shape, jnp.float32)
-    mean = mean + jnp.exp(0.5 * log_variance) * eps
+    mean = autoencoder.sample(mean, log_variance, rng)
   return {**rest, "image": mean}
 
 

@@ -19,7 +19,7 @@ def test_name_is_the_identity_without_rules():
   x = jnp.ones((4, 3, 2))
   assert axes.name(x, "batch", "tokens", "heads") is x
   assert axes.name(x, "any", "name", "goes") is x
-  assert not axes.is_split("tokens")
+  assert axes.parts("tokens") == 1
 
 
 def test_name_lays_out_as_the_rules_say():
@@ -34,11 +34,11 @@ def test_name_lays_out_as_the_rules_say():
   assert jnp.array_equal(y, x + 1)
 
 
-def test_is_split_counts_devices_not_rules():
+def test_parts_count_devices_not_rules():
   with jax.set_mesh(make_mesh(data=4, fsdp=2, tensor=1)), axes.rules(RULES):
-    assert axes.is_split("batch")
-    assert not axes.is_split("tokens")
-    assert not axes.is_split("heads")
+    assert axes.parts("batch") == 8
+    assert axes.parts("tokens") == 1
+    assert axes.parts("heads") == 1
 
 
 def test_carriers_are_the_axes_that_split():
@@ -67,8 +67,8 @@ def test_rules_end_with_their_context_even_on_an_error():
 def test_inner_rules_hide_outer_ones():
   with jax.set_mesh(make_mesh()), axes.rules(RULES):
     with axes.rules({"batch": None}):
-      assert not axes.is_split("batch")
-    assert axes.is_split("batch")
+      assert axes.parts("batch") == 1
+    assert axes.parts("batch") == 4
 
 
 def test_a_name_without_a_rule_is_refused():
