@@ -106,6 +106,8 @@ def table(alpha_bar: np.ndarray, name: str = "table") -> affine.Path:
   lambda_N = np.log(finite_N) - np.log1p(-finite_N)
   # In float64 too: the entries are closer than float32 tells apart.
   slope_N = count * np.diff(lambda_N)
+  # What is read of an entry at once: its place, lambda, and the slope after it.
+  entry_3N = np.stack([np.arange(last - 1.0), lambda_N[:-1], slope_N])
   sigma_rise = count * math.sqrt(1.0 - finite_N[0])
   alpha_fall = count * math.sqrt(finite_N[-1])
 
@@ -118,9 +120,10 @@ def table(alpha_bar: np.ndarray, name: str = "table") -> affine.Path:
     """Returns lambda between two entries, and its slope."""
     place = t * count - 1.0
     i = jnp.clip(place, 0.0, last - 2.0).astype(jnp.int32)
-    slope = jnp.asarray(slope_N, t.dtype)[i]
-    level = jnp.asarray(lambda_N, t.dtype)[i]
-    return level + (place - i) * slope / count, slope
+    # Not `place - i`: compiled twice, with and without a fused multiply-add,
+    # the places would differ, and near an entry so would their whole parts.
+    start, level, slope = jnp.asarray(entry_3N, t.dtype)[:, i]
+    return level + (place - start) * slope / count, slope
 
   def first_sigma(t):
     return sigma_rise * jnp.where(t < 1.0 / count, t, 1.0 / count)

@@ -410,6 +410,10 @@ def test_float32_times_find_their_entries():
   t = jnp.asarray((i + 1) / 1000, jnp.float32)
   np.testing.assert_allclose(path.alpha(t), np.sqrt(alpha_bar), rtol=1e-6)
   np.testing.assert_allclose(path.sigma(t), np.sqrt(1 - alpha_bar), rtol=1e-6)
+  # A compiler may compute the place of a time twice, and not to the last bit.
+  alpha, sigma = jax.jit(lambda t: (path.alpha(t), path.sigma(t)))(t)
+  np.testing.assert_allclose(alpha, np.sqrt(alpha_bar), rtol=1e-6)
+  np.testing.assert_allclose(sigma, np.sqrt(1 - alpha_bar), rtol=1e-6)
 
 
 def test_tables_and_continuous_time_agree():
