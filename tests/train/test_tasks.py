@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flowjax import errors
-from flowjax.train import experiment, tasks
+from flowjax.train import tasks
 
 INPAINTING = tasks.TaskConfig("inpainting", hole=(0.1, 0.5), whole=0.0)
 LOWERED = tasks.TaskConfig("super_resolution", factor=2)
