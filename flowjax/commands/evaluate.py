@@ -6,7 +6,9 @@ features beside that of real digits among themselves, and how near samples
 come to the training images. For scenes also `samples.png`, and how much of the
 captions a detector, fitted on real scenes, finds in pictures: of combinations
 that training saw and never saw, without guidance, and of other captions. For
-any source: the validation loss. Of an autoencoder: PSNR and losses of held-out
+any source: the validation loss. Of a run with config.task, instead: how far
+from held-out images it draws what it was told of them, and what a judge sees in
+its pictures (docs/tasks.md). Of an autoencoder: PSNR and losses of held-out
 images, and `reconstructions.png`.
 
 example:
@@ -24,6 +26,7 @@ from flowjax.commands import (
   flags,
   obedience,
   restored,
+  tasked,
   train,
 )
 from flowjax.data import sources
@@ -86,9 +89,11 @@ def run(args) -> None:
   }
   if likelihood is not None:
     report |= _bits(found, likelihood)
-  if found.config.data.source == "digits":
+  if found.config.task.name in tasked.SCORES:
+    report |= tasked.evaluate(found, method, args)
+  elif found.config.data.source == "digits":
     report |= _digits(found, method, args)
-  if found.config.data.source == "scenes":
+  elif found.config.data.source == "scenes":
     report |= obedience.evaluate(found, method, args)
   _write(report, args)
 
@@ -158,7 +163,7 @@ def _likelihood(found: restored.Restored, args) -> losses.Loss:
     )
   way = dataclasses.replace(flow.likelihood, steps=args.likelihood_steps)
   flow = dataclasses.replace(flow, levels=levels, likelihood=way)
-  return found.config.task.prepared(flow.bits(found.run.network))
+  return flow.bits(found.run.network)
 
 
 def _bits(found: restored.Restored, loss: losses.Loss) -> dict[str, float]:
@@ -171,8 +176,12 @@ def _digits(
   found: restored.Restored, method: methods.SampleConfig, args
 ) -> dict:
   """Scores samples of digits, with the guidance of the config and without."""
-  train_images, train_labels = all_of(sources.open(found.config.data, "train"))
-  held_images, held_labels = all_of(sources.open(found.config.data, "held_out"))
+  train_images, train_labels = sources.all_of(
+    sources.open(found.config.data, "train")
+  )
+  held_images, held_labels = sources.all_of(
+    sources.open(found.config.data, "held_out")
+  )
   judge = digits.Digits(
     train_images, train_labels, held_images, held_labels, seed=args.seed
   )
@@ -207,10 +216,3 @@ def _digits(
     "frechet_real": judge.frechet_real,
     "nearest_neighbour": without["nearest_neighbour"],
   }
-
-
-def all_of(source: sources.Source) -> tuple[np.ndarray, np.ndarray]:
-  """Returns every image and label of a source that fits into memory."""
-  records = [source[i] for i in range(len(source))]
-  images = np.stack([record["image"] for record in records])
-  return images, np.array([record["label"] for record in records])

@@ -13,7 +13,9 @@ those that are held out, or --embeddings, a .npz file of "text" [N, L, E] and
 to noise, without guidance, and drawn again from it, each row below its
 originals: without guidance as well, unless you give --guidance, or change what
 is drawn by --labels or --embeddings. A run with config.pipeline reads --prompt
-by the text encoders there, and its autoencoder makes the pictures.
+by the text encoders there, and its autoencoder makes the pictures. With
+config.task the network is told of held-out images, and on the left of each
+picture are the image and what was told of it.
 
 example:
   flowjax sample --workdir=runs/digits --out=grid.png --num=40 --guidance=2
@@ -163,15 +165,17 @@ def run(args) -> None:
     _print_difference(
       images - originals, args.guidance or (method.guidance.scale,)
     )
+  beside = drawing.beside(found.run, cond)
   if parts and not args.latents:
     images = pipeline.pictures(parts, images, tiled=args.tiles)
+    beside = [pipeline.pictures(parts, each) for each in beside]
     if originals is not None:
       originals = pipeline.pictures(parts, originals, tiled=args.tiles)
   if distributed.is_first():
     if texts is None:
       captions = drawing.captions(found.run, count)
     named = captions if originals is None else []
-    _write(images, originals, args.out, named)
+    _write(images, originals, args.out, named, beside)
   print(f"{count} samples of step {found.step}: {args.out}")
 
 
@@ -234,7 +238,8 @@ def _in_turn(rows: np.ndarray, count: int) -> np.ndarray:
 
 def _cond(args, found, texts: dict | None, count: int) -> dict[str, Any]:
   if texts is not None:
-    return jax.tree.map(lambda leaf: _in_turn(leaf, count), texts)
+    told = jax.tree.map(lambda leaf: _in_turn(leaf, count), texts)
+    return {**told, **drawing.context(found.run, count)}
   if drawing.reads_text(found.run.network):
     if args.labels:
       raise errors.UserError(
@@ -280,14 +285,14 @@ def _write(
   originals: np.ndarray | None,
   out: pathlib.Path,
   captions: list[str],
+  beside: list[np.ndarray],
 ) -> None:
   if out.suffix.lower() == ".npy":
     np.save(out, images)
     return
   if originals is not None:
     images = pictures.pairs(originals, images, columns=COLUMNS)
+    beside = []
   if captions:
-    turns = [captions[i % len(captions)] for i in range(len(images))]
-    pictures.save_png(pictures.captioned(images, turns), out)
-    return
-  pictures.save_png(pictures.grid(images, columns=COLUMNS), out)
+    captions = [captions[i % len(captions)] for i in range(len(images))]
+  pictures.save_png(pictures.sheet(images, captions, beside=beside), out)
