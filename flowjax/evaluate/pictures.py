@@ -100,7 +100,8 @@ def sheet(
   if beside:
     gap_NHWC = np.ones_like(images_NHWC[:, :, :1])
     row = [part for other in beside for part in (other, gap_NHWC)]
-    images_NHWC = np.concatenate([*row, images_NHWC], axis=2)
+    end = [gap_NHWC, gap_NHWC]  # So that one sees what belongs together.
+    images_NHWC = np.concatenate([*row, images_NHWC, *end], axis=2)
     columns = max(1, columns // (len(beside) + 1))
   if captions:
     return captioned(images_NHWC, captions, columns=min(columns, 8))
