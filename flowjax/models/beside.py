@@ -105,7 +105,11 @@ def with_text_encoder(
 
   def example(batch):
     shape = (batch, config.tokens)
+    others = network.example(batch)
+    for key in ("text", "pooled"):
+      del others[key]
     return {
+      **others,
       "token": jnp.zeros(shape, jnp.int32),
       "token_mask": jnp.ones(shape, bool),
     }

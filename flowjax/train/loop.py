@@ -90,6 +90,7 @@ def train(
     text_width=getattr(config.model, "text_width", None),
     pooled_width=getattr(config.model, "pooled_width", None),
   )
+  config.require_context()
   run = parts.build(config)
   looks = evaluators(run)
   _warn_of_whole_parameters(run)
@@ -198,6 +199,7 @@ def batch_shapes(run: parts.Parts) -> dict[str, Any]:
   size = (count, *config.model.image_size, config.model.channels)
   image = jax.ShapeDtypeStruct(size, np.float32)
   cond = jax.eval_shape(lambda: run.network.example(count))
+  cond.pop("context", None)  # The task makes it, of the image.
   paired = config.data.pair_source is not None
   return {"image": image, **cond, **({"source": image} if paired else {})}
 
