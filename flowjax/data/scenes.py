@@ -21,7 +21,7 @@ from flowjax.data import config as config_lib
 from flowjax.data import digits, order
 
 SIZE, SIDE = 32, 14  # Pixels of a scene and of a digit, both square.
-CELL, STEP = SIZE // 2, 8  # Digits have a cell each, at every eighth pixel.
+CELL = SIZE // 2  # A digit has a cell, in one of three rows and columns.
 LENGTH = {"train": 2**20, "held_out": 256}
 COMBINATIONS = ("seen", "held_out", "all")
 COLOURS = {
@@ -105,7 +105,8 @@ class Scenes:
   """Scenes of some digits, in combinations of one kind.
 
   "seen" ones are those of training; in "held_out" ones a thing of each scene is
-  of a combination that it never sees; "all" are of any.
+  of a combination that it never sees; "all" are of any. Of
+  several `aspects`, height and width, scene i has one by its number.
   """
 
   ink_NHW: np.ndarray  # From 0 to 1.
@@ -118,6 +119,7 @@ class Scenes:
   class_names: tuple[str, ...] = ()
   num_classes: int = 0
   shape: tuple[int, int, int] = (SIZE, SIZE, 3)
+  aspects: tuple[tuple[int, int], ...] = ((SIZE, SIZE),)
 
   @property
   def blank(self) -> dict[str, Any]:
@@ -137,6 +139,14 @@ class Scenes:
       "caption": np.array([record["caption"] for record in records]),
     }
 
+  def sizes(self) -> np.ndarray:
+    """Returns the height and width of each scene, [N, 2]."""
+    return np.resize(np.array(self.aspects), (self.length, 2))
+
+  def cut(self, image_size: tuple[int, int]) -> "Scenes":
+    """Returns the same scenes, composed at another height and width."""
+    return dataclasses.replace(self, shape=(*image_size, 3))
+
   def fingerprint(self) -> dict[str, Any]:
     return {
       "records": len(self),
@@ -151,7 +161,7 @@ class Scenes:
     count = (1, 1, 2, 2, 3)[next(draw) % 5]
     images = tuple(next(draw) % len(self.label_N) for _ in range(count))
     labels = [int(self.label_N[image]) for image in images]
-    places, relations = _arranged(count, draw)
+    places, relations = _arranged(count, draw, self.shape[:2])
     colours = _colours(labels, self.combinations, draw)
     things = tuple(
       Thing(label, colour, row + (SIDE - 1) / 2, column + (SIDE - 1) / 2)
@@ -159,7 +169,7 @@ class Scenes:
         labels, colours, places, strict=True
       )
     )
-    caption = _said(things, relations, draw)
+    caption = _said(things, relations, draw, self.shape[:2])
     return Scene(things, relations, caption, images)
 
   def painted(self, scene: Scene) -> np.ndarray:
@@ -181,13 +191,17 @@ def open(config: config_lib.DataConfig, split: str) -> Scenes:
   Training's are of training digits, in combinations that are seen; those held
   out are of held-out digits, each with a combination that is not.
   """
-  if (*config.image_size, config.channels) != (SIZE, SIZE, 3):
+  aspects = config.buckets or ((SIZE, SIZE),)
+  fits = config.image_size in aspects and min(map(min, aspects)) >= SIZE
+  if not fits or config.channels != 3:
     raise errors.UserError(
-      f"image_size={config.image_size} and channels={config.channels} do not "
-      f"suit scenes, which are {SIZE}x{SIZE} in 3 channels."
+      f"image_size={config.image_size}, channels={config.channels} and "
+      f"buckets={config.buckets} do not suit scenes, which have 3 channels and "
+      f"are {SIZE}x{SIZE}, or of buckets whose sides are at least {SIZE}."
     )
   combinations = "seen" if split == "train" else "held_out"
-  return of_digits(config, split, combinations, length=LENGTH[split])
+  made = of_digits(config, split, combinations, length=LENGTH[split])
+  return dataclasses.replace(made, aspects=aspects)
 
 
 def of_digits(
@@ -226,17 +240,19 @@ def _dice(seed: int, i: int) -> Iterator[int]:
   return iter(order.mix(key + np.arange(64, dtype=np.uint64)).tolist())
 
 
-def _arranged(count: int, draw: Iterator[int]):
+def _arranged(count: int, draw: Iterator[int], size: tuple[int, ...]):
   """Returns the upper left corners of things, and the relations between them.
 
   One stands in one of nine places; two side by side, or one above the other;
   a third beside the first of them, across.
   """
+  rows, columns = ([_at(number, side) for number in range(3)] for side in size)
   if count == 1:
-    return [(_at(next(draw) % 3), _at(next(draw) % 3))], ()
+    return [(rows[next(draw) % 3], columns[next(draw) % 3])], ()
   flipped = next(draw) % 2, next(draw) % 2  # Down, and across.
   (row, other_row), (column, other_column) = (
-    (_at(2 * flip), _at(2 - 2 * flip)) for flip in flipped
+    (at[2 * flip], at[2 - 2 * flip])
+    for flip, at in zip(flipped, (rows, columns), strict=True)
   )
   beside = (0, ("left", "right")[flipped[1]], 1)
   over = (0, ("above", "below")[flipped[0]], count - 1)
@@ -244,13 +260,13 @@ def _arranged(count: int, draw: Iterator[int]):
     places = [(row, column), (row, other_column), (other_row, column)]
     return places, (beside, over) if next(draw) % 2 else (over, beside)
   if next(draw) % 2:
-    return [(_at(1), column), (_at(1), other_column)], (beside,)
-  return [(row, _at(1)), (other_row, _at(1))], (over,)
+    return [(rows[1], column), (rows[1], other_column)], (beside,)
+  return [(row, columns[1]), (other_row, columns[1])], (over,)
 
 
-def _at(number: int) -> int:
-  """Returns where the place of that number begins, in pixels."""
-  return number * STEP + (CELL - SIDE) // 2
+def _at(number: int, side: int) -> int:
+  """Returns where the first, middle or last of three places begins."""
+  return number * (side - CELL) // 2 + (CELL - SIDE) // 2
 
 
 def _colours(
@@ -270,21 +286,20 @@ def _colours(
   return [found[place] for place in range(len(labels))]
 
 
-def _where(thing: Thing) -> str:
+def _where(thing: Thing, size: tuple[int, ...]) -> str:
   """Says in which of nine places a thing is."""
-  third = SIZE / 3
-  row = ("top", "", "bottom")[int(thing.row / third)]
-  column = ("left", "", "right")[int(thing.column / third)]
+  row = ("top", "", "bottom")[int(3 * thing.row / size[0])]
+  column = ("left", "", "right")[int(3 * thing.column / size[1])]
   place = " ".join(filter(None, (row, column)))
   return f"at the {place}" if place else "in the middle"
 
 
-def _said(things, relations, draw: Iterator[int]) -> str:
+def _said(things, relations, draw: Iterator[int], size) -> str:
   """Returns one of several ways to say what is in a scene."""
   way = next(draw) % 4
   if len(things) == 1:
     (a,) = things
-    where = _where(a)
+    where = _where(a, size)
     return (
       f"{a} {where}",
       f"{where} is {a}",
