@@ -18,7 +18,7 @@ from flowjax.evaluate import pictures, validation
 from flowjax.flow import losses
 from flowjax.parallel import compiler_flags, distributed, placing
 from flowjax.parallel import mesh as meshes
-from flowjax.train import latents, loop, parts
+from flowjax.train import latents, loop, parts, session
 from flowjax.train import state as states
 
 
@@ -70,16 +70,16 @@ def run(args) -> None:
 
 def evaluators(
   built: parts.Parts, directory: pathlib.Path
-) -> list[loop.Evaluator]:
+) -> list[session.Evaluator]:
   """Returns what is looked at while training: held-out loss, and pictures."""
   log, found = built.experiment.log, []
   if log.validation_every:
-    found.append(loop.Evaluator(log.validation_every, _validation(built)))
+    found.append(session.Evaluator(log.validation_every, _validation(built)))
   if log.samples_every:
     look = _samples
     if built.experiment.is_autoencoder:
       look = _reconstructions
-    found.append(loop.Evaluator(log.samples_every, look(built, directory)))
+    found.append(session.Evaluator(log.samples_every, look(built, directory)))
   return found
 
 
@@ -157,6 +157,6 @@ def _save(grid, directory: pathlib.Path, state: states.TrainState) -> None:
   if not distributed.is_first():
     return
   folder = directory / "samples"
-  with loop.outlived("THE SAMPLES WERE NOT WRITTEN"):
+  with session.outlived("THE SAMPLES WERE NOT WRITTEN"):
     folder.mkdir(exist_ok=True)
     pictures.save_png(grid, folder / f"step_{int(state.step):07d}.png")
