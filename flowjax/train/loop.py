@@ -3,6 +3,7 @@
 import collections.abc
 import contextlib
 import dataclasses
+import functools
 import logging
 import pathlib
 from typing import Any
@@ -11,8 +12,9 @@ import jax
 import numpy as np
 
 from flowjax import errors, models, schema
+from flowjax.data import config as data_config
 from flowjax.data import loader, sources
-from flowjax.parallel import distributed, rules, sums
+from flowjax.parallel import distributed, programs, rules, sums
 from flowjax.parallel import mesh as meshes
 from flowjax.train import (
   checkpoint,
@@ -98,7 +100,7 @@ def train(
     stack.callback(writer.close)
     writer.write_hparams(schema.to_dict(config))
     session = sessions.Session(run, source, saved, writer, looks, before, first)
-    state = session.go(state, stop, lambda: jit_step(run))
+    state = session.go(state, stop, functools.partial(compiled, run, source))
     with sessions.outlived("THE CURVES WERE NOT DRAWN"):
       if distributed.is_first():
         curves.draw(directory / "metrics.jsonl", directory / "curves.png")
@@ -158,13 +160,45 @@ def jit_step(run: parts.Parts):
   )
 
 
+def compiled(
+  run: parts.Parts, source: sources.Source, told: programs.Told
+) -> collections.abc.Callable[..., Any]:
+  """Returns the step for the batches of a source.
+
+  Where these have several shapes it is compiled for all of them, now.
+  """
+  kinds = shapes(source, run.experiment.data, run.experiment.data.batch_size)
+  if len(kinds) == 1:
+    return distributed.together(jit_step(run))
+  sharding = meshes.batch_sharding(run.mesh)
+  batches = (programs.abstract(batch, sharding) for batch in kinds)
+  return programs.ahead(
+    jit_step(run), [(run.abstract, batch) for batch in batches], told
+  )
+
+
+def shapes(
+  source: sources.Source, data: data_config.DataConfig, count: int
+) -> list[dict[str, Any]]:
+  """Returns batches of so many records in the abstract, one of each bucket.
+
+  Without buckets it is one.
+  """
+  found: Any = source
+  parts = found.parts if data.buckets else (found,)
+  return [
+    jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype),
+      {key: np.asarray(leaf) for key, leaf in sources.blank(part).items()},
+    )
+    for part in parts
+  ]
+
+
 def lower_step(run: parts.Parts):
   """Lowers the step for a batch of the config's shapes; nothing is run."""
   sharding = meshes.batch_sharding(run.mesh)
-  batch = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-    batch_shapes(run),
-  )
+  batch = programs.abstract(batch_shapes(run), sharding)
   with meshes.use(run.mesh):
     return jit_step(run).lower(run.abstract, batch)
 

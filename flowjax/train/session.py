@@ -13,7 +13,7 @@ import numpy as np
 
 from flowjax import errors, schema
 from flowjax.data import loader, sources
-from flowjax.parallel import chips, distributed, placing
+from flowjax.parallel import chips, placing, programs
 from flowjax.parallel import mesh as meshes
 from flowjax.train import (
   checkpoint,
@@ -91,11 +91,12 @@ class Session:
     self,
     state: states.TrainState,
     stop: signals.StopRequest,
-    compiled: collections.abc.Callable[[], Any],
+    compiled: collections.abc.Callable[[programs.Told], Any],
   ) -> states.TrainState:
     """Steps from `first` to the end, or until it is asked to stop.
 
-    `compiled()` gives the step, and is called where there is one to be taken.
+    `compiled(told)` gives the step, and is called where there is one to be
+    taken.
     """
     if self.first >= self.config.steps:
       logging.info("Nothing to do: step %d is the last.", self.first)
@@ -106,12 +107,12 @@ class Session:
         f"{why}: no step was taken after {self.first}, and there is nothing to "
         "save. The same command begins again."
       )
-    step = distributed.together(compiled())
     with (
       self._batches(self.first) as batches,
       self.bar,
       self.watchdog,
     ):
+      step = compiled(self._compiling)
       for number in range(self.first + 1, self.config.steps + 1):
         with self.bar.waiting():
           batch, marks = next(batches)
@@ -138,6 +139,10 @@ class Session:
           )
       self._save_for_good(self.config.steps, state)
     return state
+
+  def _compiling(self, what: str) -> None:
+    self.bar.say(what)
+    self.watchdog.beat()
 
   def _progress(self, first: int) -> progress.Progress:
     images = self.config.data.batch_size
