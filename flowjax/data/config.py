@@ -56,6 +56,8 @@ class DataConfig:
   index_dir: str | None = None  # Where listings of files and shards are kept.
   # Records of images also say their "size", and the "crop" that was taken.
   originals: bool = False
+  # Height and width of each aspect; image_size is one of them. (): one size.
+  buckets: tuple[tuple[int, int], ...] = ()
 
   def __post_init__(self):
     if len(self.image_size) != 2 or min(self.image_size) < 1:

@@ -18,9 +18,9 @@ from flowjax.flow import losses
 from flowjax.models import lora as adapters
 from flowjax.models import text as encoders
 from flowjax.parallel import mesh as meshes
+from flowjax.train import aspects, flows, latents, methods, metrics, tasks
 from flowjax.train import checkpoint as checkpoints
 from flowjax.train import ema as averages
-from flowjax.train import flows, latents, methods, metrics, tasks
 from flowjax.train import optim as optimizers
 from flowjax.train import reconstruction as autoencoding
 
@@ -104,6 +104,7 @@ class Experiment:
         raise ValueError(
           f"model.{key} = {ours} and data.{key} = {theirs} must be the same."
         )
+    aspects.check(self.model, self.data)
     if self.is_autoencoder:
       self._check_autoencoder()
       return
