@@ -5,7 +5,9 @@ samples a classifier of real digits recognises, the Fréchet distance in its
 features beside that of real digits among themselves, and how near samples
 come to the training images. For scenes also `samples.png`, and how much of the
 captions a detector, fitted on real scenes, finds in pictures: of combinations
-that training saw and never saw, without guidance, and of other captions. For
+that training saw and never saw, without guidance, and of other captions; or, of
+a run on layouts, whether in each box is what was asked for, and how well the
+boxes around the ink cover those of the layout. For
 any source: the validation loss. Of an autoencoder: PSNR and losses of held-out
 images, and `reconstructions.png`.
 
@@ -23,6 +25,7 @@ from flowjax.commands import (
   export,
   flags,
   obedience,
+  placement,
   restored,
   train,
 )
@@ -89,7 +92,8 @@ def run(args) -> None:
   if found.config.data.source == "digits":
     report |= _digits(found, method, args)
   if found.config.data.source == "scenes":
-    report |= obedience.evaluate(found, method, args)
+    told = placement if found.config.layout.classes else obedience
+    report |= told.evaluate(found, method, args)
   _write(report, args)
 
 
