@@ -18,6 +18,7 @@ import numpy as np
 
 from flowjax.models import (
   encoders,
+  image_encoder,
   layout,
   lora,
   seam,
@@ -127,6 +128,40 @@ def with_layout_encoder(
         "box_mask": np.zeros(config.boxes, bool),
       },
       flops=layout.flops(config),
+    ),
+  )
+
+
+def with_image_encoder(
+  network: seam.Network, config: image_encoder.EmbeddingConfig
+) -> seam.Network:
+  """Returns the network with what makes a text of an image, trained beside it.
+
+  Its parameters are "image_encoder". The condition has "original" [B, H, W, C]
+  or, if that is not learned, "embedding" [B, P], and "original_mask" [B] or
+  "embedding_mask"; without a condition the mask is false.
+  """
+  model = network.config
+  encoders.check(
+    model, f"size = {config.size}", tokens=config.tokens, width=None
+  )
+  key, shape = image_encoder.told(config, model)
+  mask = f"{key}_mask"
+
+  def apply(params, cond):
+    told = cond[key], cond[mask].astype(bool)
+    text_BKE, pooled_BQ = image_encoder.apply(config, model, params, *told)
+    return {"text": text_BKE, "pooled": pooled_BQ}
+
+  return encoders.with_encoder(
+    network,
+    encoders.Encoder(
+      group=image_encoder.GROUP,
+      reads="images" if config.depth else "embedded images",
+      init=functools.partial(image_encoder.init, config, model),
+      apply=apply,
+      empty={key: np.zeros(shape, np.float32), mask: np.zeros((), bool)},
+      flops=image_encoder.flops(config, model),
     ),
   )
 

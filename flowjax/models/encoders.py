@@ -16,6 +16,8 @@ import numpy as np
 
 from flowjax.models import conditions, seam
 
+_TEXT = ("text", "pooled")
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Encoder:
@@ -86,10 +88,12 @@ def with_encoder(network: seam.Network, encoder: Encoder) -> seam.Network:
 
   def example(batch):
     # A mask of an example is true: something is said.
-    return {
+    said = {
       key: jnp.full((batch, *row.shape), row.dtype == bool, row.dtype)
       for key, row in empty.items()
     }
+    others = network.example(batch)
+    return {k: others[k] for k in others if k not in _TEXT} | said
 
   return dataclasses.replace(
     network,

@@ -53,11 +53,13 @@ class TextConfig:
     return int(self.mlp_ratio * self.width)
 
 
-def check_sizes(config: Any, *counts: str) -> None:
+def check_sizes(config: Any, *counts: str, least_depth: int = 1) -> None:
   """Raises ValueError for blocks that cannot be, or counts below 1."""
-  for name in (*counts, "width", "depth", "heads", "mlp_ratio"):
+  for name in (*counts, "width", "heads", "mlp_ratio"):
     if getattr(config, name) <= 0:
       raise ValueError(f"{name} = {getattr(config, name)} must be positive.")
+  if config.depth < least_depth:
+    raise ValueError(f"depth = {config.depth} must be at least {least_depth}.")
   if config.width % config.heads:
     raise ValueError(
       f"heads = {config.heads} does not divide width = {config.width}."

@@ -115,10 +115,14 @@ AUTOENCODER: Rules = (
 )
 
 # Of what a network is told; divided as its blocks are.
-_ENCODER = "(text|layout|image)_encoder"
+_ENCODER = "((text|layout)_encoder|image_encoder/vision)"
 ENCODER: Rules = (
   (rf"{_ENCODER}/(place_)?embed/embedding", (None, "fsdp")),
-  (rf"{_ENCODER}/(pooled|box_in|box_out)/kernel", (None, "fsdp")),
+  (rf"{_ENCODER}/(pooled|box_in|box_out|patch_embed)/kernel", (None, "fsdp")),
+  (r"image_encoder/vision/embedding/kernel", ("fsdp", None)),
+  (r"image_encoder/text/kernel", (None, None, "fsdp")),
+  (r"image_encoder/pooled/kernel", (None, "fsdp")),
+  (r"image_encoder/(text|pooled)/bias", ()),
   *((rf"{_ENCODER}/blocks/{name}", (None, *dims)) for name, dims in _STREAM),
   (rf"{_ENCODER}/.*(?<!/qkv)(?<!/mlp/in)/(bias|scale)", ()),
 )

@@ -15,6 +15,7 @@ import ml_collections
 from flowjax import errors, models, schema
 from flowjax.data import config as data_config
 from flowjax.flow import losses
+from flowjax.models import image_encoder as embeddings
 from flowjax.models import layout as layouts
 from flowjax.models import lora as adapters
 from flowjax.models import text as encoders
@@ -73,6 +74,7 @@ class Experiment:
   lora: adapters.LoraConfig = _group(adapters.LoraConfig)
   text: encoders.TextConfig = _group(encoders.TextConfig)
   layout: layouts.LayoutConfig = _group(layouts.LayoutConfig)
+  embedding: embeddings.EmbeddingConfig = _group(embeddings.EmbeddingConfig)
   optim: optimizers.OptimConfig = _group(optimizers.OptimConfig)
   ema: averages.EmaConfig = _group(averages.EmaConfig)
   mesh: meshes.MeshConfig = _group(meshes.MeshConfig)
@@ -164,6 +166,7 @@ class Experiment:
       ("lora", adapters.LoraConfig),
       ("text", encoders.TextConfig),
       ("layout", layouts.LayoutConfig),
+      ("embedding", embeddings.EmbeddingConfig),
     ):
       if getattr(self, name) != kind():
         raise ValueError(

@@ -142,6 +142,9 @@ def build(
   if config.layout.classes:
     with errors.naming("config.layout"):
       network = models.with_layout_encoder(network, config.layout)
+  if config.embedding.size:
+    with errors.naming("config.embedding"):
+      network = models.with_image_encoder(network, config.embedding)
   if config.flow.uncertainty:
     network = models.with_uncertainty(network)
   with errors.naming("config.lora" if config.lora.rank else "config.model"):
@@ -158,7 +161,7 @@ def build(
     lambda: states.initial(network.init, optimizer, config.seed, frozen)
   )
   table = rules.for_model(config.model)
-  if config.text.vocabulary or config.layout.classes:
+  if config.text.vocabulary or config.layout.classes or config.embedding.size:
     table = (*rules.ENCODER, *table)
   if config.lora.rank:
     factors = lora.factors(config.lora, abstract_params)
