@@ -151,6 +151,15 @@ def held_out(
   }
 
 
+def told_of(
+  run: parts.Parts, batch: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+  """Returns what the task of a run tells its network of a batch of images."""
+  made = run.experiment.task.add(batch, jax.random.key(0))
+  told = jax.eval_shape(lambda: run.network.example(1)).keys()
+  return {key: np.asarray(made[key]) for key in told if key in made}
+
+
 def captions(run: parts.Parts, count: int) -> list[str]:
   """Returns the captions of what is `held_out`; none of a run without."""
   if not reads_captions(run.network):

@@ -56,8 +56,9 @@ class DataConfig:
   index_dir: str | None = None  # Where listings of files and shards are kept.
   # Records of images also say their "size", and the "crop" that was taken.
   originals: bool = False
-  # Height and width of each aspect; image_size is one of them. (): one size.
-  buckets: tuple[tuple[int, int], ...] = ()
+  # At most so many boxes an image, of things by these names, and no caption.
+  boxes: int = 0
+  box_names: tuple[str, ...] = ()
 
   def __post_init__(self):
     if len(self.image_size) != 2 or min(self.image_size) < 1:
@@ -67,7 +68,7 @@ class DataConfig:
     for key in ("batch_size", "channels", "prefetch"):
       if getattr(self, key) < 1:
         raise ValueError(f"{key}={getattr(self, key)} must be at least 1.")
-    for key in ("shuffle_seed", "workers"):
+    for key in ("shuffle_seed", "workers", "boxes"):
       if getattr(self, key) < 0:
         raise ValueError(f"{key}={getattr(self, key)} must not be negative.")
     if self.on_corrupt not in ON_CORRUPT:
@@ -97,6 +98,7 @@ class DataConfig:
         "'mixture' needs (source, weight) of each in mixture, and any other "
         "source none."
       )
+    self._check_boxes()
     if not 1 <= self.max_pixels <= MOST_PIXELS:
       raise ValueError(
         f"max_pixels={self.max_pixels} must be from 1 to {MOST_PIXELS:,}: "
@@ -152,6 +154,21 @@ class DataConfig:
       raise ValueError(
         f"tokenizer={self.tokenizer!r} with {len(self.words)} words: the "
         "tokenizer 'words' needs the list of them, and no other has one."
+      )
+
+  def _check_boxes(self):
+    if bool(self.boxes) != bool(self.box_names):
+      raise ValueError(
+        f"boxes={self.boxes} and {len(self.box_names)} box_names: for layouts "
+        "set both, the most boxes of an image and the names of what is in "
+        "them; else neither."
+      )
+    if len(set(self.box_names)) < len(self.box_names):
+      raise ValueError("box_names: each name is to be there once.")
+    if self.boxes and self.tokenizer:
+      raise ValueError(
+        f"boxes={self.boxes} and tokenizer={self.tokenizer!r}: a network is "
+        "told a layout or a caption; leave one out."
       )
 
   def build_tokenizer(self) -> tokenizers.Tokenizer | None:

@@ -114,12 +114,17 @@ AUTOENCODER: Rules = (
   (r".*/(bias|scale)", ()),
 )
 
-# Beside a network that reads captions; divided as its blocks are.
-TEXT_ENCODER: Rules = (
-  (r"text_encoder/(place_)?embed/embedding", (None, "fsdp")),
-  (r"text_encoder/pooled/kernel", (None, "fsdp")),
-  *((rf"text_encoder/blocks/{name}", (None, *dims)) for name, dims in _STREAM),
-  (r"text_encoder/.*(?<!/qkv)(?<!/mlp/in)/(bias|scale)", ()),
+# Of what a network is told; divided as its blocks are.
+_ENCODER = "((text|layout)_encoder|image_encoder/vision)"
+ENCODER: Rules = (
+  (rf"{_ENCODER}/(place_)?embed/embedding", (None, "fsdp")),
+  (rf"{_ENCODER}/(pooled|box_in|box_out|patch_embed)/kernel", (None, "fsdp")),
+  (r"image_encoder/vision/embedding/kernel", ("fsdp", None)),
+  (r"image_encoder/text/kernel", (None, None, "fsdp")),
+  (r"image_encoder/pooled/kernel", (None, "fsdp")),
+  (r"image_encoder/(text|pooled)/bias", ()),
+  *((rf"{_ENCODER}/blocks/{name}", (None, *dims)) for name, dims in _STREAM),
+  (rf"{_ENCODER}/.*(?<!/qkv)(?<!/mlp/in)/(bias|scale)", ()),
 )
 
 # Text encoders: a table of tokens is divided both ways, as it is large.

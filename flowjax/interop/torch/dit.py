@@ -102,7 +102,7 @@ class DiT(nn.Module):
     label_B: torch.Tensor,
     context_BCHW: torch.Tensor | None = None,
   ) -> torch.Tensor:
-    if self.config.context_channels:
+    if context_BCHW is not None:
       x_BCHW = torch.cat([x_BCHW, context_BCHW], dim=1)
     patch = self.config.patch_size
     dtype = self.patch_embed.weight.dtype
