@@ -60,6 +60,25 @@ class Layout:
     return {"most": self.most, "names": names.hexdigest()}
 
 
+def parse(content: Any) -> list[Box]:
+  """Returns the boxes that a list of JSON says; raises ValueError without.
+
+  Each is {"class": name, "box": [top, left, bottom, right]}.
+  """
+  if not isinstance(content, list):
+    raise ValueError(f"boxes are a list, not {str(content)[:80]!r}.")
+  found = []
+  for each in content:
+    sides = each.get("box") if isinstance(each, dict) else None
+    if not isinstance(sides, list) or not isinstance(each.get("class"), str):
+      raise ValueError(
+        f"a box is {{'class': name, 'box': [top, left, bottom, right]}}, not "
+        f"{str(each)[:80]!r}."
+      )
+    found.append((each["class"], *sides))
+  return found
+
+
 def of(config: config_lib.DataConfig) -> Layout | None:
   """Returns what makes arrays of boxes, if the config asks for any."""
   return Layout(config.boxes, config.box_names) if config.boxes else None
