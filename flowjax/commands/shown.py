@@ -120,7 +120,7 @@ def boxes(
   for number, each in enumerate(content):
     try:
       found.append(layouts.parse(each))
-      layout.arrays(found[-1])
+      layout.arrays(found[-1])  # Refuses what it cannot be told.
     except ValueError as error:
       raise errors.UserError(f"{flag}, layout {number}: {error}") from error
   return found
