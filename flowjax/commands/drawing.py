@@ -24,6 +24,7 @@ def build(
   worse: parts.Parts | None = None,
   *,
   inverse: bool = False,
+  strength: float = 1.0,
 ) -> Draw:
   """Returns `draw(params, cond, *, seed, ...)` for a run's network.
 
@@ -31,7 +32,8 @@ def build(
   time, and is compiled once. A flow between images starts from those that are
   held out. With `worse`, a run to be guided away from, params are the pair of
   both. The `inverse` gives the noise from which its `starts`, images, are drawn
-  without guidance. The other options are those of `sampling.draw`.
+  without guidance. Below a `strength` of 1 samples start from images that are
+  so far on the way to noise. The other options are those of `sampling.draw`.
   """
   flow, model = run.experiment.flow, run.network.config
   if run.network.inverse is not None and method.guidance.scale != 1.0:
@@ -44,7 +46,7 @@ def build(
     origin = sources.open(run.experiment.data, "held_out")
   with errors.naming("config.sample"):
     made = method.method(flow, flows.tokens_of(model))
-    made = made.inverse() if inverse else made
+    made = made.inverse() if inverse else made.from_images(strength)
     pushes = [] if inverse else method.guidance.pushes(run.network)
     sampler = sampling.build(
       run.network,
@@ -64,10 +66,11 @@ def build(
     *,
     seed: int,
     starts: np.ndarray | None = None,
+    count: int | None = None,
     **options: Any,
   ) -> np.ndarray:
+    count = sampling.rows_of(cond, count)
     if origin is not None and starts is None:
-      count = len(jax.tree.leaves(cond)[0])
       chosen = [origin[i % len(origin)] for i in range(count)]
       starts = np.stack([record["source"] for record in chosen])
     cond = latents.with_negative(run.experiment.data, cond)
@@ -82,6 +85,7 @@ def build(
         put=placing.put_whole(run.mesh),
         fetch=placing.fetch,
         starts=starts,
+        count=count,
         **options,
       )
 

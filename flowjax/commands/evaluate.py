@@ -165,7 +165,7 @@ def _likelihood(found: restored.Restored, args) -> losses.Loss:
     )
   way = dataclasses.replace(flow.likelihood, steps=args.likelihood_steps)
   flow = dataclasses.replace(flow, levels=levels, likelihood=way)
-  return flow.bits(found.run.network)
+  return found.config.task.prepared(flow.bits(found.run.network))
 
 
 def _bits(found: restored.Restored, loss: losses.Loss) -> dict[str, float]:

@@ -17,6 +17,10 @@ by the text encoders there, and its autoencoder makes the pictures. One that
 is told layouts draws those that are held out, or of --boxes; one that is told
 images varies those that are held out, or each --image, in a row beside it.
 
+With --init-image samples start from images: --strength is how far these go to
+noise, and so how much becomes another; with --mask what is black stays as it
+is. To a flow between images --init-image is what it starts from.
+
 example:
   flowjax sample --workdir=runs/digits --out=grid.png --num=40 --guidance=2
 """
@@ -33,6 +37,7 @@ import numpy as np
 from flowjax import errors
 from flowjax.commands import (
   drawing,
+  edits,
   flags,
   given,
   pipeline,
@@ -111,6 +116,7 @@ def add_flags(parser) -> None:
     type=flags.path,
     help="what to start from instead of noise: a .npy of [N, H, W, C]",
   )
+  edits.add_flags(parser)
   parser.add_argument(
     "--invert",
     action="store_true",
@@ -126,6 +132,7 @@ def run(args) -> None:
     raise errors.UserError(f"--out={args.out} must end in .png or .npy.")
   if args.invert and args.start:
     raise errors.UserError("--invert finds the start; leave out --start.")
+  edits.check(args)
   workdir.require_writable(args.out, "--out")
   captions = given.captions(args)
   _check_texts(args, captions)
@@ -145,8 +152,10 @@ def run(args) -> None:
   shows = shown.read(args, found, parts)
   texts = texts or (shows.cond if shows else _texts(args, captions, found))
   start = given.start(args.start, found) if args.start else None
+  edit = edits.read(args, found, parts)
+  starts = start if edit is None else edit.images
   each = shows.each if shows else 1
-  count = args.num or each * _count(args, texts, start)
+  count = args.num or each * _count(args, texts, starts)
   if args.guidance:
     args.guidance = args.guidance[:count]
   method = _method(args, found)
@@ -170,7 +179,7 @@ def run(args) -> None:
       method=method,
       scales=_scales(args.guidance, count),
       worse=worse,
-      starts=None if start is None else _in_turn(start, count),
+      **_begun(start, edit, count),
     )
   if originals is not None:
     _print_difference(
@@ -239,6 +248,15 @@ def _scales(given: tuple[float, ...] | None, count: int) -> np.ndarray | None:
   if given is None or len(set(given)) == 1:
     return None
   return np.resize(np.asarray(given, np.float32), count)
+
+
+def _begun(
+  start: np.ndarray | None, edit: edits.Edits | None, count: int
+) -> dict[str, Any]:
+  """Returns the options of `draw` that say from what."""
+  if edit is not None:
+    return edit.turns(count)
+  return {"starts": None if start is None else _in_turn(start, count)}
 
 
 def _in_turn(rows: np.ndarray, count: int) -> np.ndarray:

@@ -1,11 +1,14 @@
 """Where the images come from, and in which order."""
 
 import dataclasses
+import itertools
 
 from flowjax.data import tokenizers
 
 ON_CORRUPT = ("skip", "stop")
 ON_NO_CAPTION = ("stop", "skip", "empty")
+# Batches of one bucket should cost about what those of another do.
+MOST_TIMES_THE_AREA = 2
 # Above it Pillow refuses an image, whatever it is told.
 MOST_PIXELS = 178_956_970
 
@@ -23,6 +26,8 @@ class DataConfig:
 
   source: str = "digits"
   image_size: tuple[int, int] = (8, 8)
+  # Aspect buckets, (height, width) of what the network sees; none by default.
+  buckets: tuple[tuple[int, int], ...] = ()
   channels: int = 1
   batch_size: int = 128  # Over all processes.
   shuffle_seed: int = 0
@@ -72,6 +77,7 @@ class DataConfig:
         "takes the next sound image instead and counts it, stop ends the run."
       )
     self._check_tokenizer()
+    self._check_buckets()
     if self.on_no_caption not in ON_NO_CAPTION:
       raise ValueError(
         f"on_no_caption={self.on_no_caption!r} must be one of {ON_NO_CAPTION}: "
@@ -102,6 +108,33 @@ class DataConfig:
       raise ValueError(
         f"held_out={self.held_out} is the fraction of the images that training "
         "never sees: at least 0 and below 1."
+      )
+
+  def _check_buckets(self):
+    if not self.buckets:
+      return
+    for bucket in self.buckets:
+      if len(bucket) != 2 or min(bucket) < 1:
+        raise ValueError(
+          f"buckets: {bucket} must be (height, width), both positive."
+        )
+    if tuple(self.image_size) not in {tuple(b) for b in self.buckets}:
+      raise ValueError(
+        f"image_size={self.image_size} must be one of the buckets "
+        f"{self.buckets}: the network is made and counted for it."
+      )
+    for one, other in itertools.combinations(self.buckets, 2):
+      if one[0] * other[1] == one[1] * other[0]:
+        raise ValueError(
+          f"buckets: {one} and {other} are of one aspect, by which an image "
+          "finds its bucket: keep one of them."
+        )
+    low, high = (f(self.buckets, key=lambda b: b[0] * b[1]) for f in (min, max))
+    if high[0] * high[1] > MOST_TIMES_THE_AREA * low[0] * low[1]:
+      raise ValueError(
+        f"buckets: {high} has {high[0] * high[1] / (low[0] * low[1]):.2f} "
+        f"times the area of {low}, and {MOST_TIMES_THE_AREA} is the most: they "
+        "should be of about equal area, as `buckets.of_area` makes them."
       )
 
   def _check_tokenizer(self):

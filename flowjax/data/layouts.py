@@ -165,8 +165,8 @@ def opened(
   if "caption" not in found or layout is None:
     raise errors.UserError(
       f"{source.name} has no boxes: take 'scenes', or a source whose captions "
-      "are boxes in JSON, as by config.data.caption_key='boxes' of a folder with "
-      "a metadata.jsonl."
+      "are boxes in JSON, as a folder has with config.data.caption_key='boxes' "
+      "and a metadata.jsonl."
     )
   return Boxed(source, layout, config.originals)
 

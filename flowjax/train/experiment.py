@@ -20,9 +20,9 @@ from flowjax.models import layout as layouts
 from flowjax.models import lora as adapters
 from flowjax.models import text as encoders
 from flowjax.parallel import mesh as meshes
+from flowjax.train import aspects, flows, latents, methods, metrics, tasks
 from flowjax.train import checkpoint as checkpoints
 from flowjax.train import ema as averages
-from flowjax.train import flows, latents, methods, metrics
 from flowjax.train import optim as optimizers
 from flowjax.train import reconstruction as autoencoding
 
@@ -70,6 +70,7 @@ class Experiment:
   model: Any = None
   data: data_config.DataConfig = _group(data_config.DataConfig)
   encoded: latents.EncodedConfig = _group(latents.EncodedConfig)
+  task: tasks.TaskConfig = _group(tasks.TaskConfig)
   flow: flows.FlowConfig = _group(flows.FlowConfig)
   lora: adapters.LoraConfig = _group(adapters.LoraConfig)
   text: encoders.TextConfig = _group(encoders.TextConfig)
@@ -107,6 +108,7 @@ class Experiment:
         raise ValueError(
           f"model.{key} = {ours} and data.{key} = {theirs} must be the same."
         )
+    aspects.check(self.model, self.data)
     if self.is_autoencoder:
       self._check_autoencoder()
       return
@@ -115,6 +117,7 @@ class Experiment:
         "reconstruction is for autoencoders and would be without effect on a "
         f"model {self.model.name!r}; leave it as it is by default."
       )
+    self._check_task()
     self._check_text()
     self._check_layout()
     self._check_objective()
@@ -148,19 +151,30 @@ class Experiment:
     """Returns the training loss of a network."""
     if self.is_autoencoder:
       return autoencoding.loss(self.reconstruction, network)
-    return self.flow.loss(network)
+    return self.task.prepared(self.flow.loss(network))
 
   def validation_loss(self, network: models.Network) -> losses.Loss:
     """Returns the loss of held-out examples, in which no weight is drawn."""
     if self.is_autoencoder:
       return autoencoding.validation_loss(self.reconstruction, network)
-    return self.flow.validation_loss(network)
+    return self.task.prepared(self.flow.validation_loss(network))
+
+  def require_context(self) -> None:
+    """Refuses a network that reads channels which nothing here makes."""
+    read = getattr(self.model, "context_channels", 0)
+    if read and self.task.name == "none":
+      raise errors.UserError(
+        f"config.model.context_channels = {read}, and config.task.name = "
+        "'none' makes no context: set config.task.name='inpainting' or "
+        "'super_resolution', as the network was trained for."
+      )
 
   def _check_autoencoder(self):
     """Refuses what an autoencoder would not heed."""
     with errors.naming("config.reconstruction"):
       self.reconstruction.check(self.model)
     for name, kind in (
+      ("task", tasks.TaskConfig),
       ("flow", flows.FlowConfig),
       ("sample", methods.SampleConfig),
       ("lora", adapters.LoraConfig),
@@ -178,6 +192,18 @@ class Experiment:
         f"data.pair_source = {self.data.pair_source!r} is for flows between "
         "images; an autoencoder has one image at a time."
       )
+
+  def _check_task(self):
+    """Refuses a task that this model or this flow cannot be told."""
+    if self.task.name != "none" and self.data.pair_source is not None:
+      raise ValueError(
+        f"task.name = {self.task.name!r} and data.pair_source = "
+        f"{self.data.pair_source!r}: a flow between images has its other image "
+        "at t = 1, and a task tells it beside one that flows from noise. Leave "
+        "out one of them."
+      )
+    with errors.naming("config.task"):
+      self.task.check_model(self.model)
 
   def _check_text(self):
     """Refuses an encoder of other captions than those of the data."""

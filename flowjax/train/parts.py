@@ -14,7 +14,14 @@ from flowjax import errors, models
 from flowjax.models import adversary, lora, perceptual
 from flowjax.parallel import host, rules
 from flowjax.parallel import mesh as meshes
-from flowjax.train import experiment, freezing, manifest, optim, running
+from flowjax.train import (
+  aspects,
+  experiment,
+  freezing,
+  manifest,
+  optim,
+  running,
+)
 from flowjax.train import perceptual as weights_of_lpips
 from flowjax.train import state as states
 
@@ -151,7 +158,8 @@ def build(
     abstract_params = jax.eval_shape(network.init, jax.random.key(0))
   with errors.naming("config.model"):
     with meshes.use(mesh):
-      _trace(network, abstract_params, part)
+      for size in aspects.sizes(config.data):
+        _trace(network, abstract_params, part, size)
   with errors.naming("config.optim.freeze"):
     frozen = freezing.names(_patterns(config), abstract_params)
   trained, _ = freezing.split(abstract_params, frozen)
@@ -216,12 +224,12 @@ def _patterns(config: experiment.Experiment) -> tuple[str, ...]:
   return (*config.optim.freeze, rf"(?!{lora.GROUP}/).*")
 
 
-def _trace(network: models.Network, params: Any, batch: int) -> None:
+def _trace(
+  network: models.Network, params: Any, batch: int, size: aspects.Size
+) -> None:
   """Finds what the network cannot do on this mesh; nothing is computed."""
-  config = network.config
-  size = (batch, *config.image_size, config.channels)
   cond = jax.eval_shape(lambda: network.example(batch))
-  x = jax.ShapeDtypeStruct(size, jnp.float32)
+  x = jax.ShapeDtypeStruct((batch, *size, network.config.channels), jnp.float32)
   if network.forward is not None:
     jax.eval_shape(network.forward, params, x, cond)
     return
