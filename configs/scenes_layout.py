@@ -39,6 +39,7 @@ def get_config():
     boxes=BOXES,
     box_names=scenes.NAMES,
   )
+  config.task.name = "layout"
   config.layout.update(
     classes=len(scenes.NAMES), boxes=BOXES, width=WIDTH, depth=2
   )

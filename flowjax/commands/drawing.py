@@ -145,19 +145,25 @@ def held_out(
   images = np.stack([record[image] for record in records])
   cond = {key: np.stack([record[key] for record in records]) for key in keys}
   # Embeddings can be stored in half the bytes; a network reads float32.
-  return images.astype(np.float32), {
+  batch = {
     key: value if value.dtype.kind in "biu" else value.astype(np.float32)
-    for key, value in cond.items()
+    for key, value in {**cond, "image": images}.items()
   }
+  return batch["image"], told_of(run, batch)
 
 
 def told_of(
   run: parts.Parts, batch: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-  """Returns what the task of a run tells its network of a batch of images."""
-  made = run.experiment.task.add(batch, jax.random.key(0))
+  """Returns what a network is told of images, by its task or by their source.
+
+  It is the same of an image in its place whenever it is looked at.
+  """
+  key = jax.random.key(run.experiment.seed)
+  made = jax.jit(run.experiment.task.add)(batch, key)
   told = jax.eval_shape(lambda: run.network.example(1)).keys()
-  return {key: np.asarray(made[key]) for key in told if key in made}
+  keys = [key for key in (*told, "text_mask") if key in made]
+  return {key: np.asarray(made[key]) for key in keys}
 
 
 def captions(run: parts.Parts, count: int) -> list[str]:

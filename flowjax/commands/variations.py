@@ -14,8 +14,7 @@ from flowjax.evaluate import variations as scores
 from flowjax.parallel import distributed
 from flowjax.train import methods, progress
 
-EACH = 5
-SHOWN = 10
+EACH, SHOWN = 5, 20
 
 Labelled = tuple[np.ndarray, np.ndarray]
 
@@ -43,30 +42,45 @@ def evaluate(
     for name, how in (("varied", method), ("unguided", plain)):
       before = len(drawn) * count * EACH
       drawn[name] = found.draw(
-        drawing.told_of(found.run, {"image": np.repeat(images, EACH, axis=0)}),
+        drawing.told_of(found.run, {"image": np.tile(images, (EACH, 1, 1, 1))}),
         seed=args.seed + len(drawn),
         done=lambda count, before=before: done(before + count),
         method=how,
-      ).reshape(count, EACH, *images.shape[1:])
+      )
   if distributed.is_first():
-    sheet = beside(images[:SHOWN], drawn["varied"][:SHOWN])
+    shown = np.flatnonzero(np.arange(len(drawn["varied"])) % count < SHOWN)
+    sheet = beside(images[:SHOWN], drawn["varied"][shown])
     pictures.save_png(sheet, found.directory / "samples.png")
+  apart = {
+    name: np.swapaxes(each.reshape(EACH, count, *images.shape[1:]), 0, 1)
+    for name, each in drawn.items()
+  }
   next_of_class = _next_of_class(labels)
   return {
     "samples": count * EACH,
     "guidance": method.guidance.scale,
     "classifier_accuracy": judge.accuracy,
-    "varied": scores.score(judge, drawn["varied"], images, labels),
-    "unguided": scores.score(judge, drawn["unguided"], images, labels),
+    "varied": scores.score(judge, apart["varied"], images, labels),
+    "unguided": scores.score(judge, apart["unguided"], images, labels),
     "shuffled": scores.score(
-      judge, drawn["varied"], np.roll(images, 1, axis=0), np.roll(labels, 1)
+      judge, apart["varied"], np.roll(images, 1, axis=0), np.roll(labels, 1)
     ),
     "real": scores.score(judge, images[next_of_class], images, labels),
   }
 
 
-def beside(original_NHWC: np.ndarray, drawn_NVHWC: np.ndarray) -> np.ndarray:
-  """Returns a sheet: a row for each original, itself and what it became."""
+def beside(original_NHWC: np.ndarray, drawn_MHWC: np.ndarray) -> np.ndarray:
+  """Returns a sheet: a row for each original, itself and what it became.
+
+  Variations come in the order of the originals, in turn.
+  """
+  count = len(original_NHWC)
+  each = -(-len(drawn_MHWC) // count)
+  filled_MHWC = np.full((count * each, *drawn_MHWC.shape[1:]), -1.0, np.float32)
+  filled_MHWC[: len(drawn_MHWC)] = drawn_MHWC
+  drawn_NVHWC = np.swapaxes(
+    filled_MHWC.reshape(each, count, *drawn_MHWC.shape[1:]), 0, 1
+  )
   both = np.concatenate([original_NHWC[:, None], drawn_NVHWC], axis=1)
   return pictures.grid(both.reshape(-1, *both.shape[2:]), columns=both.shape[1])
 

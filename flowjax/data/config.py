@@ -165,6 +165,11 @@ class DataConfig:
       )
     if len(set(self.box_names)) < len(self.box_names):
       raise ValueError("box_names: each name is to be there once.")
+    if self.boxes and self.flip:
+      raise ValueError(
+        f"boxes={self.boxes} and flip=True: an image would be mirrored, and "
+        "its boxes not. Set flip=False."
+      )
     if self.boxes and self.tokenizer:
       raise ValueError(
         f"boxes={self.boxes} and tokenizer={self.tokenizer!r}: a network is "

@@ -105,6 +105,9 @@ def open(config: config_lib.DataConfig, split: str) -> Source:
       f"{schema.closest(kind, KINDS)}"
     )
   module = importlib.import_module(f"flowjax.data.{kind}")
+  if config.boxes:
+    layouts = importlib.import_module("flowjax.data.layouts")
+    return layouts.opened(module.open, config, split)
   source = module.open(config, split)
   if not config.buckets:
     return _told(source, config)

@@ -160,7 +160,8 @@ def with_image_encoder(
       reads="images" if config.depth else "embedded images",
       init=functools.partial(image_encoder.init, config, model),
       apply=apply,
-      empty={key: np.zeros(shape, np.float32), mask: np.zeros((), bool)},
+      empty={key: np.zeros((), np.float32), mask: np.zeros((), bool)},
+      shapes={key: shape},
       flops=image_encoder.flops(config, model),
     ),
   )

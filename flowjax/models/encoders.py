@@ -35,6 +35,14 @@ class Encoder:
   apply: collections.abc.Callable[[seam.Params, seam.Cond], seam.Cond]
   empty: collections.abc.Mapping[str, np.ndarray]
   flops: int
+  # Of what has another shape than its empty row, which is then repeated.
+  shapes: collections.abc.Mapping[str, tuple[int, ...]] = dataclasses.field(
+    default_factory=dict
+  )
+
+  def shape(self, key: str) -> tuple[int, ...]:
+    """Returns the shape that a row of an example has."""
+    return self.shapes.get(key, self.empty[key].shape)
 
 
 def with_encoder(network: seam.Network, encoder: Encoder) -> seam.Network:
@@ -59,7 +67,7 @@ def with_encoder(network: seam.Network, encoder: Encoder) -> seam.Network:
   def told(params, cond):
     if missing := [key for key in keys if key not in cond]:
       raise ValueError(
-        f"The network reads {encoder.reads}, cond={{{_shapes(empty)}}}, and "
+        f"The network reads {encoder.reads}, cond={{{_shapes(encoder)}}}, and "
         f"has no {missing[0]!r}: got the keys {sorted(cond)}."
       )
     others = {key: cond[key] for key in cond if key not in empty}
@@ -89,7 +97,7 @@ def with_encoder(network: seam.Network, encoder: Encoder) -> seam.Network:
   def example(batch):
     # A mask of an example is true: something is said.
     said = {
-      key: jnp.full((batch, *row.shape), row.dtype == bool, row.dtype)
+      key: jnp.full((batch, *encoder.shape(key)), row.dtype == bool, row.dtype)
       for key, row in empty.items()
     }
     others = network.example(batch)
@@ -132,8 +140,8 @@ def check(model: Any, said: str, *, tokens: int, width: int | None) -> None:
     )
 
 
-def _shapes(empty: collections.abc.Mapping[str, np.ndarray]) -> str:
+def _shapes(encoder: Encoder) -> str:
   return ", ".join(
-    f"{key!r}: [{', '.join(['B', *map(str, row.shape)])}]"
-    for key, row in empty.items()
+    f"{key!r}: [{', '.join(['B', *map(str, encoder.shape(key))])}]"
+    for key in encoder.empty
   )

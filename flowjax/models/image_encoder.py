@@ -132,13 +132,19 @@ def apply(
   Where the mask is false, nothing is told.
   """
   key, shape = told(config, model)
-  if told_B.shape[1:] != shape or mask_B.shape != told_B.shape[:1]:
+  # An image may have any size.
+  found, wanted = (
+    each[-1:] if config.depth else each for each in (told_B.shape[1:], shape)
+  )
+  dims = told_B.ndim == 1 + len(shape)
+  if not dims or found != wanted or mask_B.shape != told_B.shape[:1]:
     raise ValueError(
       f"The encoder takes {key!r} [B, {', '.join(map(str, shape))}] and its "
       f"mask [B], not {told_B.shape} and {mask_B.shape}."
     )
-  found = _module(config, model).apply({"params": params}, told_B, mask_B)
-  return typing.cast(tuple[jax.Array, jax.Array], found)
+  module = _module(config, model)
+  says = module.apply({"params": params}, told_B, mask_B)
+  return typing.cast(tuple[jax.Array, jax.Array], says)
 
 
 def flops(config: EmbeddingConfig, model: Any) -> int:

@@ -84,7 +84,8 @@ def waves(side_BNS: jax.Array) -> jax.Array:
   The Fourier features of arXiv:2003.08934, eq. 4.
   """
   frequency_F = math.pi * 2.0 ** np.arange(FREQUENCIES, dtype=np.float32)
-  angle_BNSF = side_BNS.astype(jnp.float32)[..., None] * frequency_F
+  side_BNS1 = side_BNS.astype(jnp.float32)[..., None]
+  angle_BNSF = side_BNS1 * frequency_F[None, None, None]
   waves_BNSF = jnp.concatenate([jnp.sin(angle_BNSF), jnp.cos(angle_BNSF)], -1)
   return waves_BNSF.reshape(*side_BNS.shape[:-1], -1)
 

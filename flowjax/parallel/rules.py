@@ -137,11 +137,12 @@ _TEXT: Rules = (
 CLIP: Rules = (
   *_TEXT,
   (r"pos_embed/embedding", (None, "fsdp")),
+  (r"patch_embed/kernel", (None, "fsdp")),
   (r"blocks/qkv/bias", (None, None, "tensor", None)),
   (r"blocks/mlp_in/kernel", (None, "fsdp", "tensor")),
   (r"blocks/mlp_in/bias", (None, "tensor")),
   (r"projection/kernel", ("fsdp", "tensor")),
-  (r".*(?<!/qkv)(?<!/mlp_in)/bias|.*/scale", ()),
+  (r".*(?<!/qkv)(?<!/mlp_in)/bias|.*/scale|class_embed", ()),
 )
 T5: Rules = (
   *_TEXT,
@@ -155,8 +156,8 @@ def for_model(config: Any) -> Rules:
   """Returns the rules for the parameters of a model's config."""
   if config.name in ("autoencoder", "vq"):
     return AUTOENCODER
-  if config.name in ("clip", "t5"):
-    return CLIP if config.name == "clip" else T5
+  if config.name in ("clip", "clip_vision", "t5"):
+    return T5 if config.name == "t5" else CLIP
   if config.name == "coupling":
     return COUPLING
   if config.name == "flux":

@@ -120,6 +120,7 @@ class Experiment:
     self._check_task()
     self._check_text()
     self._check_layout()
+    self._check_told()
     self._check_objective()
     self._check_sampling()
     self._check_channels()
@@ -237,6 +238,18 @@ class Experiment:
         raise ValueError(
           f"layout.{key} = {getattr(self.layout, key)}, and {of} makes "
           f"{wanted}: set config.layout.{key}={wanted}."
+        )
+
+  def _check_told(self):
+    """Refuses an encoder of what the task does not tell, and none for it."""
+    for name, key, told in (
+      ("layout", "layout.classes", self.layout.classes),
+      ("variation", "embedding.size", self.embedding.size),
+    ):
+      if bool(told) != (self.task.name == name):
+        raise ValueError(
+          f"task.name = {self.task.name!r} and {key} = {told}: the task "
+          f"{name!r} needs that above 0, and any other 0."
         )
 
   def _check_sampling(self):

@@ -26,6 +26,7 @@ from flowjax.train import (
   optim,
   parts,
   signals,
+  tasks,
   workdir,
 )
 from flowjax.train import session as sessions
@@ -66,7 +67,10 @@ def train(
   sources.check(
     source,
     batch_size=config.data.batch_size,
-    num_classes=getattr(config.model, "num_classes", None),
+    # Who is told an image has no use for what is said of it.
+    num_classes=None
+    if config.embedding.size
+    else getattr(config.model, "num_classes", None),
     channels=config.model.channels,
     image_size=config.model.image_size,
     text_width=getattr(config.model, "text_width", None),
@@ -213,7 +217,8 @@ def batch_shapes(run: parts.Parts) -> dict[str, Any]:
   size = (count, *config.model.image_size, config.model.channels)
   image = jax.ShapeDtypeStruct(size, np.float32)
   cond = jax.eval_shape(lambda: run.network.example(count))
-  cond.pop("context", None)  # The task makes it, of the image.
+  for key in tasks.MADE:
+    cond.pop(key, None)
   paired = config.data.pair_source is not None
   return {"image": image, **cond, **({"source": image} if paired else {})}
 
