@@ -15,12 +15,14 @@ import ml_collections
 from flowjax import errors, models, schema
 from flowjax.data import config as data_config
 from flowjax.flow import losses
+from flowjax.models import image_encoder as embeddings
+from flowjax.models import layout as layouts
 from flowjax.models import lora as adapters
 from flowjax.models import text as encoders
 from flowjax.parallel import mesh as meshes
+from flowjax.train import aspects, flows, latents, methods, metrics, tasks
 from flowjax.train import checkpoint as checkpoints
 from flowjax.train import ema as averages
-from flowjax.train import flows, latents, methods, metrics, tasks
 from flowjax.train import optim as optimizers
 from flowjax.train import reconstruction as autoencoding
 
@@ -72,6 +74,8 @@ class Experiment:
   flow: flows.FlowConfig = _group(flows.FlowConfig)
   lora: adapters.LoraConfig = _group(adapters.LoraConfig)
   text: encoders.TextConfig = _group(encoders.TextConfig)
+  layout: layouts.LayoutConfig = _group(layouts.LayoutConfig)
+  embedding: embeddings.EmbeddingConfig = _group(embeddings.EmbeddingConfig)
   optim: optimizers.OptimConfig = _group(optimizers.OptimConfig)
   ema: averages.EmaConfig = _group(averages.EmaConfig)
   mesh: meshes.MeshConfig = _group(meshes.MeshConfig)
@@ -104,6 +108,7 @@ class Experiment:
         raise ValueError(
           f"model.{key} = {ours} and data.{key} = {theirs} must be the same."
         )
+    aspects.check(self.model, self.data)
     if self.is_autoencoder:
       self._check_autoencoder()
       return
@@ -114,6 +119,8 @@ class Experiment:
       )
     self._check_task()
     self._check_text()
+    self._check_layout()
+    self._check_told()
     self._check_objective()
     self._check_sampling()
     self._check_channels()
@@ -173,6 +180,8 @@ class Experiment:
       ("sample", methods.SampleConfig),
       ("lora", adapters.LoraConfig),
       ("text", encoders.TextConfig),
+      ("layout", layouts.LayoutConfig),
+      ("embedding", embeddings.EmbeddingConfig),
     ):
       if getattr(self, name) != kind():
         raise ValueError(
@@ -217,6 +226,30 @@ class Experiment:
           f"text.{key} = {getattr(self.text, key)}, and data.tokenizer = "
           f"{self.data.tokenizer!r} makes {wanted}: set config.text.{key}="
           f"{wanted}."
+        )
+
+  def _check_layout(self):
+    """Refuses an encoder of other layouts than those of the data."""
+    for key, wanted, of in (
+      ("classes", len(self.data.box_names), "data.box_names"),
+      ("boxes", self.data.boxes or self.layout.boxes, "data.boxes"),
+    ):
+      if getattr(self.layout, key) != wanted:
+        raise ValueError(
+          f"layout.{key} = {getattr(self.layout, key)}, and {of} makes "
+          f"{wanted}: set config.layout.{key}={wanted}."
+        )
+
+  def _check_told(self):
+    """Refuses an encoder of what the task does not tell, and none for it."""
+    for name, key, told in (
+      ("layout", "layout.classes", self.layout.classes),
+      ("variation", "embedding.size", self.embedding.size),
+    ):
+      if bool(told) != (self.task.name == name):
+        raise ValueError(
+          f"task.name = {self.task.name!r} and {key} = {told}: the task "
+          f"{name!r} needs that above 0, and any other 0."
         )
 
   def _check_sampling(self):

@@ -28,6 +28,10 @@ Batch = Mapping[str, Any]
 
 # Keeps these draws apart from all that the loss makes of its own rng.
 _TASK = 0x7A5C
+# What tasks make of images, beside what a source says of them.
+MADE = ("context", "original", "original_mask", "embedding_mask")
+# What a source may say of an image in words.
+_SAID = ("label", "text", "pooled", "text_mask", "negative")
 # A brush stroke has so many corners, and turns about so far at each (radians).
 _CORNERS, _TURN = 6, 0.9
 
@@ -42,6 +46,8 @@ class TaskConfig:
   super_resolution: an image is told that is `factor` times smaller, and to
   which noise of a standard deviation uniform in [0, `noise`] was added, which
   is told too (cascaded diffusion, arXiv:2106.15282, section 4.2).
+  layout: what is in which box, by `config.layout` and `config.data.boxes`.
+  variation: the image itself, through the few numbers of `config.embedding`.
   """
 
   name: str = "none"
@@ -277,8 +283,20 @@ def _check_factor(config: TaskConfig, model: Any) -> None:
     )
 
 
+def _add_original(config: TaskConfig, batch: Batch, rng: jax.Array):
+  del config, rng
+  # What else is said of an image would have to be said of its variations.
+  rest = {key: batch[key] for key in batch if key not in _SAID}
+  there_B = jnp.ones(len(batch["image"]), bool)
+  if "embedding" in batch:
+    rest["embedding_mask"] = there_B
+  return {**rest, "original": batch["image"], "original_mask": there_B}
+
+
 TASKS: dict[str, Task] = {
   "none": Task(),
+  "layout": Task(),  # The data has the boxes.
+  "variation": Task(add=_add_original),
   "inpainting": Task(
     channels=lambda config, of_image: 1 + of_image,
     add=_add_mask,
