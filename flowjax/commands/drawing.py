@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from flowjax import errors, models
-from flowjax.data import sources
+from flowjax.data import buckets, sources
 from flowjax.evaluate import sampling
 from flowjax.parallel import distributed, placing
 from flowjax.parallel import mesh as meshes
@@ -43,7 +43,7 @@ def build(
     )
   origin = None
   if run.experiment.data.pair_source is not None:
-    origin = sources.open(run.experiment.data, "held_out")
+    origin = _held_out(run)
   with errors.naming("config.sample"):
     made = method.method(flow, flows.tokens_of(model))
     made = made.inverse() if inverse else made.from_images(strength)
@@ -136,7 +136,7 @@ def held_out(
   run: parts.Parts, count: int
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
   """Returns images that training never sees, over and over, and their cond."""
-  source = sources.open(run.experiment.data, "held_out")
+  source = _held_out(run)
   records = [source[i % len(source)] for i in range(count)]
   told = jax.eval_shape(lambda: run.network.example(1)).keys()
   keys = [key for key in records[0] if key in (*told, "text_mask")]
@@ -171,8 +171,13 @@ def captions(run: parts.Parts, count: int) -> list[str]:
   if not reads_captions(run.network):
     return []
   # Below the tokens are the words.
-  source = sources.open(run.experiment.data, "held_out").source  # type: ignore[attr-defined]
+  source = _held_out(run).source
   return [source[i % len(source)]["caption"] for i in range(count)]
+
+
+def _held_out(run: parts.Parts) -> Any:
+  """Returns the held-out split; of aspect buckets that of the reference."""
+  return buckets.reference(sources.open(run.experiment.data, "held_out"))
 
 
 def reads_captions(network: models.Network) -> bool:

@@ -227,7 +227,7 @@ class Bucketed:
 
   def fingerprint(self) -> dict[str, Any]:
     """Returns what the order of the records hangs on, as JSON can hold it."""
-    parts = {_said(part.shape[:2]): part.fingerprint() for part in self.parts}
+    parts = {said(part.shape[:2]): part.fingerprint() for part in self.parts}
     of = [part.pop("of", None) for part in parts.values()]  # All the same.
     return {"records": len(self), "of": of[0], "buckets": parts}
 
@@ -285,13 +285,27 @@ def divide(source: Any, config: config_lib.DataConfig, split: str) -> Bucketed:
   return Bucketed(source.name, parts, (*config.image_size, config.channels))
 
 
+def of_parts(
+  name: str, parts: Sequence[Any], config: config_lib.DataConfig, split: str
+) -> Bucketed:
+  """Returns a source of parts that are of one bucket each already."""
+  _count(name, split, {said(part.shape): len(part) for part in parts})
+  for part in parts:
+    if split == "train" and len(part) < config.batch_size:
+      log.warning(
+        "A batch of %d holds each of the %d records of %s more than once.",
+        config.batch_size, len(part), part.name,
+      )  # fmt: skip
+  return Bucketed(name, tuple(parts), (*config.image_size, config.channels))
+
+
 def paired(first: Bucketed, other: Bucketed) -> Bucketed:
   """Pairs two sources, bucket by bucket."""
   by_shape = {part.shape: part for part in other.parts}
   for part in first.parts:
     if part.shape not in by_shape:
       raise errors.DataError(
-        f"{other.name} has too few images nearest to {_said(part.shape[:2])} "
+        f"{other.name} has too few images nearest to {said(part.shape[:2])} "
         f"for a bucket, and {first.name} has {len(part)}: leave that out of "
         "config.data.buckets."
       )
@@ -302,17 +316,22 @@ def paired(first: Bucketed, other: Bucketed) -> Bucketed:
 
 def _tell(source, split, buckets, counts, into, fewest) -> None:
   """Says how many records each bucket has, and which were too few."""
-  rows = zip(buckets, counts, strict=True)
-  said = ", ".join(f"{_said(bucket)}: {count:,}" for bucket, count in rows)
-  log.info("%s, %s, by aspect bucket: %s.", source.name, split, said)
+  names = map(said, buckets)
+  _count(source.name, split, dict(zip(names, counts, strict=True)))
   for k, to in enumerate(into):
     if to != k and counts[k]:
       log.warning(
         "%s has %d images nearest to the bucket %s, fewer than a batch of %d: "
         "they go to %s, which has %d.", source.name, counts[k],
-        _said(buckets[k]), fewest, _said(buckets[to]), counts[to],
+        said(buckets[k]), fewest, said(buckets[to]), counts[to],
       )  # fmt: skip
 
 
-def _said(size: Sequence[int]) -> str:
+def _count(name: str, split: str, counts: dict[str, int]) -> None:
+  each = ", ".join(f"{bucket}: {count:,}" for bucket, count in counts.items())
+  log.info("%s, %s, by aspect bucket: %s.", name, split, each)
+
+
+def said(size: Sequence[int]) -> str:
+  """Returns what a bucket is called: its height and width."""
   return f"{size[0]}x{size[1]}"
