@@ -119,6 +119,7 @@ def test_larger_images_are_scored_at_both_sizes(monkeypatch, tmp_path):
   assert 5 < scored["psnr_bilinear"] < scored["psnr"] + 20
 
 
+@pytest.mark.slow
 def test_weights_of_a_network_without_begin_one_that_is_told(tmp_path):
   run = untrained(
     "--config.task.name=none", "--config.model.context_channels=0"

@@ -145,6 +145,10 @@ def test_what_a_task_cannot_be_is_refused_at_the_door():
   config.task.factor = 3
   with pytest.raises(errors.UserError, match="factor = 3 does not divide"):
     experiment.build(config)
+  config.task.factor, config.data.buckets = 4, ((8, 8), (4, 16), (6, 10))
+  config.model.position = "rope2d"
+  with pytest.raises(errors.UserError, match="divide images of 6x10"):
+    experiment.build(config)
   config = config_of("inpainting", **fits)
   config.data.pair_source = "digits"
   config.flow.coupling.name = "pairs"
@@ -168,3 +172,15 @@ def test_validation_is_a_number():
     float(loss(None, batch, jax.random.key(seed))[0]) for seed in (0, 0, 1)
   )
   assert one == again != other
+
+
+def test_a_batch_that_is_divided_is_told_the_same():
+  mesh = jax.sharding.Mesh(jax.devices(), ("data",))
+  divided = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+  noisy = dataclasses.replace(LOWERED, noise=0.5)
+  batch = {"image": images(batch=16, size=(8, 8), channels=1)}
+  for config in (INPAINTING, noisy):
+    add = jax.jit(config.add)
+    one = add(batch, jax.random.key(0))["context"]
+    many = add(jax.device_put(batch, divided), jax.random.key(0))["context"]
+    np.testing.assert_allclose(many, one, rtol=0, atol=1e-6)
