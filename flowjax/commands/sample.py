@@ -283,9 +283,10 @@ def _cond(args, found, texts: dict | None, count: int) -> dict[str, Any]:
       raise type(error)(
         f"{error} Or say what is to be drawn, by --prompt or --embeddings."
       ) from error
-  labels = restored.parse_labels(
-    args.labels, count, found.config.model.num_classes
-  )
+  labels = None
+  if args.labels:
+    classes = found.config.model.num_classes
+    labels = restored.parse_labels(args.labels, count, classes)
   return drawing.conditions(found.run, count, labels)
 
 
