@@ -53,6 +53,8 @@ class DataConfig:
   originals: bool = False
   # Height and width of each aspect; image_size is one of them. (): one size.
   buckets: tuple[tuple[int, int], ...] = ()
+  # The side of a patch, for canvases of one shape in place of buckets' own.
+  padded_patch: int = 0
 
   def __post_init__(self):
     if len(self.image_size) != 2 or min(self.image_size) < 1:

@@ -104,8 +104,9 @@ def with_text_encoder(
     return network.apply(without(params), x_BHWC, t_B, told(params, cond))
 
   def example(batch):
-    shape = (batch, config.tokens)
+    shape, whole = (batch, config.tokens), network.example(batch)
     return {
+      **{key: whole[key] for key in whole if key not in conditions.TEXT},
       "token": jnp.zeros(shape, jnp.int32),
       "token_mask": jnp.ones(shape, bool),
     }

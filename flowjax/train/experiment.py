@@ -104,6 +104,7 @@ class Experiment:
           f"model.{key} = {ours} and data.{key} = {theirs} must be the same."
         )
     aspects.check(self.model, self.data)
+    aspects.check_canvas(self.model, self.data, self.flow)
     if self.is_autoencoder:
       self._check_autoencoder()
       return
