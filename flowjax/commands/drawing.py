@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from flowjax import errors, models
-from flowjax.data import sources
+from flowjax.data import buckets, sources
 from flowjax.evaluate import sampling
 from flowjax.parallel import distributed, placing
 from flowjax.parallel import mesh as meshes
@@ -24,6 +24,7 @@ def build(
   worse: parts.Parts | None = None,
   *,
   inverse: bool = False,
+  strength: float = 1.0,
 ) -> Draw:
   """Returns `draw(params, cond, *, seed, ...)` for a run's network.
 
@@ -31,7 +32,8 @@ def build(
   time, and is compiled once. A flow between images starts from those that are
   held out. With `worse`, a run to be guided away from, params are the pair of
   both. The `inverse` gives the noise from which its `starts`, images, are drawn
-  without guidance. The other options are those of `sampling.draw`.
+  without guidance. Below a `strength` of 1 samples start from images that are
+  so far on the way to noise. The other options are those of `sampling.draw`.
   """
   flow, model = run.experiment.flow, run.network.config
   if run.network.inverse is not None and method.guidance.scale != 1.0:
@@ -41,10 +43,10 @@ def build(
     )
   origin = None
   if run.experiment.data.pair_source is not None:
-    origin = sources.open(run.experiment.data, "held_out")
+    origin = _held_out(run)
   with errors.naming("config.sample"):
     made = method.method(flow, flows.tokens_of(model))
-    made = made.inverse() if inverse else made
+    made = made.inverse() if inverse else made.from_images(strength)
     pushes = [] if inverse else method.guidance.pushes(run.network)
     sampler = sampling.build(
       run.network,
@@ -64,10 +66,11 @@ def build(
     *,
     seed: int,
     starts: np.ndarray | None = None,
+    count: int | None = None,
     **options: Any,
   ) -> np.ndarray:
+    count = sampling.rows_of(cond, count)
     if origin is not None and starts is None:
-      count = len(jax.tree.leaves(cond)[0])
       chosen = [origin[i % len(origin)] for i in range(count)]
       starts = np.stack([record["source"] for record in chosen])
     cond = latents.with_negative(run.experiment.data, cond)
@@ -85,6 +88,7 @@ def build(
         put=placing.put_whole(run.mesh),
         fetch=placing.fetch,
         starts=starts,
+        count=count,
         **options,
       )
 
@@ -142,7 +146,7 @@ def held_out(
   run: parts.Parts, count: int
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
   """Returns images that training never sees, over and over, and their cond."""
-  source = sources.open(run.experiment.data, "held_out")
+  source = _held_out(run)
   records = [source[i % len(source)] for i in range(count)]
   told = jax.eval_shape(lambda: run.network.example(1)).keys()
   keys = [key for key in records[0] if key in (*told, "text_mask")]
@@ -151,10 +155,25 @@ def held_out(
   images = np.stack([record[image] for record in records])
   cond = {key: np.stack([record[key] for record in records]) for key in keys}
   # Embeddings can be stored in half the bytes; a network reads float32.
-  return images.astype(np.float32), {
+  batch = {
     key: value if value.dtype.kind in "biu" else value.astype(np.float32)
-    for key, value in cond.items()
+    for key, value in {**cond, "image": images}.items()
   }
+  return batch["image"], told_of(run, batch)
+
+
+def told_of(
+  run: parts.Parts, batch: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+  """Returns what a network is told of images, by its task or by their source.
+
+  It is the same of an image in its place whenever it is looked at.
+  """
+  key = jax.random.key(run.experiment.seed)
+  made = jax.jit(run.experiment.task.add)(batch, key)
+  told = jax.eval_shape(lambda: run.network.example(1)).keys()
+  keys = [key for key in (*told, "text_mask") if key in made]
+  return {key: np.asarray(made[key]) for key in keys}
 
 
 def captions(run: parts.Parts, count: int) -> list[str]:
@@ -162,8 +181,13 @@ def captions(run: parts.Parts, count: int) -> list[str]:
   if not reads_captions(run.network):
     return []
   # Below the tokens are the words.
-  source = sources.open(run.experiment.data, "held_out").source  # type: ignore[attr-defined]
+  source = _held_out(run).source
   return [source[i % len(source)]["caption"] for i in range(count)]
+
+
+def _held_out(run: parts.Parts) -> Any:
+  """Returns the held-out split; of aspect buckets that of the reference."""
+  return buckets.reference(sources.open(run.experiment.data, "held_out"))
 
 
 def reads_captions(network: models.Network) -> bool:

@@ -49,6 +49,7 @@ class FluxConfig:
   `rope_axes` are the parts of a head that turn with the index of the image
   (always 0 here), the row and the column. With `guidance_embed` the network is
   told cond["guidance"], or `train_guidance` where that is not given.
+  `context_channels` are those of cond["context"], read beside the image.
   `text_tokens` is the length that `flops` counts with; any is taken. With
   `num_classes` the network reads labels, and learns a text for each. With
   `size_conditioning` it is told size and crop of an image, cond["size_crop"].
@@ -57,6 +58,7 @@ class FluxConfig:
   name: str = "flux"
   image_size: tuple[int, int] = (128, 128)
   channels: int = 16
+  context_channels: int = 0
   patch_size: int = 2
   width: int = 3072
   heads: int = 24
@@ -88,12 +90,17 @@ class FluxConfig:
       "rope_theta timestep_scale",
     )
     checks.patches(self.image_size, self.patch_size)
+    checks.context(self)
     _check_heads(self)
     conditions.check_config(self)
 
   @property
   def head_size(self) -> int:
     return self.width // self.heads
+
+  @property
+  def channels_in(self) -> int:
+    return self.channels + self.context_channels
 
   @property
   def mlp_width(self) -> int:
@@ -276,7 +283,7 @@ def _ropes(config: FluxConfig, length: int, rows: int, columns: int, grid_B2):
 
 def init(config: FluxConfig, rng: jax.Array) -> dict[str, Any]:
   """Draws the parameters, float32."""
-  x_BHWC = jnp.zeros((1, *config.image_size, config.channels), jnp.float32)
+  x_BHWC = jnp.zeros((1, *config.image_size, config.channels_in))
   t_B, cond = jnp.zeros(1, jnp.float32), conditions.example(config)
   return Flux(blocks.anywhere(config)).init(rng, x_BHWC, t_B, cond)["params"]
 
@@ -291,15 +298,17 @@ def apply(
 ) -> jax.Array:
   """Returns the velocity at (x, t) given cond, in float32.
 
-  cond has "text" [B, L, E] and "pooled" [B, P], or "label" [B]; it may have
-  "text_mask" [B, L], "negative" and "guidance" [B], and it has "size_crop"
-  [B, 6] where the network is told sizes, and "grid" [B, 2], rows and columns,
-  where x holds patches one under the other. With an rng, each example loses
-  its condition with probability `condition_dropout`.
+  cond has "text" [B, L, E] and "pooled" [B, P], or "label" [B], and "context"
+  [B, H, W, K] of K = `context_channels`, if any, and "size_crop" [B, 6] where
+  the network is told sizes; it may have "text_mask" [B, L], "negative" and
+  "guidance" [B], and has "grid" [B, 2], rows and columns, where x holds patches
+  one under the other. With an rng, each example loses its text or label with
+  probability `condition_dropout`.
   """
   _check_inputs(config, x_BHWC, t_B, cond)
   if rng is not None:
     cond = conditions.dropped(config, cond, rng)
+  x_BHWC = conditions.with_context(config, x_BHWC, cond)
   v_BHWC = Flux(config).apply({"params": params}, x_BHWC, t_B, cond)
   return typing.cast(jax.Array, v_BHWC)
 
@@ -358,8 +367,8 @@ def flops(config: FluxConfig) -> int:
   double = config.double_depth * (block + 2 * 12 * d * d)
   single = config.single_depth * (block + 2 * 3 * d * d)
 
-  values = config.patch_size**2 * config.channels
-  ends = 2 * d * (2 * tokens * values + length * config.text_width + 2 * d)
+  values = config.patch_size**2 * (config.channels_in + config.channels)
+  ends = 2 * d * (tokens * values + length * config.text_width + 2 * d)
   times = 2 if config.guidance_embed else 1
   inputs = times * layers.TIME_FREQUENCIES + conditions.told_width(config)
   return double + single + ends + 2 * d * (inputs + (times + 1) * d)

@@ -51,6 +51,7 @@ class MMDiTConfig:
   `position_table` x `position_table` places, whose rows and columns p stand at
   `position_scale` * (p - `position_offset`); "rope2d" turns the tokens of the
   image.
+  `context_channels` are those of cond["context"], read beside the image.
   `text_tokens` is the length for which arithmetic is counted: any will do.
   With `num_classes` above 0 the network reads labels, and learns a text of
   `label_tokens` for each. With `size_conditioning` it is told size and crop of
@@ -61,6 +62,7 @@ class MMDiTConfig:
   name: str = "mmdit"
   image_size: tuple[int, int] = (128, 128)
   channels: int = 16
+  context_channels: int = 0
   out_channels: int | None = None
   patch_size: int = 2
   depth: int = 24
@@ -95,6 +97,7 @@ class MMDiTConfig:
       "position_scale rope_theta timestep_scale channels_out",
     )
     checks.patches(self.image_size, self.patch_size)
+    checks.context(self)
     _check_ranges(self)
     _check_table(self, self.image_size)
     _check_heads(self)
@@ -107,6 +110,10 @@ class MMDiTConfig:
   @property
   def mlp_width(self) -> int:
     return int(self.mlp_ratio * self.width)
+
+  @property
+  def channels_in(self) -> int:
+    return self.channels + self.context_channels
 
   @property
   def channels_out(self) -> int:
@@ -231,7 +238,7 @@ def _blocks(config: MMDiTConfig) -> list[nn.Module]:
 
 def init(config: MMDiTConfig, rng: jax.Array) -> dict[str, Any]:
   """Draws the parameters, float32."""
-  x_BHWC = jnp.zeros((1, *config.image_size, config.channels), jnp.float32)
+  x_BHWC = jnp.zeros((1, *config.image_size, config.channels_in))
   cond = conditions.example(config)
   return MMDiT(blocks.anywhere(config)).init(rng, x_BHWC, jnp.zeros(1), cond)[
     "params"
@@ -250,13 +257,15 @@ def apply(
 
   cond has "text" [B, L, E], "pooled" [B, P] and, if some of the tokens are
   padding, "text_mask" [B, L], true where a token is real; or "label" [B]; and
-  "size_crop" [B, 6] where it is told sizes, and "grid" [B, 2], rows and
-  columns, where x holds patches one under the other. With an rng, each
-  condition is dropped with probability `condition_dropout`.
+  "context" [B, H, W, K] of K = `context_channels`, if any; "size_crop" [B, 6]
+  where it is told sizes; "grid" [B, 2], rows and columns, where x holds patches
+  one under the other. With an rng, each text or label is dropped with
+  `condition_dropout`.
   """
   _check_inputs(config, x_BHWC, t_B, cond)
   if rng is not None:
     cond = conditions.dropped(config, cond, rng)
+  x_BHWC = conditions.with_context(config, x_BHWC, cond)
   v_BHWC = MMDiT(config).apply({"params": params}, x_BHWC, t_B, cond)
   return typing.cast(jax.Array, v_BHWC)
 
@@ -314,7 +323,7 @@ def flops(config: MMDiTConfig) -> int:
   )
   dual = 2 * image * 4 * d * d + 4 * image**2 * d + 2 * 3 * d * d
   absent = 2 * text * (d * d + mlp) + 2 * 4 * d * d
-  values = config.patch_size**2 * (config.channels + config.channels_out)
+  values = config.patch_size**2 * (config.channels_in + config.channels_out)
   ends = 2 * d * (image * values + text * config.text_width + 2 * d)
   time = 2 * d * (layers.TIME_FREQUENCIES + d)
   pooled = 2 * d * (conditions.told_width(config) + d)

@@ -17,12 +17,14 @@ from flowjax import errors
 from flowjax.data import arrayrecord, canvas, sources
 from flowjax.data import config as data_config
 from flowjax.flow import losses
-from flowjax.train import flows
+from flowjax.train import flows, tasks
 
 Size = tuple[int, int]
-# Networks that read canvases, and couplings of each pixel by itself.
+# Networks that read canvases, couplings of each pixel by itself, and tasks that
+# look at no image.
 CANVASES = ("dit", "mmdit", "flux")
 PIXELWISE = ("independent", "pairs")
+BLIND = ("none", "layout")
 
 
 def sizes(data: data_config.DataConfig) -> tuple[Size, ...]:
@@ -30,7 +32,9 @@ def sizes(data: data_config.DataConfig) -> tuple[Size, ...]:
   return data.buckets or (data.image_size,)
 
 
-def check(model: Any, data: data_config.DataConfig) -> None:
+def check(
+  model: Any, data: data_config.DataConfig, task: tasks.TaskConfig
+) -> None:
   """Raises UserError for a bucket whose images a model cannot take."""
   if not data.buckets:
     return
@@ -48,11 +52,14 @@ def check(model: Any, data: data_config.DataConfig) -> None:
     )
   for bucket in data.buckets:
     with errors.naming(f"config.data.buckets: {bucket[0]}x{bucket[1]}"):
-      sized(model, bucket)
+      task.check_model(sized(model, bucket))
 
 
 def check_canvas(
-  model: Any, data: data_config.DataConfig, flow: flows.FlowConfig
+  model: Any,
+  data: data_config.DataConfig,
+  flow: flows.FlowConfig,
+  task: tasks.TaskConfig,
 ) -> None:
   """Raises UserError where canvases would not be what their images are."""
   if not data.padded_patch:
@@ -69,6 +76,11 @@ def check_canvas(
       f"{where} must be the patch size of a transformer, and that of a model "
       f"{model.name!r} is {patch}: set it to that, or to 0 for a program of "
       "each bucket."
+    )
+  if task.name not in BLIND:
+    raise errors.UserError(
+      f"{where}: the task {task.name!r} makes its condition of an image as it "
+      "is, and a canvas is none. Set 0, for a program of each bucket."
     )
   learned = flow.objective == "maximum_likelihood" or flow.learned_variance
   if learned or flow.coupling.name not in PIXELWISE:

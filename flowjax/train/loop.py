@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from flowjax import errors, models, schema
+from flowjax.data import buckets, loader, sources
 from flowjax.data import config as data_config
-from flowjax.data import loader, sources
 from flowjax.parallel import distributed, programs, rules, sums
 from flowjax.parallel import mesh as meshes
 from flowjax.train import (
@@ -27,6 +27,7 @@ from flowjax.train import (
   optim,
   parts,
   signals,
+  tasks,
   workdir,
 )
 from flowjax.train import session as sessions
@@ -67,13 +68,17 @@ def train(
   sources.check(
     source,
     batch_size=config.data.batch_size,
-    num_classes=getattr(config.model, "num_classes", None),
+    # Who is told an image has no use for what is said of it.
+    num_classes=None
+    if config.embedding.size
+    else getattr(config.model, "num_classes", None),
     channels=config.model.channels,
     image_size=config.model.image_size,
     text_width=getattr(config.model, "text_width", None),
     pooled_width=getattr(config.model, "pooled_width", None),
   )
   aspects.check_sizes(config.model, source)
+  config.require_context()
   run = parts.build(config)
   looks = evaluators(run)
   _warn_of_whole_parameters(run)
@@ -190,8 +195,7 @@ def shapes(
 
   Without buckets, and on canvases, it is one.
   """
-  found: Any = source
-  parts = found.parts if data.buckets and not data.padded_patch else (found,)
+  parts = (source,) if data.padded_patch else buckets.parts_of(source)
   batches = []
   for part in parts:
     blank = {key: np.asarray(leaf) for key, leaf in sources.blank(part).items()}
@@ -219,6 +223,8 @@ def batch_shapes(run: parts.Parts) -> dict[str, Any]:
     size = (count, *config.model.image_size, config.model.channels)
     image = jax.ShapeDtypeStruct(size, np.float32)
     cond = jax.eval_shape(lambda: run.network.example(count))
+    for key in tasks.MADE:
+      cond.pop(key, None)
     paired = config.data.pair_source is not None
     batch = {"image": image, **cond, **({"source": image} if paired else {})}
   return aspects.on_canvas(batch, config.data)

@@ -146,6 +146,12 @@ def build(
       network = models.with_text_encoder(
         network, config.text, (token_BL[0], mask_BL[0])
       )
+  if config.layout.classes:
+    with errors.naming("config.layout"):
+      network = models.with_layout_encoder(network, config.layout)
+  if config.embedding.size:
+    with errors.naming("config.embedding"):
+      network = models.with_image_encoder(network, config.embedding)
   if config.flow.uncertainty:
     network = models.with_uncertainty(network)
   with errors.naming("config.lora" if config.lora.rank else "config.model"):
@@ -163,8 +169,8 @@ def build(
     lambda: states.initial(network.init, optimizer, config.seed, frozen)
   )
   table = rules.for_model(config.model)
-  if config.text.vocabulary:
-    table = (*rules.TEXT_ENCODER, *table)
+  if config.text.vocabulary or config.layout.classes or config.embedding.size:
+    table = (*rules.ENCODER, *table)
   if config.lora.rank:
     factors = lora.factors(config.lora, abstract_params)
     table = (*rules.of_factors(table, factors), *table)
@@ -223,6 +229,10 @@ def _trace(
 ) -> None:
   """Finds what the network cannot do on this mesh; nothing is computed."""
   cond = jax.eval_shape(lambda: network.example(batch))
+  for key in ("context", "original"):  # As large as the image.
+    if key in cond:
+      shape = (batch, *size, cond[key].shape[-1])
+      cond[key] = jax.ShapeDtypeStruct(shape, cond[key].dtype)
   x = jax.ShapeDtypeStruct((batch, *size, network.config.channels), jnp.float32)
   if network.forward is not None:
     jax.eval_shape(network.forward, params, x, cond)
