@@ -96,6 +96,19 @@ def add_flags(parser) -> None:
     "training",
   )
   parser.add_argument(
+    "--original-size",
+    dest="original_size",
+    type=flags.pixels,
+    help="what a network that is told sizes hears of the original: small is "
+    "blurred; default: the size of the images",
+  )
+  parser.add_argument(
+    "--crop",
+    type=flags.offset,
+    help="what it hears of how far from the top and the left it was cut, as "
+    "64,0; default: 0,0",
+  )
+  parser.add_argument(
     "--latents",
     action="store_true",
     help="leave what is drawn as it is: of a run with config.pipeline, latents",
@@ -166,7 +179,7 @@ def run(args) -> None:
     raise errors.UserError(
       "--worse has no effect at guidance scale 1; set --guidance above it."
     )
-  cond = _cond(args, found, texts, count)
+  cond = _cond(args, found, texts, count) | given.sizes(args, found, count)
   originals = None
   if args.invert:
     originals, own = drawing.held_out(found.run, count)

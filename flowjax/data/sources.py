@@ -144,9 +144,11 @@ def blank(source: Any) -> Record:
   image = np.zeros(source.shape, np.float32)
   if isinstance(source, pairs.Paired):
     return {**blank(source.first), "source": image}
+  # What reads files knows what else it tells of them.
+  found = source.read.blank() if hasattr(source, "read") else {"image": image}
   if not source.num_classes:
-    return {"image": image, "caption": ""}
-  return {"image": image, "label": np.int32(0)}
+    return {**found, "caption": ""}
+  return {**found, "label": np.int32(0)}
 
 
 def check(

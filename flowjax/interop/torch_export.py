@@ -22,6 +22,7 @@ from flowjax.interop import (
   dit,
   files,
   flux,
+  formats,
   mmdit,
   safetensors,
   tables,
@@ -209,6 +210,7 @@ def _table(config: Any) -> tables.Table:
       f"A network of the kind {config.name!r} cannot be exported for PyTorch; "
       f"those that can: {', '.join(_LAYOUTS)}."
     )
+  formats.require_place(config, "torch")
   return _LAYOUTS[config.name](config)
 
 
