@@ -205,7 +205,8 @@ class Experiment:
         "out one of them."
       )
     with errors.naming("config.task"):
-      self.task.check_model(self.model)
+      sizes = (self.model.image_size, *self.data.buckets)
+      self.task.check(self.model, sizes)
 
   def _check_text(self):
     """Refuses an encoder of other captions than those of the data."""
