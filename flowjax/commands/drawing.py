@@ -124,7 +124,12 @@ def reconstructor(
 def conditions(
   run: parts.Parts, count: int, labels: np.ndarray | None = None
 ) -> dict[str, Any]:
-  """Returns so many conditions: labels, all in turn, or texts held out."""
+  """Returns so many conditions: labels, all in turn, or texts held out.
+
+  Of a network that is told nothing the condition is empty.
+  """
+  if models.told(run.network.config) == "nothing":
+    return {}
   if not reads_text(run.network):
     if labels is None:
       labels = np.arange(count) % run.network.config.num_classes
@@ -167,4 +172,6 @@ def reads_captions(network: models.Network) -> bool:
 
 def reads_text(network: models.Network) -> bool:
   """Whether the network is told a text or its tokens, and not a label."""
-  return "label" not in jax.eval_shape(lambda: network.example(1))
+  return not {"text", "token"}.isdisjoint(
+    jax.eval_shape(lambda: network.example(1))
+  )

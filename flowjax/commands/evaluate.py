@@ -3,10 +3,11 @@
 Writes `report.json` into the workdir. For digits also `samples.png`: how many
 samples a classifier of real digits recognises, the Fréchet distance in its
 features beside that of real digits among themselves, and how near samples
-come to the training images. For scenes also `samples.png`, and how much of the
-captions a detector, fitted on real scenes, finds in pictures: of combinations
-that training saw and never saw, without guidance, and of other captions. For
-any source: the validation loss. Of an autoencoder: PSNR and losses of held-out
+come to the training images; of a network that is told nothing also of how many
+classes they are. For scenes also `samples.png`, and how much of the captions a
+detector, fitted on real scenes, finds in pictures: of combinations that
+training saw and never saw, without guidance, and of other captions. For any
+source: the validation loss. Of an autoencoder: PSNR and losses of held-out
 images, and `reconstructions.png`.
 
 example:
@@ -17,7 +18,7 @@ import dataclasses
 
 import numpy as np
 
-from flowjax import errors
+from flowjax import errors, models
 from flowjax.commands import (
   drawing,
   export,
@@ -171,11 +172,15 @@ def _digits(
   found: restored.Restored, method: methods.SampleConfig, args
 ) -> dict:
   """Scores samples of digits, with the guidance of the config and without."""
-  train_images, train_labels = all_of(sources.open(found.config.data, "train"))
-  held_images, held_labels = all_of(sources.open(found.config.data, "held_out"))
+  # The judge reads labels, whatever the network is told.
+  data = dataclasses.replace(found.config.data, images_alone=False)
+  train_images, train_labels = all_of(sources.open(data, "train"))
+  held_images, held_labels = all_of(sources.open(data, "held_out"))
   judge = digits.Digits(
     train_images, train_labels, held_images, held_labels, seed=args.seed
   )
+  if models.told(found.config.model) == "nothing":
+    return _untold_digits(found, method, judge, len(train_labels), args)
   labels = np.arange(args.num, dtype=np.int32) % judge.classes
   # As many unguided samples as training images, of the same classes: the two
   # distances to the held-out images are then estimated alike.
@@ -206,6 +211,32 @@ def _digits(
     "frechet_unguided": without["frechet"],
     "frechet_real": judge.frechet_real,
     "nearest_neighbour": without["nearest_neighbour"],
+  }
+
+
+def _untold_digits(
+  found: restored.Restored,
+  method: methods.SampleConfig,
+  judge: digits.Digits,
+  count: int,
+  args,
+) -> dict:
+  """Scores as many samples as training images, of no classes asked for."""
+  with progress.counter("samples", count) as done:
+    images = found.draw(
+      {}, seed=args.seed + 1, done=done, method=method, count=count
+    )
+  path = found.directory / "samples.png"
+  if distributed.is_first():
+    pictures.save_png(pictures.grid(images[:100], columns=10), path)
+  scores = judge.spread(images)
+  return {
+    "samples": count,
+    "classifier_accuracy": judge.accuracy,
+    "frechet_unguided": scores["frechet"],
+    "frechet_real": judge.frechet_real,
+    "classes": scores["classes"],
+    "nearest_neighbour": scores["nearest_neighbour"],
   }
 
 

@@ -32,7 +32,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flowjax import errors
+from flowjax import errors, models
 from flowjax.commands import (
   drawing,
   edits,
@@ -172,6 +172,7 @@ def run(args) -> None:
       method=method,
       scales=_scales(args.guidance, count),
       worse=worse,
+      count=count,
       **_begun(start, edit, count),
     )
   if originals is not None:
@@ -259,6 +260,13 @@ def _in_turn(rows: np.ndarray, count: int) -> np.ndarray:
 def _cond(args, found, texts: dict | None, count: int) -> dict[str, Any]:
   if texts is not None:
     return jax.tree.map(lambda leaf: _in_turn(leaf, count), texts)
+  if models.told(found.config.model) == "nothing":
+    if args.labels:
+      raise errors.UserError(
+        f"--labels={args.labels}: this network is told nothing, and draws what "
+        "all its images have in common. Leave it out."
+      )
+    return {}
   if drawing.reads_text(found.run.network):
     if args.labels:
       raise errors.UserError(
@@ -283,7 +291,14 @@ def _inverted(
   cond: dict[str, Any],
   images: np.ndarray,
 ) -> np.ndarray:
-  starts = found.draw(cond, seed=0, method=method, inverse=True, starts=images)
+  starts = found.draw(
+    cond,
+    seed=0,
+    method=method,
+    inverse=True,
+    starts=images,
+    count=len(images),
+  )
   print(
     f"{len(images)} held-out images as noise: mean {starts.mean():.3f}, "
     f"standard deviation {starts.std():.3f}"

@@ -128,7 +128,11 @@ def _samples(built: parts.Parts, directory: pathlib.Path):
       logging.warning("Samples of step %d: %s", int(state.step), reason)
 
     images = draw(
-      states.averaged(state), cond, seed=config.seed, stopped=stopped
+      states.averaged(state),
+      cond,
+      seed=config.seed,
+      stopped=stopped,
+      count=count,
     )
     if named:
       grid = pictures.captioned(images, named)

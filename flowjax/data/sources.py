@@ -103,6 +103,9 @@ def open(config: config_lib.DataConfig, split: str) -> Source:
     )
   module = importlib.import_module(f"flowjax.data.{kind}")
   source = module.open(config, split)
+  if config.images_alone:
+    alone = importlib.import_module("flowjax.data.alone")
+    return alone.alone(source)
   if config.templates and source.num_classes:
     texts = importlib.import_module("flowjax.data.texts")
     source = texts.Templated(source, config.templates)
@@ -143,14 +146,16 @@ def check(
 ) -> None:
   """Refuses a source that a model of these sizes cannot be trained on.
 
-  To one without `num_classes` labels and texts are nothing.
+  To one that is told nothing, whose `num_classes` is None, labels and texts
+  are nothing.
   """
   if "caption" in blank(source):
-    reader = "an autoencoder passes them over"
+    reader = "a network that is told nothing passes them over"
     raise errors.UserError(
       f"{source.name} has captions, and nothing makes tokens of them: set "
       "config.data.tokenizer to 'bytes' or 'words', and "
       + ("config.text." if num_classes is not None else f"{reader}.")
+      + " config.data.images_alone=True leaves them out."
     )
   if num_classes is None:
     num_classes = source.num_classes
@@ -158,8 +163,8 @@ def check(
     kind = ("labels", "texts")[source.num_classes == 0]
     raise errors.UserError(
       f"{source.name} has {kind}, and config.model.num_classes={num_classes} "
-      "makes a model of the other kind: 0 reads texts, and anything above "
-      "labels, for which an MM-DiT or a FLUX learns a text."
+      "makes a model of the other kind: 0 reads texts, or nothing in a DiT, "
+      "and anything above labels, for which an MM-DiT or a FLUX learns a text."
     )
   if source.num_classes < num_classes:
     logging.warning(

@@ -144,7 +144,7 @@ def verify(
     with jax.default_matmul_precision("highest"):
       ours_BHWC = np.asarray(apply(params, x_BHWC, t_B, cond))
     told = {key: torch.from_numpy(np.array(cond[key])) for key in cond}
-    told = told["label"] if config.name == "dit" else told
+    told = told.get("label") if config.name == "dit" else told
     with torch.no_grad():
       out_BCHW = theirs(x_BCHW, torch.from_numpy(t_B), told)
     out_BHWC = out_BCHW.permute(0, 2, 3, 1).numpy()

@@ -145,6 +145,13 @@ def _degradable(network: Network, layers, way: str) -> Any:
   return module
 
 
+def told(config: Any) -> str:
+  """Says what a network of this config is told: labels, texts or nothing."""
+  if getattr(config, "num_classes", 0):
+    return "labels"
+  return "texts" if hasattr(config, "text_width") else "nothing"
+
+
 def build(config: Any) -> Network:
   """Returns the network that `config` describes."""
   module = _MODULES[config.name]

@@ -42,7 +42,8 @@ class DiTConfig:
   `out_channels` is `channels` unless given. `timestep_scale` multiplies t in
   [0, 1] before its sinusoid, whose frequencies `frequency_shift` moves:
   diffusers' DiT has 1. `mlp_norm_epsilon` is that of the norm before the MLP,
-  which diffusers makes 1e-5 unless told. `remat` is a key of `blocks.REMAT`.
+  which diffusers makes 1e-5 unless told. With `num_classes` 0 the network is
+  told nothing. `remat` is a key of `blocks.REMAT`.
   """
 
   name: str = "dit"
@@ -79,7 +80,7 @@ class DiTConfig:
     )
     checks.positive(
       self,
-      "channels patch_size width depth heads mlp_ratio rope_theta num_classes "
+      "channels patch_size width depth heads mlp_ratio rope_theta "
       "timestep_scale channels_out mlp_norm_epsilon",
     )
     checks.patches(self.image_size, self.patch_size)
@@ -197,7 +198,7 @@ class DiT(nn.Module):
     time_BD = layers.TimeEmbed(
       config.width, config.frequency_shift, name="time_embed"
     )(config.timestep_scale * t_B.astype(jnp.float32))
-    # The last row of the table stands for no label.
+    # The last row of the table, or its only one, stands for no label.
     labels = layers.Table(
       config.num_classes + 1, config.width, name="label_embed"
     )()
@@ -264,8 +265,9 @@ def apply(
 ) -> jax.Array:
   """Returns the velocity at (x, t) given cond["label"], in float32.
 
-  With an rng, each label is dropped with probability `label_dropout`. In the
-  blocks `identity` a token attends to itself alone.
+  A network of no classes reads nothing of `cond`. With an rng, each label is
+  dropped with probability `label_dropout`. In the blocks `identity` a token
+  attends to itself alone.
   """
   _check_inputs(config, x_BHWC, t_B, cond)
   if rng is not None:
@@ -274,19 +276,36 @@ def apply(
   if identity:
     identity_L = jnp.isin(jnp.arange(config.depth), jnp.array(identity))
   v_BHWC = DiT(config).apply(
-    {"params": params}, x_BHWC, t_B, cond["label"], identity_L
+    {"params": params}, x_BHWC, t_B, _label(config, t_B, cond), identity_L
   )
   return typing.cast(jax.Array, v_BHWC)
 
 
-unconditional = conditions.unconditional
-example = conditions.example
+def example(config: DiTConfig, batch: int = 1) -> dict[str, jax.Array]:
+  """Returns a condition of zeros; of a network of no classes it is empty."""
+  return conditions.example(config, batch) if config.num_classes else {}
+
+
+def unconditional(
+  config: DiTConfig, cond: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+  """Returns `cond` with the label that stands for none."""
+  return conditions.unconditional(config, cond) if config.num_classes else cond
+
+
+def _label(config: DiTConfig, t_B: jax.Array, cond) -> jax.Array:
+  """Returns the row of the table that each example has."""
+  if not config.num_classes:
+    return jnp.zeros(t_B.shape, jnp.int32)
+  return cond["label"]
 
 
 def dropped(
   config: DiTConfig, cond: dict[str, jax.Array], rng: jax.Array
 ) -> dict[str, jax.Array]:
   """Returns `cond` without some labels, each with `label_dropout`."""
+  if not config.num_classes:
+    return cond
   label_B = cond["label"]
   drop_B = jax.random.bernoulli(rng, config.label_dropout, label_B.shape)
   return {**cond, "label": jnp.where(drop_B, config.num_classes, label_B)}
@@ -346,6 +365,11 @@ def flops(config: DiTConfig) -> int:
 
 
 def _check_ranges(config: DiTConfig) -> None:
+  if config.num_classes < 0:
+    raise ValueError(
+      f"num_classes={config.num_classes} must be positive, or 0 for a network "
+      "that is told nothing."
+    )
   if not config.frequency_shift < layers.TIME_FREQUENCIES // 2:
     raise ValueError(
       f"frequency_shift={config.frequency_shift} must be below "
@@ -391,9 +415,12 @@ def _check_inputs(config: DiTConfig, x_BHWC, t_B, cond) -> None:
       f"patches, not {grid[0]}x{grid[1]}. Use images of "
       f"{config.image_size[0]}x{config.image_size[1]}, or another position."
     )
+  checks.per_example(batch, t=t_B)
+  if not config.num_classes:
+    return
   if "label" not in cond:
     raise ValueError(
       "The network takes cond={'label': [B] integers}, got the keys "
       f"{sorted(cond)}."
     )
-  checks.per_example(batch, t=t_B, label=cond["label"])
+  checks.per_example(batch, label=cond["label"])

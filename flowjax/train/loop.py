@@ -81,10 +81,11 @@ def train(
   UserError before any work for what cannot be trained.
   """
   source = sources.open(config.data, "train")
+  nothing = models.told(config.model) == "nothing"
   sources.check(
     source,
     batch_size=config.data.batch_size,
-    num_classes=getattr(config.model, "num_classes", None),
+    num_classes=None if nothing else config.model.num_classes,
     channels=config.model.channels,
     image_size=config.model.image_size,
     text_width=getattr(config.model, "text_width", None),
