@@ -4,11 +4,12 @@ Writes `report.json` into the workdir. For digits also `samples.png`: how many
 samples a classifier of real digits recognises, the Fréchet distance in its
 features beside that of real digits among themselves, and how near samples
 come to the training images; of a network that is told nothing also of how many
-classes they are. For scenes also `samples.png`, and how much of the captions a
-detector, fitted on real scenes, finds in pictures: of combinations that
-training saw and never saw, without guidance, and of other captions. For any
-source: the validation loss. Of an autoencoder: PSNR and losses of held-out
-images, and `reconstructions.png`.
+classes they are; of a flow from some digits to others, how many end as one of
+those, and below its originals what each became. For scenes also `samples.png`,
+and how much of the captions a detector, fitted on real scenes, finds in
+pictures: of combinations that training saw and never saw, without guidance, and
+of other captions. For any source: the validation loss. Of an autoencoder: PSNR
+and losses of held-out images, and `reconstructions.png`.
 
 example:
   flowjax evaluate --workdir=runs/digits
@@ -87,7 +88,10 @@ def run(args) -> None:
   }
   if likelihood is not None:
     report |= _bits(found, likelihood)
-  if found.config.data.source == "digits":
+  between = _between_digits(found)
+  if between:
+    report |= _translation(found, method, args)
+  if found.config.data.source == "digits" and not between:
     report |= _digits(found, method, args)
   if found.config.data.source == "scenes":
     report |= obedience.evaluate(found, method, args)
@@ -211,6 +215,50 @@ def _digits(
     "frechet_unguided": without["frechet"],
     "frechet_real": judge.frechet_real,
     "nearest_neighbour": without["nearest_neighbour"],
+  }
+
+
+def _between_digits(found: restored.Restored) -> bool:
+  """Says whether a flow goes from some digits to others."""
+  data = found.config.data
+  ends = data.source, data.pair_source or ""
+  return all(end.partition(":")[0] == "digits" for end in ends)
+
+
+def _translation(
+  found: restored.Restored, method: methods.SampleConfig, args
+) -> dict:
+  """Scores what becomes of the held-out images that a flow starts from."""
+  data = dataclasses.replace(
+    found.config.data, images_alone=False, pair_source=None
+  )
+
+  def opened(source: str, split: str):
+    named = dataclasses.replace(data, source=source)
+    return all_of(sources.open(named, split))
+
+  judge = digits.Digits(
+    *opened("digits", "train"), *opened("digits", "held_out"), seed=args.seed
+  )
+  starts, _ = opened(found.config.data.pair_source, "held_out")
+  cond = drawing.conditions(found.run, len(starts))
+  with progress.counter("samples", len(starts)) as done:
+    images = found.draw(
+      cond,
+      seed=args.seed,
+      done=done,
+      method=method,
+      starts=starts,
+      count=len(starts),
+    )
+  path = found.directory / "samples.png"
+  if distributed.is_first():
+    pairs = pictures.pairs(starts[:SHOWN], images[:SHOWN], columns=10)
+    pictures.save_png(pictures.grid(pairs, columns=10), path)
+  return {
+    "samples": len(starts),
+    "classifier_accuracy": judge.accuracy,
+    **judge.translation(images, starts, *opened(data.source, "held_out")),
   }
 
 

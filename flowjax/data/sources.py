@@ -17,7 +17,7 @@ Record = dict[str, Any]
 
 SPLITS = ("train", "held_out")
 KINDS = {
-  "digits": "digits",
+  "digits": "digits or digits:<classes>",
   "scenes": "scenes",
   "tfds": "tfds:<name>",
   "folder": "folder:<dir>",
@@ -35,7 +35,8 @@ class Source(Protocol):
   `source[i]` is {"image": float32 [H, W, C] in [-1, 1]} and
   - "label": int32, below `num_classes`, or
   - "caption": str, where `num_classes` is 0, or
-  - an embedded text, as data/embedded.py says; then there is a `blank` one too.
+  - an embedded text, as data/embedded.py says; then there is a `blank` one too;
+  - or nothing more, where `config.images_alone` leaves it out.
   Of latents it has "mean" and "log_variance" in place of "image".
 
   It is the same at every call, and i + k * len(source) is record i or another
@@ -91,11 +92,12 @@ def open(config: config_lib.DataConfig, split: str) -> Source:
         )
     return pairs.paired(*both)
   kind, _, place = config.source.partition(":")
-  if kind in KINDS and not place and "<" in KINDS[kind]:
+  wants = kind in KINDS and "<" in KINDS[kind] and kind != "digits"
+  if wants and not place:
     raise errors.UserError(
       f"The source {config.source!r} names nothing: it must be {KINDS[kind]}."
     )
-  if kind not in KINDS or bool(place) != ("<" in KINDS[kind]):
+  if kind not in KINDS or (place and "<" not in KINDS[kind]):
     known = ", ".join(KINDS.values())
     raise errors.UserError(
       f"Unknown source {config.source!r}: it must be one of {known}. "

@@ -97,6 +97,33 @@ class Digits:
       "nearest_neighbour": self.nearest_neighbour(stored_NHWC),
     }
 
+  def translation(
+    self,
+    samples_NHWC: np.ndarray,
+    sources_NHWC: np.ndarray,
+    wanted_NHWC: np.ndarray,
+    labels_N: np.ndarray,
+  ) -> dict[str, float]:
+    """Scores images that were made of `sources`, as of a set of real ones.
+
+    `wanted` are held-out images of that set, with the labels of their classes:
+    how many samples are recognised as one of these, and the Fréchet distance to
+    them. Both are said of the sources, too. `moved` is how far a pixel went, in
+    the root mean square.
+    """
+    classes = np.unique(labels_N)
+    wanted = self.classifier.features(self.stored(wanted_NHWC))
+    found = {}
+    for name, images in (("samples", samples_NHWC), ("sources", sources_NHWC)):
+      stored = self._sound(images)
+      there_N = np.isin(self.classifier.predict(stored), classes)
+      found[f"{name}_recognised"] = float(np.mean(there_N))
+      found[f"{name}_frechet"] = distances.frechet(
+        self.classifier.features(stored), wanted
+      )
+    moved = np.square(np.asarray(samples_NHWC) - np.asarray(sources_NHWC))
+    return {**found, "moved": float(np.sqrt(np.mean(moved)))}
+
   def _sound(self, samples_NHWC: np.ndarray) -> np.ndarray:
     """Returns samples as they are scored; refuses what is not finite."""
     if not np.all(np.isfinite(samples_NHWC)):
