@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from flowjax import errors, models
-from flowjax.data import sources
+from flowjax.data import buckets, sources
 from flowjax.evaluate import sampling
 from flowjax.parallel import distributed, placing
 from flowjax.parallel import mesh as meshes
@@ -43,7 +43,7 @@ def build(
     )
   origin = None
   if run.experiment.data.pair_source is not None:
-    origin = sources.open(run.experiment.data, "held_out")
+    origin = _held_out(run)
   with errors.naming("config.sample"):
     made = method.method(flow, flows.tokens_of(model))
     made = made.inverse() if inverse else made.from_images(strength)
@@ -128,7 +128,7 @@ def conditions(
 
   Of a network that is told nothing the condition is empty.
   """
-  if models.told(run.network.config) == "nothing":
+  if not jax.eval_shape(lambda: run.network.example(1)):
     return {}
   if not reads_text(run.network):
     if labels is None:
@@ -141,7 +141,7 @@ def held_out(
   run: parts.Parts, count: int
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
   """Returns images that training never sees, over and over, and their cond."""
-  source = sources.open(run.experiment.data, "held_out")
+  source = _held_out(run)
   records = [source[i % len(source)] for i in range(count)]
   told = jax.eval_shape(lambda: run.network.example(1)).keys()
   keys = [key for key in records[0] if key in (*told, "text_mask")]
@@ -150,10 +150,25 @@ def held_out(
   images = np.stack([record[image] for record in records])
   cond = {key: np.stack([record[key] for record in records]) for key in keys}
   # Embeddings can be stored in half the bytes; a network reads float32.
-  return images.astype(np.float32), {
+  batch = {
     key: value if value.dtype.kind in "biu" else value.astype(np.float32)
-    for key, value in cond.items()
+    for key, value in {**cond, "image": images}.items()
   }
+  return batch["image"], told_of(run, batch)
+
+
+def told_of(
+  run: parts.Parts, batch: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+  """Returns what a network is told of images, by its task or by their source.
+
+  It is the same of an image in its place whenever it is looked at.
+  """
+  key = jax.random.key(run.experiment.seed)
+  made = jax.jit(run.experiment.task.add)(batch, key)
+  told = jax.eval_shape(lambda: run.network.example(1)).keys()
+  keys = [key for key in (*told, "text_mask") if key in made]
+  return {key: np.asarray(made[key]) for key in keys}
 
 
 def captions(run: parts.Parts, count: int) -> list[str]:
@@ -161,8 +176,13 @@ def captions(run: parts.Parts, count: int) -> list[str]:
   if not reads_captions(run.network):
     return []
   # Below the tokens are the words.
-  source = sources.open(run.experiment.data, "held_out").source  # type: ignore[attr-defined]
+  source = _held_out(run).source
   return [source[i % len(source)]["caption"] for i in range(count)]
+
+
+def _held_out(run: parts.Parts) -> Any:
+  """Returns the held-out split; of aspect buckets that of the reference."""
+  return buckets.reference(sources.open(run.experiment.data, "held_out"))
 
 
 def reads_captions(network: models.Network) -> bool:
@@ -172,6 +192,5 @@ def reads_captions(network: models.Network) -> bool:
 
 def reads_text(network: models.Network) -> bool:
   """Whether the network is told a text or its tokens, and not a label."""
-  return not {"text", "token"}.isdisjoint(
-    jax.eval_shape(lambda: network.example(1))
-  )
+  told = jax.eval_shape(lambda: network.example(1))
+  return bool(told) and "label" not in told

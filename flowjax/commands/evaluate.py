@@ -8,8 +8,10 @@ classes they are; of a flow from some digits to others, how many end as one of
 those, and below its originals what each became. For scenes also `samples.png`,
 and how much of the captions a detector, fitted on real scenes, finds in
 pictures: of combinations that training saw and never saw, without guidance, and
-of other captions. For any source: the validation loss. Of an autoencoder: PSNR
-and losses of held-out images, and `reconstructions.png`.
+of other captions; or, of a run on layouts, whether in each box is what was
+asked for, and how well the boxes around the ink cover those of the layout. For
+any source: the validation loss. Of an autoencoder: PSNR and losses of held-out
+images, and `reconstructions.png`.
 
 example:
   flowjax evaluate --workdir=runs/digits
@@ -25,8 +27,10 @@ from flowjax.commands import (
   export,
   flags,
   obedience,
+  placement,
   restored,
   train,
+  variations,
 )
 from flowjax.data import sources
 from flowjax.evaluate import digits, pictures
@@ -88,13 +92,19 @@ def run(args) -> None:
   }
   if likelihood is not None:
     report |= _bits(found, likelihood)
-  between = _between_digits(found)
-  if between:
+  if _between_digits(found):
     report |= _translation(found, method, args)
-  if found.config.data.source == "digits" and not between:
-    report |= _digits(found, method, args)
+  elif found.config.data.source == "digits":
+    # The judge reads labels, whatever the network is told.
+    data = dataclasses.replace(found.config.data, images_alone=False)
+    both = [all_of(sources.open(data, s)) for s in sources.SPLITS]
+    scored = variations.evaluate if found.config.embedding.size else _digits
+    if models.told(found.config.model) == "nothing":
+      scored = _untold_digits
+    report |= scored(found, method, args, *both)
   if found.config.data.source == "scenes":
-    report |= obedience.evaluate(found, method, args)
+    told = placement if found.config.layout.classes else obedience
+    report |= told.evaluate(found, method, args)
   _write(report, args)
 
 
@@ -163,7 +173,7 @@ def _likelihood(found: restored.Restored, args) -> losses.Loss:
     )
   way = dataclasses.replace(flow.likelihood, steps=args.likelihood_steps)
   flow = dataclasses.replace(flow, levels=levels, likelihood=way)
-  return flow.bits(found.run.network)
+  return found.config.task.prepared(flow.bits(found.run.network))
 
 
 def _bits(found: restored.Restored, loss: losses.Loss) -> dict[str, float]:
@@ -173,18 +183,15 @@ def _bits(found: restored.Restored, loss: losses.Loss) -> dict[str, float]:
 
 
 def _digits(
-  found: restored.Restored, method: methods.SampleConfig, args
+  found: restored.Restored,
+  method: methods.SampleConfig,
+  args,
+  training: variations.Labelled,
+  held_out: variations.Labelled,
 ) -> dict:
   """Scores samples of digits, with the guidance of the config and without."""
-  # The judge reads labels, whatever the network is told.
-  data = dataclasses.replace(found.config.data, images_alone=False)
-  train_images, train_labels = all_of(sources.open(data, "train"))
-  held_images, held_labels = all_of(sources.open(data, "held_out"))
-  judge = digits.Digits(
-    train_images, train_labels, held_images, held_labels, seed=args.seed
-  )
-  if models.told(found.config.model) == "nothing":
-    return _untold_digits(found, method, judge, len(train_labels), args)
+  judge = digits.Digits(*training, *held_out, seed=args.seed)
+  _, train_labels = training
   labels = np.arange(args.num, dtype=np.int32) % judge.classes
   # As many unguided samples as training images, of the same classes: the two
   # distances to the held-out images are then estimated alike.
@@ -265,14 +272,17 @@ def _translation(
 def _untold_digits(
   found: restored.Restored,
   method: methods.SampleConfig,
-  judge: digits.Digits,
-  count: int,
   args,
+  training: variations.Labelled,
+  held_out: variations.Labelled,
 ) -> dict:
   """Scores as many samples as training images, of no classes asked for."""
+  judge = digits.Digits(*training, *held_out, seed=args.seed)
+  count = len(training[1])
+  cond = drawing.conditions(found.run, count)
   with progress.counter("samples", count) as done:
     images = found.draw(
-      {}, seed=args.seed + 1, done=done, method=method, count=count
+      cond, seed=args.seed + 1, done=done, method=method, count=count
     )
   path = found.directory / "samples.png"
   if distributed.is_first():

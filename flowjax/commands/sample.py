@@ -13,7 +13,9 @@ those that are held out, or --embeddings, a .npz file of "text" [N, L, E] and
 to noise, without guidance, and drawn again from it, each row below its
 originals: without guidance as well, unless you give --guidance, or change what
 is drawn by --labels or --embeddings. A run with config.pipeline reads --prompt
-by the text encoders there, and its autoencoder makes the pictures.
+by the text encoders there, and its autoencoder makes the pictures. One that
+is told layouts draws those that are held out, or of --boxes; one that is told
+images varies those that are held out, or each --image, in a row beside it.
 
 With --init-image samples start from images: --strength is how far these go to
 noise, and so how much becomes another; with --mask what is black stays as it
@@ -40,6 +42,7 @@ from flowjax.commands import (
   given,
   pipeline,
   restored,
+  shown,
 )
 from flowjax.evaluate import pictures
 from flowjax.parallel import distributed
@@ -60,7 +63,8 @@ def add_flags(parser) -> None:
   parser.add_argument(
     "--num",
     type=flags.count,
-    help="how many images; default: 100, or one per label, text or start, and "
+    help="how many images; default: 100, or one per label, text, layout or "
+    "start, or five per image to be varied, and "
     "as many more as make every scale of --guidance come equally often",
   )
   parser.add_argument(
@@ -82,6 +86,7 @@ def add_flags(parser) -> None:
     dest="negative_prompt",
     help="a caption to be guided away from, instead of from the empty one",
   )
+  shown.add_flags(parser)
   parser.add_argument(
     "--size",
     type=flags.pixels,
@@ -144,11 +149,13 @@ def run(args) -> None:
   size = pipeline.latent_size(parts, args.size)
   found = restored.open(args.workdir, ema=args.ema, image_size=size)
   restored.require_field(found, "sample")
-  texts = texts or _texts(args, captions, found)
+  shows = shown.read(args, found, parts)
+  texts = texts or (shows.cond if shows else _texts(args, captions, found))
   start = given.start(args.start, found) if args.start else None
   edit = edits.read(args, found, parts)
   starts = start if edit is None else edit.images
-  count = args.num or _count(args, texts, starts)
+  each = shows.each if shows else 1
+  count = args.num or each * _count(args, texts, starts)
   if args.guidance:
     args.guidance = args.guidance[:count]
   method = _method(args, found)
@@ -187,7 +194,7 @@ def run(args) -> None:
     if texts is None:
       captions = drawing.captions(found.run, count)
     named = captions if originals is None else []
-    _write(images, originals, args.out, named)
+    _write(images, originals, args.out, named, shows)
   print(f"{count} samples of step {found.step}: {args.out}")
 
 
@@ -319,9 +326,13 @@ def _write(
   originals: np.ndarray | None,
   out: pathlib.Path,
   captions: list[str],
+  shows: shown.Shown | None,
 ) -> None:
   if out.suffix.lower() == ".npy":
     np.save(out, images)
+    return
+  if shows is not None:
+    pictures.save_png(shows.sheet(images), out)
     return
   if originals is not None:
     images = pictures.pairs(originals, images, columns=COLUMNS)

@@ -44,7 +44,9 @@ class Source(Protocol):
   A source may also offer `gather(records_B)`, which returns the stacked
   examples at once, or raises `Corrupt` where one of them is; if one can be, it
   returns "skipped" too, zeros, as data/reading.py does. One whose order is not
-  that of data/order.py offers `draw(seed, position_B)`.
+  that of data/order.py offers `draw(seed, position_B)`, and one that can be
+  divided among aspect buckets `sizes()` and `cut(image_size)`, as
+  data/buckets.py says.
   """
 
   @property
@@ -74,7 +76,8 @@ class Corrupt(errors.DataError):
 def open(config: config_lib.DataConfig, split: str) -> Source:
   """Opens `split`, "train" or "held_out", of the source that `config` names.
 
-  With `pair_source`, of both sources, paired.
+  With `pair_source`, of both sources, paired; with `buckets`, divided among
+  them.
   """
   if split not in SPLITS:
     raise ValueError(f"split={split!r} must be one of {SPLITS}.")
@@ -90,7 +93,7 @@ def open(config: config_lib.DataConfig, split: str) -> Source:
           f"{source.name} holds latents with their variance, which are not "
           "paired: encode images, or leave out config.data.pair_source."
         )
-    return pairs.paired(*both)
+    return (_buckets().paired if config.buckets else pairs.paired)(*both)
   kind, _, place = config.source.partition(":")
   wants = kind in KINDS and "<" in KINDS[kind] and kind != "digits"
   if wants and not place:
@@ -104,7 +107,18 @@ def open(config: config_lib.DataConfig, split: str) -> Source:
       f"{schema.closest(kind, KINDS)}"
     )
   module = importlib.import_module(f"flowjax.data.{kind}")
+  if config.boxes:
+    layouts = importlib.import_module("flowjax.data.layouts")
+    return layouts.opened(module.open, config, split)
   source = module.open(config, split)
+  if not config.buckets:
+    return _told(source, config)
+  divided = _buckets().divide(source, config, split)
+  return divided.each(lambda part: _told(part, config))
+
+
+def _told(source: Any, config: config_lib.DataConfig) -> Source:
+  """Returns a source with the captions and tokens that a config asks for."""
   if config.images_alone:
     alone = importlib.import_module("flowjax.data.alone")
     return alone.alone(source)
@@ -115,6 +129,10 @@ def open(config: config_lib.DataConfig, split: str) -> Source:
     captions = importlib.import_module("flowjax.data.captions")
     source = captions.captioned(source, tokenizer)
   return source
+
+
+def _buckets() -> Any:
+  return importlib.import_module("flowjax.data.buckets")
 
 
 def draw(source: Any, seed: int, position_B: np.ndarray) -> np.ndarray:

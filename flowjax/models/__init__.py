@@ -14,6 +14,7 @@ from flowjax.models import (
   autoencoder,
   beside,
   blocks,
+  conditions,
   convolutions,
   coupling,
   dit,
@@ -58,6 +59,8 @@ Network = seam.Network
 
 with_lora = beside.with_lora
 with_text_encoder = beside.with_text_encoder
+with_layout_encoder = beside.with_layout_encoder
+with_image_encoder = beside.with_image_encoder
 with_uncertainty = beside.with_uncertainty
 with_beside = beside.with_beside
 with_running_codebook = beside.with_running_codebook
@@ -149,7 +152,7 @@ def told(config: Any) -> str:
   """Says what a network of this config is told: labels, texts or nothing."""
   if getattr(config, "num_classes", 0):
     return "labels"
-  return "texts" if hasattr(config, "text_width") else "nothing"
+  return "texts" if conditions.reads_text(config) else "nothing"
 
 
 def build(config: Any) -> Network:
