@@ -165,6 +165,8 @@ def run(args) -> None:
       "--worse has no effect at guidance scale 1; set --guidance above it."
     )
   cond = _cond(args, found, texts, count)
+  if edit is not None:
+    cond = edit.told(cond, count)
   originals = None
   if args.invert:
     originals, own = drawing.held_out(found.run, count)
@@ -273,7 +275,7 @@ def _cond(args, found, texts: dict | None, count: int) -> dict[str, Any]:
         f"--labels={args.labels}: this network is told nothing, and draws what "
         "all its images have in common. Leave it out."
       )
-    return {}
+    return drawing.conditions(found.run, count)
   if drawing.reads_text(found.run.network):
     if args.labels:
       raise errors.UserError(

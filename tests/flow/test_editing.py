@@ -114,8 +114,10 @@ def test_every_solver_starts_from_images_and_keeps_pixels(solver):
   assert np.all(np.isfinite(found)) and away.max() > 0.1
 
 
-@pytest.mark.parametrize("solver", ["edm_heun", "heun", "ab3"])
-def test_it_is_known_how_often_the_network_is_asked(solver):
+@pytest.mark.parametrize(
+  ("solver", "count"), [("edm_heun", 5), ("heun", 6), ("ab3", 4)]
+)
+def test_it_is_known_how_often_the_network_is_asked(solver, count):
   calls = []
 
   def predict(x, t_B, cond):
@@ -125,7 +127,7 @@ def test_it_is_known_how_often_the_network_is_asked(solver):
   made = method(paths.build("straight", low=1e-3), solver, 5).from_images(0.5)
   draw(made, predict, editing.Edit(IMAGE, NOISE))
   jax.effects_barrier()
-  assert len(calls) == made.evaluations < 6
+  assert len(calls) == made.evaluations == count
 
 
 @pytest.mark.parametrize("solver", ["unipc", "ab3"])
