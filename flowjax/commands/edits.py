@@ -34,12 +34,11 @@ class Edits:
   sources: bool = False
   context: np.ndarray | None = None
 
-  def told(self, cond: dict[str, Any], count: int) -> dict[str, Any]:
-    """Returns the condition with the context of so many images, in turn."""
+  def told(self, count: int) -> dict[str, np.ndarray]:
+    """Returns what a network with a context is told, of images in turn."""
     if self.context is None:
-      return cond
-    turn = np.arange(count) % len(self.images)
-    return {**cond, "context": self.context[turn]}
+      return {}
+    return {"context": self.context[np.arange(count) % len(self.images)]}
 
   def turns(self, count: int) -> dict[str, Any]:
     """Returns the options of `Restored.draw` for so many images, in turn."""

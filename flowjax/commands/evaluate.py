@@ -9,9 +9,11 @@ those, and below its originals what each became. For scenes also `samples.png`,
 and how much of the captions a detector, fitted on real scenes, finds in
 pictures: of combinations that training saw and never saw, without guidance, and
 of other captions; or, of a run on layouts, whether in each box is what was
-asked for, and how well the boxes around the ink cover those of the layout. For
-any source: the validation loss. Of an autoencoder: PSNR and losses of held-out
-images, and `reconstructions.png`.
+asked for, and how well the boxes around the ink cover those of the layout. Of a
+run that fills in or makes larger, instead: how far from held-out images it
+draws what it was told of them, and what a judge sees in its pictures
+(docs/tasks.md). For any source: the validation loss. Of an autoencoder: PSNR
+and losses of held-out images, and `reconstructions.png`.
 
 example:
   flowjax evaluate --workdir=runs/digits
@@ -29,7 +31,9 @@ from flowjax.commands import (
   obedience,
   placement,
   restored,
+  tasked,
   train,
+  untold,
   variations,
 )
 from flowjax.data import sources
@@ -92,17 +96,20 @@ def run(args) -> None:
   }
   if likelihood is not None:
     report |= _bits(found, likelihood)
-  if _between_digits(found):
-    report |= _translation(found, method, args)
+  if found.config.task.name in tasked.SCORES:
+    report |= tasked.evaluate(found, method, args)
+  elif untold.between_digits(found.config.data):
+    report |= untold.translation(found, method, args)
   elif found.config.data.source == "digits":
     # The judge reads labels, whatever the network is told.
     data = dataclasses.replace(found.config.data, images_alone=False)
-    both = [all_of(sources.open(data, s)) for s in sources.SPLITS]
+    splits = [sources.open(data, s) for s in sources.SPLITS]
+    both = [sources.all_of(split) for split in splits]
     scored = variations.evaluate if found.config.embedding.size else _digits
     if models.told(found.config.model) == "nothing":
-      scored = _untold_digits
+      scored = untold.evaluate
     report |= scored(found, method, args, *both)
-  if found.config.data.source == "scenes":
+  elif found.config.data.source == "scenes":
     told = placement if found.config.layout.classes else obedience
     report |= told.evaluate(found, method, args)
   _write(report, args)
@@ -173,7 +180,7 @@ def _likelihood(found: restored.Restored, args) -> losses.Loss:
     )
   way = dataclasses.replace(flow.likelihood, steps=args.likelihood_steps)
   flow = dataclasses.replace(flow, levels=levels, likelihood=way)
-  return found.config.task.prepared(flow.bits(found.run.network))
+  return flow.bits(found.run.network)
 
 
 def _bits(found: restored.Restored, loss: losses.Loss) -> dict[str, float]:
@@ -223,83 +230,3 @@ def _digits(
     "frechet_real": judge.frechet_real,
     "nearest_neighbour": without["nearest_neighbour"],
   }
-
-
-def _between_digits(found: restored.Restored) -> bool:
-  """Says whether a flow goes from some digits to others."""
-  data = found.config.data
-  ends = data.source, data.pair_source or ""
-  return all(end.partition(":")[0] == "digits" for end in ends)
-
-
-def _translation(
-  found: restored.Restored, method: methods.SampleConfig, args
-) -> dict:
-  """Scores what becomes of the held-out images that a flow starts from."""
-  data = dataclasses.replace(
-    found.config.data, images_alone=False, pair_source=None
-  )
-
-  def opened(source: str, split: str):
-    named = dataclasses.replace(data, source=source)
-    return all_of(sources.open(named, split))
-
-  judge = digits.Digits(
-    *opened("digits", "train"), *opened("digits", "held_out"), seed=args.seed
-  )
-  starts, _ = opened(found.config.data.pair_source, "held_out")
-  cond = drawing.conditions(found.run, len(starts))
-  with progress.counter("samples", len(starts)) as done:
-    images = found.draw(
-      cond,
-      seed=args.seed,
-      done=done,
-      method=method,
-      starts=starts,
-      count=len(starts),
-    )
-  path = found.directory / "samples.png"
-  if distributed.is_first():
-    pairs = pictures.pairs(starts[:SHOWN], images[:SHOWN], columns=10)
-    pictures.save_png(pictures.grid(pairs, columns=10), path)
-  return {
-    "samples": len(starts),
-    "classifier_accuracy": judge.accuracy,
-    **judge.translation(images, starts, *opened(data.source, "held_out")),
-  }
-
-
-def _untold_digits(
-  found: restored.Restored,
-  method: methods.SampleConfig,
-  args,
-  training: variations.Labelled,
-  held_out: variations.Labelled,
-) -> dict:
-  """Scores as many samples as training images, of no classes asked for."""
-  judge = digits.Digits(*training, *held_out, seed=args.seed)
-  count = len(training[1])
-  cond = drawing.conditions(found.run, count)
-  with progress.counter("samples", count) as done:
-    images = found.draw(
-      cond, seed=args.seed + 1, done=done, method=method, count=count
-    )
-  path = found.directory / "samples.png"
-  if distributed.is_first():
-    pictures.save_png(pictures.grid(images[:100], columns=10), path)
-  scores = judge.spread(images)
-  return {
-    "samples": count,
-    "classifier_accuracy": judge.accuracy,
-    "frechet_unguided": scores["frechet"],
-    "frechet_real": judge.frechet_real,
-    "classes": scores["classes"],
-    "nearest_neighbour": scores["nearest_neighbour"],
-  }
-
-
-def all_of(source: sources.Source) -> tuple[np.ndarray, np.ndarray]:
-  """Returns every image and label of a source that fits into memory."""
-  records = [source[i] for i in range(len(source))]
-  images = np.stack([record["image"] for record in records])
-  return images, np.array([record["label"] for record in records])

@@ -15,7 +15,9 @@ originals: without guidance as well, unless you give --guidance, or change what
 is drawn by --labels or --embeddings. A run with config.pipeline reads --prompt
 by the text encoders there, and its autoencoder makes the pictures. One that
 is told layouts draws those that are held out, or of --boxes; one that is told
-images varies those that are held out, or each --image, in a row beside it.
+images varies those that are held out, or each --image, in a row beside it. One
+that fills in, or makes larger, is told of held-out images, and on the left of
+each picture are that image and what was told of it.
 
 With --init-image samples start from images: --strength is how far these go to
 noise, and so how much becomes another; with --mask what is black stays as it
@@ -164,9 +166,7 @@ def run(args) -> None:
     raise errors.UserError(
       "--worse has no effect at guidance scale 1; set --guidance above it."
     )
-  cond = _cond(args, found, texts, count)
-  if edit is not None:
-    cond = edit.told(cond, count)
+  cond = _cond(args, found, texts, count, edit)
   originals = None
   if args.invert:
     originals, own = drawing.held_out(found.run, count)
@@ -188,15 +188,17 @@ def run(args) -> None:
     _print_difference(
       images - originals, args.guidance or (method.guidance.scale,)
     )
+  beside = drawing.beside(found.run, cond) if edit is None else []
   if parts and not args.latents:
     images = pipeline.pictures(parts, images, tiled=args.tiles)
+    beside = [pipeline.pictures(parts, each) for each in beside]
     if originals is not None:
       originals = pipeline.pictures(parts, originals, tiled=args.tiles)
   if distributed.is_first():
     if texts is None:
       captions = drawing.captions(found.run, count)
     named = captions if originals is None else []
-    _write(images, originals, args.out, named, shows)
+    _write(images, originals, args.out, named, shows, beside)
   print(f"{count} samples of step {found.step}: {args.out}")
 
 
@@ -266,16 +268,23 @@ def _in_turn(rows: np.ndarray, count: int) -> np.ndarray:
   return rows[np.arange(count) % len(rows)]
 
 
-def _cond(args, found, texts: dict | None, count: int) -> dict[str, Any]:
+def _cond(
+  args, found, texts: dict | None, count: int, edit: edits.Edits | None
+) -> dict[str, Any]:
+  shown = edit is not None and edit.context is not None
+  context = edit.told(count) if shown else drawing.context(found.run, count)
   if texts is not None:
-    return jax.tree.map(lambda leaf: _in_turn(leaf, count), texts)
+    return {
+      **jax.tree.map(lambda leaf: _in_turn(leaf, count), texts),
+      **context,
+    }
   if models.told(found.config.model) == "nothing":
     if args.labels:
       raise errors.UserError(
         f"--labels={args.labels}: this network is told nothing, and draws what "
         "all its images have in common. Leave it out."
       )
-    return drawing.conditions(found.run, count)
+    return context
   if drawing.reads_text(found.run.network):
     if args.labels:
       raise errors.UserError(
@@ -283,7 +292,7 @@ def _cond(args, found, texts: dict | None, count: int) -> dict[str, Any]:
         "--prompt or --embeddings, or nothing for those that are held out."
       )
     try:
-      return drawing.conditions(found.run, count)
+      return {**drawing.conditions(found.run, count), **context}
     except errors.UserError as error:
       raise type(error)(
         f"{error} Or say what is to be drawn, by --prompt or --embeddings."
@@ -291,6 +300,8 @@ def _cond(args, found, texts: dict | None, count: int) -> dict[str, Any]:
   labels = restored.parse_labels(
     args.labels, count, found.config.model.num_classes
   )
+  if shown:
+    return {**context, "label": labels.astype(np.int32)}
   return drawing.conditions(found.run, count, labels)
 
 
@@ -329,6 +340,7 @@ def _write(
   out: pathlib.Path,
   captions: list[str],
   shows: shown.Shown | None,
+  beside: list[np.ndarray],
 ) -> None:
   if out.suffix.lower() == ".npy":
     np.save(out, images)
@@ -338,8 +350,7 @@ def _write(
     return
   if originals is not None:
     images = pictures.pairs(originals, images, columns=COLUMNS)
+    beside = []
   if captions:
-    turns = [captions[i % len(captions)] for i in range(len(images))]
-    pictures.save_png(pictures.captioned(images, turns), out)
-    return
-  pictures.save_png(pictures.grid(images, columns=COLUMNS), out)
+    captions = [captions[i % len(captions)] for i in range(len(images))]
+  pictures.save_png(pictures.sheet(images, captions, beside=beside), out)

@@ -188,7 +188,7 @@ def test_a_network_for_inpainting_is_told_mask_and_image(sample, write):
   np.testing.assert_array_equal(found[0, :, :4, 0], pixels[:, :4])
   args = types.SimpleNamespace(init_image=[image], mask=[mask], strength=None)
   made = edits.read(args, untrained(DIT, *INPAINTING), None)
-  told = made.told({"label": np.zeros(2)}, 2)["context"]
+  told = made.told(2)["context"]
   np.testing.assert_array_equal(told[1, ..., 0], mask_HW / 255)
   wanted = np.where(mask_HW > 0, 0.0, pixels)
   np.testing.assert_array_equal(told[1, ..., 1], wanted)
@@ -200,7 +200,7 @@ def test_a_network_for_super_resolution_is_told_the_small_image(
   image = write("image.png", np.full((4, 4), 255))
   args = types.SimpleNamespace(init_image=[image], mask=None, strength=None)
   made = edits.read(args, untrained(DIT, *SUPER), None)
-  told = made.told({}, 1)["context"]
+  told = made.told(1)["context"]
   assert told.shape == (1, 8, 8, 2)
   np.testing.assert_allclose(told[..., 0], 1.0)
   np.testing.assert_array_equal(told[..., 1], 0.0)
