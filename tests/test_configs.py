@@ -16,6 +16,8 @@ FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 VARIANTS = {
   "digits_dit.py": [""],
   "digits_nf.py": ["", ":additive"],
+  "digits_unconditional.py": [""],
+  "digits_pairs.py": [""],
   "digits_autoencoder.py": ["", ":vq", ":vq_ema"],
   "imagenet_autoencoder.py": [
     f":{kind}_f{2**level}" for kind in ("kl", "vq") for level in range(6)

@@ -270,6 +270,12 @@ class Experiment:
         f"coupling {coupling!r}{' with its sigma' if spread else ''} follow "
         "the ODE, as 'heun' does."
       )
+    scale = self.sample.guidance.scale
+    if models.told(self.model) == "nothing" and scale != 1.0:
+      raise ValueError(
+        f"sample.guidance.scale = {scale}: a network of num_classes = 0 is "
+        "told nothing, and there is no condition to guide towards: set 1.0."
+      )
     told = self.sample.guidance.name == "distilled"
     if told and not getattr(self.model, "guidance_embed", False):
       raise ValueError(
