@@ -15,7 +15,7 @@ def get_config():
   config = experiment.defaults("mmdit")
   config.steps = 1000
   config.task.name = "variation"
-  config.embedding.update(size=6, tokens=4, depth=2, width=64, heads=4)
+  config.embedding.update(size=8, tokens=4, depth=2, width=64, heads=4)
   config.model.update(
     image_size=(8, 8),
     channels=1,
