@@ -23,6 +23,8 @@ VARIANTS = {
   "digits_mmdit.py": ["", ":sd3.5"],
   "digits_flux.py": [""],
   "scenes_mmdit.py": ["", ":flux"],
+  "scenes_layout.py": [""],
+  "digits_variation.py": [""],
   "sd3.py": [":medium", ":3.5_medium", ":3.5_large"],
   "flux_dev.py": [""],
   "flux_schnell.py": [""],
