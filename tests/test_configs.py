@@ -26,6 +26,8 @@ VARIANTS = {
   "digits_flux.py": [""],
   "digits_inpainting.py": [""],
   "scenes_mmdit.py": ["", ":flux"],
+  "scenes_layout.py": [""],
+  "digits_variation.py": [""],
   "scenes_super_resolution.py": [""],
   "sd3.py": [":medium", ":3.5_medium", ":3.5_large"],
   "flux_dev.py": [""],

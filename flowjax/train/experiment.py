@@ -253,6 +253,19 @@ class Experiment:
           f"task.name = {self.task.name!r} and {key} = {told}: the task "
           f"{name!r} needs that above 0, and any other 0."
         )
+    if self.embedding.size and self.data.tokenizer:
+      raise ValueError(
+        f"embedding.size = {self.embedding.size} and data.tokenizer = "
+        f"{self.data.tokenizer!r}: a network is told an image or a caption; "
+        "leave one out."
+      )
+    if self.embedding.size and self.embedding.depth:
+      for side in self.model.image_size:
+        if side % self.embedding.patch_size:
+          raise ValueError(
+            f"embedding.patch_size = {self.embedding.patch_size} does not "
+            f"divide {side}, a side of model.image_size."
+          )
 
   def _check_sampling(self):
     """Refuses a way to sample that this flow or this model does not allow."""

@@ -77,6 +77,7 @@ def train(
     image_size=config.model.image_size,
     text_width=getattr(config.model, "text_width", None),
     pooled_width=getattr(config.model, "pooled_width", None),
+    embedding=0 if config.embedding.depth else config.embedding.size,
   )
   aspects.check_sizes(config.model, source)
   config.require_context()
