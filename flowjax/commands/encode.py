@@ -23,7 +23,14 @@ import jax
 
 from flowjax import errors, schema
 from flowjax.commands import configs, encode_plan, encoding, flags
-from flowjax.data import archive, archive_writing, arrayrecord, records, sources
+from flowjax.data import (
+  archive,
+  archive_writing,
+  arrayrecord,
+  buckets,
+  records,
+  sources,
+)
 from flowjax.data import config as data_config
 from flowjax.parallel import distributed
 from flowjax.parallel import mesh as meshes
@@ -88,17 +95,46 @@ def run(args) -> None:
   with lock.WorkdirLock(args.out, flag="--out"), loop.out_of_memory_advice():
     mesh = meshes.build(meshes.MeshConfig(data=1, fsdp=-1), jax.local_devices())
     batch_size = meshes.padded(args.batch_size, mesh)
-    work = begin(
-      args.out,
-      splits,
-      frozen(pipeline, mesh, args.compute_dtype) if pipeline else None,
-      data,
-      dtype=args.dtype,
-      shard_size=args.shard_size,
-      batch_size=batch_size,
-    )
-    index = encode(work)
-  print(summary(args.out, index))
+    encoder = frozen(pipeline, mesh, args.compute_dtype) if pipeline else None
+    works = [
+      begin(
+        folder,
+        parts,
+        encoder,
+        config,
+        dtype=args.dtype,
+        shard_size=args.shard_size,
+        batch_size=batch_size,
+      )
+      for folder, parts, config in by_bucket(args.out, splits, data)
+    ]
+    for work in works:
+      print(summary(work.folder, encode(work)))
+
+
+def by_bucket(
+  folder: pathlib.Path,
+  splits: dict[str, sources.Source],
+  config: data_config.DataConfig,
+) -> list[tuple[pathlib.Path, dict, data_config.DataConfig]]:
+  """Returns what is encoded into which folder: each bucket has its own."""
+  if not config.buckets:
+    return [(folder, splits, config)]
+  found = []
+  for size in config.buckets:
+    parts = {
+      split: part
+      for split, source in splits.items()
+      for part in buckets.parts_of(source)
+      if part.shape[:2] == size
+    }
+    if parts:
+      alone = dataclasses.replace(config, image_size=size, buckets=())
+      found.append((folder / buckets.said(size), parts, alone))
+  if distributed.is_first():
+    names = [place.name for place, _, _ in found]
+    archive_writing.begin_buckets(folder, names)
+  return found
 
 
 def begin(
@@ -161,6 +197,11 @@ def verify(folder: pathlib.Path) -> None:
   """Looks at every shard; raises DataError that names what is wrong."""
   if not folder.is_dir():
     raise errors.DataError(f"There is no folder {folder}: correct --out.")
+  for part in archive.folders(folder):
+    _verify(part)
+
+
+def _verify(folder: pathlib.Path) -> None:
   index = archive.read(folder)
   keys = index.plan.shards()
   mine = keys[jax.process_index() :: jax.process_count()]

@@ -80,12 +80,17 @@ def run(args) -> None:
   """Exports, verifies if asked, and says where everything is."""
   _check(args)
   found = restored.open(args.workdir, ema=args.ema)
-  if found.config.text.vocabulary:
-    raise errors.UserError(
-      f"--workdir={args.workdir} reads captions by an encoder that was trained "
-      "with it, and no format has a place for that: export a run on embedded "
-      "texts."
-    )
+  for reads, what in (
+    (found.config.text.vocabulary, "captions"),
+    (found.config.layout.classes, "layouts"),
+    (found.config.embedding.size, "images"),
+  ):
+    if reads:
+      raise errors.UserError(
+        f"--workdir={args.workdir} reads {what} by an encoder that was trained "
+        "with it, and no format has a place for that: export a run on embedded "
+        "texts."
+      )
   if args.format == lora.FORMAT:
     _export_lora(args, found)
     return

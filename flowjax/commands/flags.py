@@ -70,6 +70,20 @@ def seed(text: str) -> int:
   return int(text)
 
 
+def strength(text: str) -> float:
+  """Reads a part of the way to noise, above 0 and at most 1."""
+  try:
+    found = float(text)
+  except ValueError:
+    found = math.nan
+  if not 0.0 < found <= 1.0:
+    raise argparse.ArgumentTypeError(
+      f"{text!r} must be above 0 and at most 1: 0.3 changes details, 0.6 is "
+      "usual, and of 1 nothing of an image is left"
+    )
+  return found
+
+
 def numbers(text: str) -> tuple[float, ...]:
   """Reads finite numbers with commas between them, such as 1,1.5,3."""
   try:

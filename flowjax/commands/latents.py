@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowjax.commands import restored
-from flowjax.data import sources
+from flowjax.data import buckets, sources
 from flowjax.evaluate import sampling
 from flowjax.models import vq
 from flowjax.parallel import mesh as meshes
@@ -38,7 +38,7 @@ def measure(found: restored.Restored) -> Seen:
   """
   run, config = found.run, found.config
   params = found.network_params()
-  source = sources.open(config.data, "train")
+  source = buckets.reference(sources.open(config.data, "train"))
   count = min(COUNT, len(source))
   images = np.stack([source[i]["image"] for i in range(count)])
 

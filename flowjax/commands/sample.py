@@ -13,7 +13,15 @@ those that are held out, or --embeddings, a .npz file of "text" [N, L, E] and
 to noise, without guidance, and drawn again from it, each row below its
 originals: without guidance as well, unless you give --guidance, or change what
 is drawn by --labels or --embeddings. A run with config.pipeline reads --prompt
-by the text encoders there, and its autoencoder makes the pictures.
+by the text encoders there, and its autoencoder makes the pictures. One that
+is told layouts draws those that are held out, or of --boxes; one that is told
+images varies those that are held out, or each --image, in a row beside it. One
+that fills in, or makes larger, is told of held-out images, and on the left of
+each picture are that image and what was told of it.
+
+With --init-image samples start from images: --strength is how far these go to
+noise, and so how much becomes another; with --mask what is black stays as it
+is. To a flow between images --init-image is what it starts from.
 
 example:
   flowjax sample --workdir=runs/digits --out=grid.png --num=40 --guidance=2
@@ -29,7 +37,15 @@ import jax
 import numpy as np
 
 from flowjax import errors
-from flowjax.commands import drawing, flags, given, pipeline, restored
+from flowjax.commands import (
+  drawing,
+  edits,
+  flags,
+  given,
+  pipeline,
+  restored,
+  shown,
+)
 from flowjax.evaluate import pictures
 from flowjax.parallel import distributed
 from flowjax.train import methods, progress, workdir
@@ -49,7 +65,8 @@ def add_flags(parser) -> None:
   parser.add_argument(
     "--num",
     type=flags.count,
-    help="how many images; default: 100, or one per label, text or start, and "
+    help="how many images; default: 100, or one per label, text, layout or "
+    "start, or five per image to be varied, and "
     "as many more as make every scale of --guidance come equally often",
   )
   parser.add_argument(
@@ -71,6 +88,7 @@ def add_flags(parser) -> None:
     dest="negative_prompt",
     help="a caption to be guided away from, instead of from the empty one",
   )
+  shown.add_flags(parser)
   parser.add_argument(
     "--size",
     type=flags.pixels,
@@ -100,6 +118,7 @@ def add_flags(parser) -> None:
     type=flags.path,
     help="what to start from instead of noise: a .npy of [N, H, W, C]",
   )
+  edits.add_flags(parser)
   parser.add_argument(
     "--invert",
     action="store_true",
@@ -115,6 +134,7 @@ def run(args) -> None:
     raise errors.UserError(f"--out={args.out} must end in .png or .npy.")
   if args.invert and args.start:
     raise errors.UserError("--invert finds the start; leave out --start.")
+  edits.check(args)
   workdir.require_writable(args.out, "--out")
   captions = given.captions(args)
   _check_texts(args, captions)
@@ -131,9 +151,13 @@ def run(args) -> None:
   size = pipeline.latent_size(parts, args.size)
   found = restored.open(args.workdir, ema=args.ema, image_size=size)
   restored.require_field(found, "sample")
-  texts = texts or _texts(args, captions, found)
+  shows = shown.read(args, found, parts)
+  texts = texts or (shows.cond if shows else _texts(args, captions, found))
   start = given.start(args.start, found) if args.start else None
-  count = args.num or _count(args, texts, start)
+  edit = edits.read(args, found, parts)
+  starts = start if edit is None else edit.images
+  each = shows.each if shows else 1
+  count = args.num or each * _count(args, texts, starts)
   if args.guidance:
     args.guidance = args.guidance[:count]
   method = _method(args, found)
@@ -157,21 +181,23 @@ def run(args) -> None:
       method=method,
       scales=_scales(args.guidance, count),
       worse=worse,
-      starts=None if start is None else _in_turn(start, count),
+      **_begun(start, edit, count),
     )
   if originals is not None:
     _print_difference(
       images - originals, args.guidance or (method.guidance.scale,)
     )
+  beside = drawing.beside(found.run, cond)
   if parts and not args.latents:
     images = pipeline.pictures(parts, images, tiled=args.tiles)
+    beside = [pipeline.pictures(parts, each) for each in beside]
     if originals is not None:
       originals = pipeline.pictures(parts, originals, tiled=args.tiles)
   if distributed.is_first():
     if texts is None:
       captions = drawing.captions(found.run, count)
     named = captions if originals is None else []
-    _write(images, originals, args.out, named)
+    _write(images, originals, args.out, named, shows, beside)
   print(f"{count} samples of step {found.step}: {args.out}")
 
 
@@ -228,13 +254,23 @@ def _scales(given: tuple[float, ...] | None, count: int) -> np.ndarray | None:
   return np.resize(np.asarray(given, np.float32), count)
 
 
+def _begun(
+  start: np.ndarray | None, edit: edits.Edits | None, count: int
+) -> dict[str, Any]:
+  """Returns the options of `draw` that say from what."""
+  if edit is not None:
+    return edit.turns(count)
+  return {"starts": None if start is None else _in_turn(start, count)}
+
+
 def _in_turn(rows: np.ndarray, count: int) -> np.ndarray:
   return rows[np.arange(count) % len(rows)]
 
 
 def _cond(args, found, texts: dict | None, count: int) -> dict[str, Any]:
   if texts is not None:
-    return jax.tree.map(lambda leaf: _in_turn(leaf, count), texts)
+    told = jax.tree.map(lambda leaf: _in_turn(leaf, count), texts)
+    return {**told, **drawing.context(found.run, count)}
   if drawing.reads_text(found.run.network):
     if args.labels:
       raise errors.UserError(
@@ -280,14 +316,18 @@ def _write(
   originals: np.ndarray | None,
   out: pathlib.Path,
   captions: list[str],
+  shows: shown.Shown | None,
+  beside: list[np.ndarray],
 ) -> None:
   if out.suffix.lower() == ".npy":
     np.save(out, images)
     return
+  if shows is not None:
+    pictures.save_png(shows.sheet(images), out)
+    return
   if originals is not None:
     images = pictures.pairs(originals, images, columns=COLUMNS)
+    beside = []
   if captions:
-    turns = [captions[i % len(captions)] for i in range(len(images))]
-    pictures.save_png(pictures.captioned(images, turns), out)
-    return
-  pictures.save_png(pictures.grid(images, columns=COLUMNS), out)
+    captions = [captions[i % len(captions)] for i in range(len(images))]
+  pictures.save_png(pictures.sheet(images, captions, beside=beside), out)

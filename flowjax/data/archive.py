@@ -3,6 +3,9 @@
 `index.json` has the layout of the records, where they came from, and of every
 shard its records, its bytes and its checksum. It is small: that of ten million
 records in a thousand shards is a few hundred kilobytes.
+
+What comes in aspect buckets lies in a folder of this kind for each of them,
+with `buckets.json` above them.
 """
 
 import dataclasses
@@ -20,6 +23,7 @@ from flowjax.data import records
 
 FORMAT = 1
 PLAN, INDEX, EMPTY = "plan.json", "index.json", "empty.record"
+BUCKETS = "buckets.json"
 # Of every record, which one of its source it was.
 NUMBER = "index"
 READING = "readahead_buffer_size:0,max_parallelism:0"
@@ -164,6 +168,19 @@ def read(folder: pathlib.Path) -> Index:
     }
     return Index(Plan.from_json(values), found, values["empty"])
   except (KeyError, TypeError, ValueError, AttributeError) as error:
+    raise errors.DataError(
+      f"{path} is damaged: {error}. Bring it back from a copy, or encode again."
+    ) from error
+
+
+def folders(folder: pathlib.Path) -> list[pathlib.Path]:
+  """Returns the folder of each bucket, or, where there are none, the folder."""
+  path = folder / BUCKETS
+  if not path.exists():
+    return [folder]
+  try:
+    return [folder / name for name in read_json(path)["buckets"]]
+  except (KeyError, TypeError) as error:
     raise errors.DataError(
       f"{path} is damaged: {error}. Bring it back from a copy, or encode again."
     ) from error

@@ -47,6 +47,32 @@ def begin(folder: pathlib.Path, plan: archive.Plan) -> None:
   archive.write_json(folder / archive.PLAN, plan.to_json())
 
 
+def begin_buckets(folder: pathlib.Path, names: Sequence[str]) -> None:
+  """Makes a folder for each bucket; refuses one that holds something else."""
+  path = folder / archive.BUCKETS
+  if path.exists():
+    before = [part.name for part in archive.folders(folder)]
+    if before != list(names):
+      raise errors.UserError(
+        f"{folder} holds the buckets {', '.join(before)}, and these are "
+        f"{', '.join(names)}: choose another --out, or go on with the command "
+        "that began it."
+      )
+  else:
+    ours = {archive.INDEX, archive.PLAN}
+    others = sorted(
+      p.name for p in folder.iterdir() if p.suffix != ".json" or p.name in ours
+    )
+    if others:
+      raise errors.UserError(
+        f"{folder} is not empty ({others[0]!r}), and no buckets were encoded "
+        "into it before: choose another --out."
+      )
+    archive.write_json(path, {"buckets": list(names)})
+  for name in names:
+    (folder / name).mkdir(exist_ok=True)
+
+
 def missing(folder: pathlib.Path, plan: archive.Plan) -> list[tuple[str, int]]:
   """Returns the shards that are yet to be written."""
   if (folder / archive.INDEX).exists():

@@ -21,7 +21,14 @@ from typing import Any
 import numpy as np
 
 from flowjax import errors
-from flowjax.data import archive, embeddings, reading, records, sources
+from flowjax.data import (
+  archive,
+  buckets,
+  embeddings,
+  reading,
+  records,
+  sources,
+)
 from flowjax.data import config as config_lib
 
 KIND = "arrayrecord"
@@ -37,6 +44,11 @@ class Encoded:
   @property
   def about(self) -> Any:
     return self.index.plan.about
+
+  @property
+  def shape(self) -> tuple[int, int, int]:
+    height, width, channels = self.about["shape"]
+    return height, width, channels
 
   @property
   def layout(self) -> records.Layout:
@@ -105,8 +117,7 @@ class ArrayRecord:
 
   @property
   def shape(self) -> tuple[int, int, int]:
-    height, width, channels = self.encoded.about["shape"]
-    return height, width, channels
+    return self.encoded.shape
 
   @property
   def class_names(self) -> tuple[str, ...]:
@@ -191,13 +202,27 @@ class ArrayRecord:
     return f"Record {i - self.first_S[shard]} of {self._path(shard)}"
 
 
-def open(config: config_lib.DataConfig, split: str) -> ArrayRecord:
+def open(
+  config: config_lib.DataConfig, split: str
+) -> ArrayRecord | buckets.Bucketed:
   """Opens `split` of the folder that `config.source` names.
 
   Every shard must be there and as long as it was written.
   """
-  encoded = of(config)
-  assert encoded is not None
+  folder = _folder(config)
+  every = _every(folder)
+  _check_buckets(folder, every, config)
+  if not config.buckets:
+    return _split(every[0], config, split)
+  # Not all need to have records of each split.
+  have = [one for one in every if one.index.plan.splits.get(split)]
+  parts = [_split(one, config, split) for one in have or every[:1]]
+  return buckets.of_parts(f"{KIND}:{folder.name}", parts, config, split)
+
+
+def _split(
+  encoded: Encoded, config: config_lib.DataConfig, split: str
+) -> ArrayRecord:
   if not encoded.index.plan.splits.get(split):
     raise errors.DataError(
       f"{encoded.folder} has no records of the split {split!r}: encode it with "
@@ -215,17 +240,54 @@ def open(config: config_lib.DataConfig, split: str) -> ArrayRecord:
 
 
 def of(config: config_lib.DataConfig) -> Encoded | None:
-  """Returns what is known of the encoded folder of a config, if it is one."""
-  kind, _, place = config.source.partition(":")
-  if kind != KIND:
+  """Returns what is known of the encoded folder of a config, if it is one.
+
+  Of buckets, of that of the reference, or of the first: they differ in shape.
+  """
+  if config.source.partition(":")[0] != KIND:
     return None
-  folder = pathlib.Path(place).expanduser().absolute()
-  path = folder / archive.INDEX
-  changed = path.stat().st_mtime_ns if path.exists() else None
-  return _of(folder, changed)
+  every = _every(_folder(config))
+  same = [one for one in every if one.shape[:2] == tuple(config.image_size)]
+  return (*same, *every)[0]
 
 
-@functools.lru_cache(maxsize=4)
+def _folder(config: config_lib.DataConfig) -> pathlib.Path:
+  place = config.source.partition(":")[2]
+  return pathlib.Path(place).expanduser().absolute()
+
+
+def _every(folder: pathlib.Path) -> list[Encoded]:
+  """Returns what is known of each bucket of a folder, or of the only one."""
+  found = []
+  for part in archive.folders(folder):
+    path = part / archive.INDEX
+    found.append(_of(part, path.stat().st_mtime_ns if path.exists() else None))
+  return found
+
+
+def _check_buckets(
+  folder: pathlib.Path, every: list[Encoded], config: config_lib.DataConfig
+) -> None:
+  """Refuses buckets of a config that are not those of the records."""
+  wanted = {(*size, config.channels) for size in config.buckets}
+  divided = every[0].folder != folder
+  if not divided and wanted:
+    raise errors.UserError(
+      f"config.data.buckets={config.buckets}: the records of {folder} are all "
+      "of one size. Set buckets=(), or encode again with buckets."
+    )
+  found = sorted({one.shape for one in every})
+  if divided and not wanted.issuperset(found):
+    sizes = tuple(shape[:2] for shape in found)
+    raise errors.UserError(
+      f"config.data.buckets={config.buckets} with channels={config.channels} "
+      f"are not those of {folder}, whose records are of {found}: set "
+      f"buckets={sizes}, image_size to one of them, and channels="
+      f"{found[0][2]}."
+    )
+
+
+@functools.lru_cache(maxsize=64)
 def _of(folder: pathlib.Path, changed: int | None) -> Encoded:
   del changed
   return Encoded(folder, archive.read(folder))

@@ -18,7 +18,7 @@ import numpy as np
 
 from flowjax import errors
 from flowjax.data import config as config_lib
-from flowjax.data import images, listing, sources, texts
+from flowjax.data import images, listing, sizes, sources, texts
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,16 @@ class Folder:
 
   def __len__(self) -> int:
     return len(self.row_N)
+
+  def sizes(self) -> np.ndarray:
+    """Returns the height and width of each original, [N, 2]."""
+    arrays = self.listing.arrays
+    known = sizes.Sizes(arrays["heights"], arrays["widths"])
+    return known.of(self.row_N)
+
+  def cut(self, image_size: tuple[int, int]) -> "Folder":
+    """Returns the same images, cut to another size."""
+    return dataclasses.replace(self, read=self.read.cut(image_size))
 
   def file(self, i: int) -> str:
     """Returns the path of a record from the root, with "/" on every system."""

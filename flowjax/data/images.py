@@ -5,6 +5,7 @@
 import dataclasses
 import io
 import warnings
+from typing import IO
 
 import numpy as np
 
@@ -48,6 +49,10 @@ class Reader:
       name=name,
     )
 
+  def cut(self, image_size: tuple[int, int]) -> "Reader":
+    """Returns what reads the same images at another size."""
+    return dataclasses.replace(self, shape=(*image_size, self.shape[-1]))
+
   def record(self, content: bytes, name: str) -> dict[str, np.ndarray]:
     """Returns the image and, with `originals`, what it was cut from."""
     found = {"image": self(content, name)}
@@ -63,6 +68,12 @@ def reader(config: config_lib.DataConfig) -> Reader:
   )
   if made.endings is IMAGES:
     _pillow()
+  elif config.buckets:
+    raise errors.UserError(
+      f"config.data.buckets={config.buckets} and channels={config.channels}: "
+      "latents in .npy files are of one size. `flowjax encode` puts images of "
+      "1 or 3 channels into buckets, and makes their latents."
+    )
   return made
 
 
@@ -110,10 +121,7 @@ def original(
   That is how far from the top and from the left, in pixels of the image once
   its short side fits (arXiv:2307.01952, section 2.2). Only a header is read.
   """
-  with _pillow().Image.open(io.BytesIO(content), formats=FORMATS) as image:
-    width, height = image.size
-    if image.getexif().get(_ORIENTATION, 1) in _LYING:
-      width, height = height, width
+  height, width = _upright(io.BytesIO(content))
   scale = min(height / image_size[0], width / image_size[1])
   crop = [
     round((side / scale - wanted) / 2)
@@ -123,6 +131,30 @@ def original(
     "size": np.array([height, width], np.int32),
     "crop": np.array(crop, np.int32),
   }
+
+
+def size(file: IO[bytes]) -> tuple[int, int] | None:
+  """Returns the height and width of an image, upright, by its header.
+
+  None for one that is broken, or empty.
+  """
+  try:
+    return _upright(file)
+  except MemoryError:
+    raise  # It says nothing about the image.
+  # As in `decode`; of the disk whoever opened the file has heard before.
+  except Exception:
+    return None
+
+
+def _upright(file: IO[bytes]) -> tuple[int, int]:
+  PIL = _pillow()
+  with PIL.Image.open(file, formats=FORMATS) as image:
+    # The method of the class: that of a PNG decodes all of it, to find Exif
+    # behind the pixels.
+    exif = PIL.Image.Image.getexif(image)
+    lying = exif.get(_ORIENTATION, 1) in _LYING
+    return image.size if lying else (image.height, image.width)
 
 
 def decode_array(

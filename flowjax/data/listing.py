@@ -17,7 +17,7 @@ import numpy as np
 
 from flowjax import errors
 from flowjax.data import config as config_lib
-from flowjax.data import index, names
+from flowjax.data import images, index, names, sizes
 
 LISTS = ("metadata.jsonl", "captions.jsonl")
 # In the place of the offset of a line.
@@ -99,6 +99,8 @@ def _open(root, endings, config) -> Listing:
     "caption_key": config.caption_key,
     "on_corrupt": config.on_corrupt,
   }
+  if config.buckets:
+    header["sizes"] = True
   kept = _place(header, config.index_dir)
   if kept and (found := index.load(kept, header)) and _is_fresh(found):
     return _listing(root, found)
@@ -162,7 +164,7 @@ def _stamp(path: str) -> list[int]:
 def _list(root, endings, config, header) -> Listing:
   built, hashes, lines = names.Builder(), array("Q"), array("q")
   directories, lists, notes = [], [], list[str]()
-  for directory, files, texts, found in _walk(root, endings):
+  for directory, files, texts, listed in _walk(root, endings):
     prefix = f"{directory.path}/" if directory.path else ""
     paths = [prefix + file for file in files]
     built.extend(paths)
@@ -172,7 +174,7 @@ def _list(root, endings, config, header) -> Listing:
       for file in files
     )
     directories.append(directory)
-    lists += [prefix + file for file in found]
+    lists += [prefix + file for file in listed]
   made = built.done()
   hash_N = np.frombuffer(hashes, np.uint64)
   line_N = np.frombuffer(lines, np.int64)
@@ -188,6 +190,11 @@ def _list(root, endings, config, header) -> Listing:
     arrays["list_of"] = list_N
   if lists or beside:
     arrays["line_of"] = line_N
+  if config.buckets:
+    found = _sizes(root, made)
+    arrays |= {"heights": found.height_N, "widths": found.width_N}
+    if found.unknown:
+      notes.append(found.note(root))
   header = header | {
     "directories": [dataclasses.astuple(d) for d in directories],
     "lists": [[path, *_stamp(os.path.join(root, path))] for path in lists],
@@ -195,6 +202,20 @@ def _list(root, endings, config, header) -> Listing:
     "notes": notes,
   }
   return _listing(root, index.Index(header, arrays))
+
+
+def _sizes(root: str, found: names.Names) -> sizes.Sizes:
+  """Reads the header of every image."""
+
+  def measure(row: int) -> tuple[int, int] | None:
+    path = os.path.join(root, *found[row].split("/"))
+    try:
+      with pathlib.Path(path).open("rb") as file:
+        return images.size(file)
+    except OSError as error:
+      raise errors.DataError(f"{path} cannot be read: {error}.") from error
+
+  return sizes.measure(len(found), measure, found.__getitem__)
 
 
 def _walk(root: str, endings: tuple[str, ...]) -> Iterator[tuple]:
@@ -207,7 +228,7 @@ def _walk(root: str, endings: tuple[str, ...]) -> Iterator[tuple]:
     if (status.st_dev, status.st_ino) in above:
       continue  # A link to where we come from.
     above += ((status.st_dev, status.st_ino),)
-    images, texts, lists, inner = [], set(), [], []
+    files, texts, lists, inner = [], set(), [], []
     with os.scandir(place) as entries:
       for entry in entries:
         name = entry.name
@@ -215,7 +236,7 @@ def _walk(root: str, endings: tuple[str, ...]) -> Iterator[tuple]:
           continue
         low = name.lower()
         if low.endswith(endings) and entry.is_file():
-          images.append(name)
+          files.append(name)
         elif low.endswith(".txt"):
           texts.add(name[:-4])
         elif name in LISTS:
@@ -223,8 +244,8 @@ def _walk(root: str, endings: tuple[str, ...]) -> Iterator[tuple]:
         elif entry.is_dir():
           inner.append(f"{path}/{name}" if path else name)
     yield (
-      Directory(path, status.st_mtime_ns, len(images)),
-      sorted(images),
+      Directory(path, status.st_mtime_ns, len(files)),
+      sorted(files),
       texts,
       sorted(lists),
     )
@@ -297,6 +318,8 @@ def parse(line: bytes, key: str | None) -> tuple[str, str | None]:
   if not isinstance(found, dict) or not isinstance(found.get("file_name"), str):
     raise ValueError('it is no JSON object with a "file_name"')
   text = found.get(key or "text")
+  if isinstance(text, list):
+    text = json.dumps(text)  # Boxes, which data/layouts.py reads.
   if text is not None and not isinstance(text, str):
     raise ValueError(f"{key or 'text'!r} is {type(text).__name__}, not a text")
   return found["file_name"], text

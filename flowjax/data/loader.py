@@ -10,8 +10,16 @@ from typing import Any
 import numpy as np
 
 from flowjax import errors, schema
+from flowjax.data import (
+  buckets,
+  order,
+  pairs,
+  prefetch,
+  reading,
+  sources,
+  workers,
+)
 from flowjax.data import config as config_lib
-from flowjax.data import order, pairs, prefetch, reading, sources, workers
 
 Batch = dict[str, np.ndarray]
 
@@ -27,7 +35,8 @@ def batches(
 
   Step s takes the positions s * batch_size ... (s + 1) * batch_size - 1, and
   `order` says which record each one is. Of several processes each reads but the
-  `rows` of a batch that its devices hold.
+  `rows` of a batch that its devices hold. Of a source in aspect buckets step s
+  is of one of them, and takes the next positions of that one.
 
   Under on_corrupt="skip" the batches of a source that reads its records one by
   one carry "skipped", int32 [B]: 1 where the record was corrupt and the next
@@ -69,20 +78,22 @@ def epoch_batches(
 ) -> Iterator[Batch]:
   """Yields every record once, in order; of each batch the `rows`, if given.
 
+  Aspect buckets come one after the other, so that each batch is of one.
   Each batch has a float32 "mask" [B]: 1 for a record, 0 for what pads the last
   batch, and for a corrupt record under on_corrupt="skip".
   """
   row_B = _rows(rows, batch_size)
-  blank = sources.blank(source)
   tried = sound = 0
-  for start in range(0, len(source), batch_size):
-    records = [int(start + row) for row in row_B if start + row < len(source)]
-    read = reading.each(source, records, on_corrupt)
-    read += [None] * (len(row_B) - len(read))
-    batch = reading.stack([blank if e is None else e for e in read])
-    mask_B = np.array([e is not None for e in read], np.float32)
-    tried, sound = tried + len(records), sound + int(mask_B.sum())
-    yield batch | {"mask": mask_B}
+  for part in buckets.parts_of(source):
+    blank, count = sources.blank(part), len(part)
+    for start in range(0, count, batch_size):
+      records = [int(start + row) for row in row_B if start + row < count]
+      read = reading.each(part, records, on_corrupt)
+      read += [None] * (len(row_B) - len(read))
+      batch = reading.stack([blank if e is None else e for e in read])
+      mask_B = np.array([e is not None for e in read], np.float32)
+      tried, sound = tried + len(records), sound + int(mask_B.sum())
+      yield batch | {"mask": mask_B}
   if tried and not sound:
     raise errors.DataError(f"All {tried} records of {source.name} are corrupt.")
 
@@ -106,12 +117,14 @@ class _Read:
   row_B: np.ndarray
 
   def __call__(self, step: int) -> Batch:
+    source, seed = self.source, self.config.shuffle_seed
+    if isinstance(source, buckets.Bucketed):
+      source, seed, step = source.turn(seed, step)
     position_B = step * self.config.batch_size + self.row_B
-    seed = self.config.shuffle_seed
-    if not isinstance(self.source, pairs.Paired):
-      return self._read(self.source, seed, position_B)
-    batch = self._read(self.source.first, seed, position_B)
-    other = self._read(self.source.other, seed + 1, position_B)
+    if not isinstance(source, pairs.Paired):
+      return self._read(source, seed, position_B)
+    batch = self._read(source.first, seed, position_B)
+    other = self._read(source.other, seed + 1, position_B)
     if "skipped" in other:
       batch["skipped"] = batch.get("skipped", 0) + other["skipped"]
     return {**batch, "source": other["image"]}

@@ -86,7 +86,7 @@ class Mixture:
       mine_B = owner_B == k
       before = int((owner_M[:begin] == k).sum())
       own = cycle_B[mine_B] * self.slots[k] + rank_B[mine_B] - before
-      drawn = sources.draw(part, _seed(seed, k), own)
+      drawn = sources.draw(part, order.apart(seed, k), own)
       variant, inner = np.divmod(drawn, len(part))
       start = int(self._ends[k]) - len(part)
       record_B[mine_B] = start + inner + variant * len(self)
@@ -105,6 +105,11 @@ class Mixture:
 
 def open(config: config_lib.DataConfig, split: str) -> Mixture:
   """Opens the sources of `config.mixture`, which must be alike."""
+  if config.buckets:
+    raise errors.UserError(
+      "config.data.buckets and a mixture: the weights of its sources would not "
+      "be those within a bucket. Take one source, or set buckets=()."
+    )
   names = [name for name, _ in config.mixture]
   for name in names:
     if name == "mixture" or names.count(name) > 1:
@@ -166,8 +171,3 @@ def _told(source: sources.Source) -> str:
   if not source.num_classes:
     return f"{source.name} ({', '.join(sources.blank(source))})"
   return f"{source.name} ({source.num_classes} classes)"
-
-
-def _seed(seed: int, k: int) -> int:
-  """Returns a seed of its own for each source; the first keeps the seed."""
-  return int(order.mix((seed + (k << 32)) % 2**64)[0]) if k else seed

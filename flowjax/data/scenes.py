@@ -12,16 +12,17 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from flowjax import errors
 from flowjax.data import config as config_lib
-from flowjax.data import digits, order
+from flowjax.data import digits, layouts, order
 
 SIZE, SIDE = 32, 14  # Pixels of a scene and of a digit, both square.
-CELL, STEP = SIZE // 2, 8  # Digits have a cell each, at every eighth pixel.
+CELL = SIZE // 2  # A digit has a cell, in one of three rows and columns.
+INKED = 0.25  # Of full ink: what is fainter is no part of a digit.
 LENGTH = {"train": 2**20, "held_out": 256}
 COMBINATIONS = ("seen", "held_out", "all")
 COLOURS = {
@@ -46,6 +47,8 @@ _ITS = {
   "above": "above it",
   "below": "below it",
 }
+# What can be in a box: "red 3".
+NAMES = tuple(f"{colour} {digit}" for digit in range(10) for colour in COLOURS)
 WORDS = tuple(
   "0 1 2 3 4 5 6 7 8 9 a above and at below bottom in is it its left middle of "
   "one right the there to top".split()
@@ -81,6 +84,16 @@ class Scene:
   images: tuple[int, ...] = ()
 
 
+class Box(NamedTuple):
+  """What is in a tight box, one of `NAMES`, and its sides, from 0 to 1."""
+
+  name: str
+  top: float
+  left: float
+  bottom: float
+  right: float
+
+
 def holds(one: Thing, relation: str, other: Thing) -> bool:
   """Whether the first of two things is where the relation says."""
   down, across = one.row - other.row, one.column - other.column
@@ -105,7 +118,8 @@ class Scenes:
   """Scenes of some digits, in combinations of one kind.
 
   "seen" ones are those of training; in "held_out" ones a thing of each scene is
-  of a combination that it never sees; "all" are of any.
+  of a combination that it never sees; "all" are of any. Of
+  several `aspects`, height and width, scene i has one by its number.
   """
 
   ink_NHW: np.ndarray  # From 0 to 1.
@@ -118,24 +132,37 @@ class Scenes:
   class_names: tuple[str, ...] = ()
   num_classes: int = 0
   shape: tuple[int, int, int] = (SIZE, SIZE, 3)
+  aspects: tuple[tuple[int, int], ...] = ((SIZE, SIZE),)
+  layout: layouts.Layout | None = None  # None: captions.
 
   @property
   def blank(self) -> dict[str, Any]:
-    return {"image": np.zeros(self.shape, np.float32), "caption": ""}
+    told = {"caption": ""} if self.layout is None else self.layout.blank
+    return {"image": np.zeros(self.shape, np.float32), **told}
 
   def __len__(self) -> int:
     return self.length
 
   def __getitem__(self, i: int) -> dict[str, Any]:
     scene = self.scene(i)
-    return {"image": self.painted(scene), "caption": scene.caption}
+    told: dict[str, Any] = {"caption": scene.caption}
+    if self.layout is not None:
+      told = self.layout.arrays(self.boxes(scene))
+    return {"image": self.painted(scene), **told}
 
   def gather(self, records_B: np.ndarray) -> dict[str, np.ndarray]:
     records = [self[int(i)] for i in records_B]
     return {
-      "image": np.stack([record["image"] for record in records]),
-      "caption": np.array([record["caption"] for record in records]),
+      key: np.stack([record[key] for record in records]) for key in records[0]
     }
+
+  def sizes(self) -> np.ndarray:
+    """Returns the height and width of each scene, [N, 2]."""
+    return np.resize(np.array(self.aspects), (self.length, 2))
+
+  def cut(self, image_size: tuple[int, int]) -> "Scenes":
+    """Returns the same scenes, composed at another height and width."""
+    return dataclasses.replace(self, shape=(*image_size, 3))
 
   def fingerprint(self) -> dict[str, Any]:
     return {
@@ -143,6 +170,7 @@ class Scenes:
       "hash": self.hash,
       "seed": self.seed,
       "combinations": self.combinations,
+      **({"boxes": self.layout.fingerprint()} if self.layout else {}),
     }
 
   def scene(self, i: int) -> Scene:
@@ -151,7 +179,7 @@ class Scenes:
     count = (1, 1, 2, 2, 3)[next(draw) % 5]
     images = tuple(next(draw) % len(self.label_N) for _ in range(count))
     labels = [int(self.label_N[image]) for image in images]
-    places, relations = _arranged(count, draw)
+    places, relations = _arranged(count, draw, self.shape[:2])
     colours = _colours(labels, self.combinations, draw)
     things = tuple(
       Thing(label, colour, row + (SIDE - 1) / 2, column + (SIDE - 1) / 2)
@@ -159,8 +187,18 @@ class Scenes:
         labels, colours, places, strict=True
       )
     )
-    caption = _said(things, relations, draw)
+    caption = _said(things, relations, draw, self.shape[:2])
     return Scene(things, relations, caption, images)
+
+  def boxes(self, scene: Scene) -> list[Box]:
+    """Returns the tight box of each thing of one of these scenes."""
+    found = []
+    for thing, image in zip(scene.things, scene.images, strict=True):
+      inked_HW = self.ink_NHW[image] >= INKED
+      corner = thing.row - (SIDE - 1) / 2, thing.column - (SIDE - 1) / 2
+      name = f"{thing.colour} {thing.digit}"
+      found.append(tight(inked_HW, corner, self.shape[:2], name))
+    return found
 
   def painted(self, scene: Scene) -> np.ndarray:
     """Returns the image [H, W, C] of one of these scenes."""
@@ -181,13 +219,20 @@ def open(config: config_lib.DataConfig, split: str) -> Scenes:
   Training's are of training digits, in combinations that are seen; those held
   out are of held-out digits, each with a combination that is not.
   """
-  if (*config.image_size, config.channels) != (SIZE, SIZE, 3):
+  aspects = config.buckets or ((SIZE, SIZE),)
+  fits = config.image_size in aspects and min(map(min, aspects)) >= SIZE
+  if not fits or config.channels != 3:
     raise errors.UserError(
-      f"image_size={config.image_size} and channels={config.channels} do not "
-      f"suit scenes, which are {SIZE}x{SIZE} in 3 channels."
+      f"image_size={config.image_size}, channels={config.channels} and "
+      f"buckets={config.buckets} do not suit scenes, which are {SIZE}x{SIZE} "
+      f"in 3 channels, or of buckets whose sides are at least {SIZE}."
     )
-  combinations = "seen" if split == "train" else "held_out"
-  return of_digits(config, split, combinations, length=LENGTH[split])
+  # A combination in a box is a class of its own: whoever never saw it knows
+  # nothing of it.
+  seen = split == "train" or config.boxes
+  combinations = "seen" if seen else "held_out"
+  made = of_digits(config, split, combinations, length=LENGTH[split])
+  return dataclasses.replace(made, aspects=aspects)
 
 
 def of_digits(
@@ -217,7 +262,31 @@ def of_digits(
     combinations,
     length,
     seed,
+    layout=layouts.of(config),
   )
+
+
+def tight(
+  inked_HW: np.ndarray,
+  corner: tuple[float, float] = (0, 0),
+  size: tuple[int, int] | None = None,
+  name: str = "",
+) -> Box:
+  """Returns the smallest box around what is marked, in parts of a picture.
+
+  The marks, of which there is one at least, begin at `corner`, in pixels, of a
+  picture of this height and width; they are all of it unless told.
+  """
+  high, wide = size or inked_HW.shape
+  sides = []
+  for axis in (1, 0):
+    marked = np.flatnonzero(inked_HW.any(axis=axis))
+    sides.append(
+      (marked[0] + corner[1 - axis], marked[-1] + 1 + corner[1 - axis])
+    )
+  (top, bottom), (left, right) = sides
+  sides_4 = (top / high, left / wide, bottom / high, right / wide)
+  return Box(name, *map(float, sides_4))
 
 
 def _dice(seed: int, i: int) -> Iterator[int]:
@@ -226,17 +295,19 @@ def _dice(seed: int, i: int) -> Iterator[int]:
   return iter(order.mix(key + np.arange(64, dtype=np.uint64)).tolist())
 
 
-def _arranged(count: int, draw: Iterator[int]):
+def _arranged(count: int, draw: Iterator[int], size: tuple[int, ...]):
   """Returns the upper left corners of things, and the relations between them.
 
   One stands in one of nine places; two side by side, or one above the other;
   a third beside the first of them, across.
   """
+  rows, columns = ([_at(number, side) for number in range(3)] for side in size)
   if count == 1:
-    return [(_at(next(draw) % 3), _at(next(draw) % 3))], ()
+    return [(rows[next(draw) % 3], columns[next(draw) % 3])], ()
   flipped = next(draw) % 2, next(draw) % 2  # Down, and across.
   (row, other_row), (column, other_column) = (
-    (_at(2 * flip), _at(2 - 2 * flip)) for flip in flipped
+    (at[2 * flip], at[2 - 2 * flip])
+    for flip, at in zip(flipped, (rows, columns), strict=True)
   )
   beside = (0, ("left", "right")[flipped[1]], 1)
   over = (0, ("above", "below")[flipped[0]], count - 1)
@@ -244,13 +315,13 @@ def _arranged(count: int, draw: Iterator[int]):
     places = [(row, column), (row, other_column), (other_row, column)]
     return places, (beside, over) if next(draw) % 2 else (over, beside)
   if next(draw) % 2:
-    return [(_at(1), column), (_at(1), other_column)], (beside,)
-  return [(row, _at(1)), (other_row, _at(1))], (over,)
+    return [(rows[1], column), (rows[1], other_column)], (beside,)
+  return [(row, columns[1]), (other_row, columns[1])], (over,)
 
 
-def _at(number: int) -> int:
-  """Returns where the place of that number begins, in pixels."""
-  return number * STEP + (CELL - SIDE) // 2
+def _at(number: int, side: int) -> int:
+  """Returns where the first, middle or last of three places begins."""
+  return number * (side - CELL) // 2 + (CELL - SIDE) // 2
 
 
 def _colours(
@@ -270,21 +341,20 @@ def _colours(
   return [found[place] for place in range(len(labels))]
 
 
-def _where(thing: Thing) -> str:
+def _where(thing: Thing, size: tuple[int, ...]) -> str:
   """Says in which of nine places a thing is."""
-  third = SIZE / 3
-  row = ("top", "", "bottom")[int(thing.row / third)]
-  column = ("left", "", "right")[int(thing.column / third)]
+  row = ("top", "", "bottom")[int(3 * thing.row / size[0])]
+  column = ("left", "", "right")[int(3 * thing.column / size[1])]
   place = " ".join(filter(None, (row, column)))
   return f"at the {place}" if place else "in the middle"
 
 
-def _said(things, relations, draw: Iterator[int]) -> str:
+def _said(things, relations, draw: Iterator[int], size) -> str:
   """Returns one of several ways to say what is in a scene."""
   way = next(draw) % 4
   if len(things) == 1:
     (a,) = things
-    where = _where(a)
+    where = _where(a, size)
     return (
       f"{a} {where}",
       f"{where} is {a}",

@@ -43,7 +43,9 @@ class Source(Protocol):
   A source may also offer `gather(records_B)`, which returns the stacked
   examples at once, or raises `Corrupt` where one of them is; if one can be, it
   returns "skipped" too, zeros, as data/reading.py does. One whose order is not
-  that of data/order.py offers `draw(seed, position_B)`.
+  that of data/order.py offers `draw(seed, position_B)`, and one that can be
+  divided among aspect buckets `sizes()` and `cut(image_size)`, as
+  data/buckets.py says.
   """
 
   @property
@@ -73,7 +75,8 @@ class Corrupt(errors.DataError):
 def open(config: config_lib.DataConfig, split: str) -> Source:
   """Opens `split`, "train" or "held_out", of the source that `config` names.
 
-  With `pair_source`, of both sources, paired.
+  With `pair_source`, of both sources, paired; with `buckets`, divided among
+  them.
   """
   if split not in SPLITS:
     raise ValueError(f"split={split!r} must be one of {SPLITS}.")
@@ -89,7 +92,7 @@ def open(config: config_lib.DataConfig, split: str) -> Source:
           f"{source.name} holds latents with their variance, which are not "
           "paired: encode images, or leave out config.data.pair_source."
         )
-    return pairs.paired(*both)
+    return (_buckets().paired if config.buckets else pairs.paired)(*both)
   kind, _, place = config.source.partition(":")
   if kind in KINDS and not place and "<" in KINDS[kind]:
     raise errors.UserError(
@@ -102,7 +105,18 @@ def open(config: config_lib.DataConfig, split: str) -> Source:
       f"{schema.closest(kind, KINDS)}"
     )
   module = importlib.import_module(f"flowjax.data.{kind}")
+  if config.boxes:
+    layouts = importlib.import_module("flowjax.data.layouts")
+    return layouts.opened(module.open, config, split)
   source = module.open(config, split)
+  if not config.buckets:
+    return _told(source, config)
+  divided = _buckets().divide(source, config, split)
+  return divided.each(lambda part: _told(part, config))
+
+
+def _told(source: Any, config: config_lib.DataConfig) -> Source:
+  """Returns a source with the captions and tokens that a config asks for."""
   if config.templates and source.num_classes:
     texts = importlib.import_module("flowjax.data.texts")
     source = texts.Templated(source, config.templates)
@@ -110,6 +124,10 @@ def open(config: config_lib.DataConfig, split: str) -> Source:
     captions = importlib.import_module("flowjax.data.captions")
     source = captions.captioned(source, tokenizer)
   return source
+
+
+def _buckets() -> Any:
+  return importlib.import_module("flowjax.data.buckets")
 
 
 def draw(source: Any, seed: int, position_B: np.ndarray) -> np.ndarray:
@@ -192,3 +210,10 @@ def check(
         f"{source.name}: {key!r} is {empty[key].shape[-1]} wide, and "
         f"config.model.{key}_width={wide}: make them the same."
       )
+
+
+def all_of(source: Source) -> tuple[np.ndarray, np.ndarray]:
+  """Returns every image and label of a source that fits into memory."""
+  records = [source[i] for i in range(len(source))]
+  images = np.stack([record["image"] for record in records])
+  return images, np.array([record["label"] for record in records])

@@ -22,6 +22,11 @@ class Windows:
     self.total = int(self.count_G.sum())
     self._epochs: dict[tuple[int, int], tuple] = {}
 
+  def within(self, row_M: np.ndarray) -> "Windows":
+    """Returns the windows of some of the records, which ascend."""
+    ends = np.searchsorted(row_M, [*self.begin_G, self.total])
+    return Windows(np.diff(ends), self.size)
+
   def draw(self, seed: int, position_B: np.ndarray) -> np.ndarray:
     """Returns the record of each position."""
     epoch_B, place_B = np.divmod(np.asarray(position_B, np.int64), self.total)

@@ -144,9 +144,13 @@ def verify(
     with jax.default_matmul_precision("highest"):
       ours_BHWC = np.asarray(apply(params, x_BHWC, t_B, cond))
     told = {key: torch.from_numpy(np.array(cond[key])) for key in cond}
-    told = told["label"] if config.name == "dit" else told
+    if "context" in told:
+      told["context"] = told["context"].permute(0, 3, 1, 2)
+    words = [told]
+    if config.name == "dit":
+      words = [told[key] for key in ("label", "context") if key in told]
     with torch.no_grad():
-      out_BCHW = theirs(x_BCHW, torch.from_numpy(t_B), told)
+      out_BCHW = theirs(x_BCHW, torch.from_numpy(t_B), *words)
     out_BHWC = out_BCHW.permute(0, 2, 3, 1).numpy()
     difference = max(difference, float(np.abs(out_BHWC - ours_BHWC).max()))
   return difference

@@ -58,6 +58,8 @@ Network = seam.Network
 
 with_lora = beside.with_lora
 with_text_encoder = beside.with_text_encoder
+with_layout_encoder = beside.with_layout_encoder
+with_image_encoder = beside.with_image_encoder
 with_uncertainty = beside.with_uncertainty
 with_beside = beside.with_beside
 with_running_codebook = beside.with_running_codebook

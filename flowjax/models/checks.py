@@ -40,6 +40,15 @@ def positive(config: Any, fields: str) -> None:
     raise ValueError(f"image_size={config.image_size} must be positive.")
 
 
+def context(config: Any) -> None:
+  """Raises ValueError for a number of channels that no context has."""
+  if config.context_channels < 0:
+    raise ValueError(
+      f"context_channels={config.context_channels} must not be negative: 0 is "
+      "a network that sees the image alone."
+    )
+
+
 def patches(image_size: collections.abc.Sequence[int], patch: int) -> None:
   """Raises ValueError unless images are cut into whole patches."""
   if not any(size % patch for size in image_size):

@@ -1,11 +1,13 @@
 """What a network that reads text is told: the text, and one vector of it.
 
 Where a dataset has labels and no text, each label has a text of its own, which
-is learned; so such a network trains on labelled images as it is.
+is learned; so such a network trains on labelled images as it is. Any network
+may be told an image beside the one that flows: its context.
 """
 
 # Shape suffixes: B batch, L text tokens, E width of the text, P width of the
-# pooled text, D width, K labels and the one that stands for none.
+# pooled text, D width, K labels and the one that stands for none; H height, W
+# width, C channels of an image and of its context.
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +23,7 @@ Cond = dict[str, Any]
 
 # The keys in which a condition differs from its unconditional one.
 _TEXT = ("text", "pooled", "text_mask")
+CONTEXT = "context"
 
 
 class LabelEmbed(nn.Module):
@@ -88,11 +91,30 @@ def text_length(config: Any) -> int:
 def example(config: Any, batch: int = 1) -> Cond:
   """Returns a condition of zeros, of the shapes that the network takes."""
   if config.num_classes:
-    return {"label": jnp.zeros(batch, jnp.int32)}
-  return {
-    "text": jnp.zeros((batch, config.text_tokens, config.text_width)),
-    "pooled": jnp.zeros((batch, config.pooled_width)),
-  }
+    told = {"label": jnp.zeros(batch, jnp.int32)}
+  else:
+    told = {
+      "text": jnp.zeros((batch, config.text_tokens, config.text_width)),
+      "pooled": jnp.zeros((batch, config.pooled_width)),
+    }
+  if config.context_channels:
+    size = (batch, *config.image_size, config.context_channels)
+    told[CONTEXT] = jnp.zeros(size)
+  return told
+
+
+def with_context(config: Any, x_BHWC: jax.Array, cond: Cond) -> jax.Array:
+  """Returns the channels that a network reads: of the image, then its context.
+
+  The way of latent diffusion for inpainting and super-resolution
+  (arXiv:2112.10752, section 3.3). Only what else the network is told is ever
+  dropped, and guidance is away from the same context without that.
+  """
+  _check_context(config, x_BHWC, cond)
+  if not config.context_channels:
+    return x_BHWC
+  context_BHWC = cond[CONTEXT].astype(x_BHWC.dtype)
+  return jnp.concatenate([x_BHWC, context_BHWC], axis=-1)
 
 
 def unconditional(config: Any, cond: Cond) -> Cond:
@@ -180,6 +202,18 @@ def check(config: Any, cond: Cond, batch: int) -> None:
         f"those of cond, {wanted}, and must have the same."
       )
     _check_text("negative ", config, negative, batch, cond["text"].shape[1:2])
+
+
+def _check_context(config: Any, x_BHWC: jax.Array, cond: Cond) -> None:
+  channels = config.context_channels
+  if (CONTEXT in cond) != bool(channels):
+    raise ValueError(
+      f"The network has context_channels={channels}, and cond the keys "
+      f"{sorted(cond)}: 'context' [B, H, W, {channels or 'K'}] goes with a "
+      "network that was made for it, as config.task makes both."
+    )
+  if channels:
+    _check_shape(CONTEXT, cond[CONTEXT], (*x_BHWC.shape[:3], channels))
 
 
 def _check_text(prefix, config, cond, batch, length) -> None:

@@ -39,7 +39,8 @@ POSITIONS = ("rope2d", "sincos2d", "learned")
 class DiTConfig:
   """What a DiT is made of.
 
-  `out_channels` is `channels` unless given. `timestep_scale` multiplies t in
+  `out_channels` is `channels` unless given, and `context_channels` are those of
+  cond["context"], read beside the image. `timestep_scale` multiplies t in
   [0, 1] before its sinusoid, whose frequencies `frequency_shift` moves:
   diffusers' DiT has 1. `mlp_norm_epsilon` is that of the norm before the MLP,
   which diffusers makes 1e-5 unless told. `remat` is a key of `blocks.REMAT`.
@@ -48,6 +49,7 @@ class DiTConfig:
   name: str = "dit"
   image_size: tuple[int, int] = (32, 32)
   channels: int = 4
+  context_channels: int = 0
   out_channels: int | None = None
   patch_size: int = 2
   width: int = 384
@@ -83,12 +85,17 @@ class DiTConfig:
       "timestep_scale channels_out mlp_norm_epsilon",
     )
     checks.patches(self.image_size, self.patch_size)
+    checks.context(self)
     _check_ranges(self)
     _check_heads(self)
 
   @property
   def head_size(self) -> int:
     return self.width // self.heads
+
+  @property
+  def channels_in(self) -> int:
+    return self.channels + self.context_channels
 
   @property
   def channels_out(self) -> int:
@@ -247,7 +254,7 @@ def _stacked(config: DiTConfig):
 
 def init(config: DiTConfig, rng: jax.Array) -> dict[str, Any]:
   """Draws the parameters, float32."""
-  x_BHWC = jnp.zeros((1, *config.image_size, config.channels), jnp.float32)
+  x_BHWC = jnp.zeros((1, *config.image_size, config.channels_in))
   t_B, label_B = jnp.zeros(1, jnp.float32), jnp.zeros(1, jnp.int32)
   return DiT(blocks.anywhere(config)).init(rng, x_BHWC, t_B, label_B)["params"]
 
@@ -264,6 +271,8 @@ def apply(
 ) -> jax.Array:
   """Returns the velocity at (x, t) given cond["label"], in float32.
 
+  cond has "context" [B, H, W, K] as well, of K = `context_channels`, if any.
+
   With an rng, each label is dropped with probability `label_dropout`. In the
   blocks `identity` a token attends to itself alone.
   """
@@ -273,6 +282,7 @@ def apply(
   identity_L = None
   if identity:
     identity_L = jnp.isin(jnp.arange(config.depth), jnp.array(identity))
+  x_BHWC = conditions.with_context(config, x_BHWC, cond)
   v_BHWC = DiT(config).apply(
     {"params": params}, x_BHWC, t_B, cond["label"], identity_L
   )
@@ -339,7 +349,7 @@ def flops(config: DiTConfig) -> int:
     + 4 * tokens * tokens * d
     + 2 * 6 * d * d
   )
-  values = config.patch_size**2 * (config.channels + config.channels_out)
+  values = config.patch_size**2 * (config.channels_in + config.channels_out)
   ends = 2 * tokens * values * d + 2 * 2 * d * d
   time = 2 * (layers.TIME_FREQUENCIES * d + d * d)
   return config.depth * block + ends + time

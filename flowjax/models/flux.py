@@ -49,6 +49,7 @@ class FluxConfig:
   `rope_axes` are the parts of a head that turn with the index of the image
   (always 0 here), the row and the column. With `guidance_embed` the network is
   told cond["guidance"], or `train_guidance` where that is not given.
+  `context_channels` are those of cond["context"], read beside the image.
   `text_tokens` is the length that `flops` counts with; any is taken. With
   `num_classes` the network reads labels, and learns a text for each.
   """
@@ -56,6 +57,7 @@ class FluxConfig:
   name: str = "flux"
   image_size: tuple[int, int] = (128, 128)
   channels: int = 16
+  context_channels: int = 0
   patch_size: int = 2
   width: int = 3072
   heads: int = 24
@@ -86,12 +88,17 @@ class FluxConfig:
       "rope_theta timestep_scale",
     )
     checks.patches(self.image_size, self.patch_size)
+    checks.context(self)
     _check_heads(self)
     conditions.check_config(self)
 
   @property
   def head_size(self) -> int:
     return self.width // self.heads
+
+  @property
+  def channels_in(self) -> int:
+    return self.channels + self.context_channels
 
   @property
   def mlp_width(self) -> int:
@@ -273,7 +280,7 @@ def _ropes(config: FluxConfig, length: int, rows: int, columns: int):
 
 def init(config: FluxConfig, rng: jax.Array) -> dict[str, Any]:
   """Draws the parameters, float32."""
-  x_BHWC = jnp.zeros((1, *config.image_size, config.channels), jnp.float32)
+  x_BHWC = jnp.zeros((1, *config.image_size, config.channels_in))
   t_B, cond = jnp.zeros(1, jnp.float32), conditions.example(config)
   return Flux(blocks.anywhere(config)).init(rng, x_BHWC, t_B, cond)["params"]
 
@@ -288,13 +295,15 @@ def apply(
 ) -> jax.Array:
   """Returns the velocity at (x, t) given cond, in float32.
 
-  cond has "text" [B, L, E] and "pooled" [B, P], or "label" [B]; it may have
-  "text_mask" [B, L], "negative" and "guidance" [B]. With an rng, each example
-  loses its condition with probability `condition_dropout`.
+  cond has "text" [B, L, E] and "pooled" [B, P], or "label" [B], and "context"
+  [B, H, W, K] of K = `context_channels`, if any; it may have "text_mask"
+  [B, L], "negative" and "guidance" [B]. With an rng, each example loses its
+  condition, but for the context, with probability `condition_dropout`.
   """
   _check_inputs(config, x_BHWC, t_B, cond)
   if rng is not None:
     cond = conditions.dropped(config, cond, rng)
+  x_BHWC = conditions.with_context(config, x_BHWC, cond)
   v_BHWC = Flux(config).apply({"params": params}, x_BHWC, t_B, cond)
   return typing.cast(jax.Array, v_BHWC)
 
@@ -353,8 +362,8 @@ def flops(config: FluxConfig) -> int:
   double = config.double_depth * (block + 2 * 12 * d * d)
   single = config.single_depth * (block + 2 * 3 * d * d)
 
-  values = config.patch_size**2 * config.channels
-  ends = 2 * d * (2 * tokens * values + length * config.text_width + 2 * d)
+  values = config.patch_size**2 * (config.channels_in + config.channels)
+  ends = 2 * d * (tokens * values + length * config.text_width + 2 * d)
   times = 2 if config.guidance_embed else 1
   inputs = times * layers.TIME_FREQUENCIES + config.pooled_width
   return double + single + ends + 2 * d * (inputs + (times + 1) * d)

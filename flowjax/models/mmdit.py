@@ -51,6 +51,7 @@ class MMDiTConfig:
   `position_table` x `position_table` places, whose rows and columns p stand at
   `position_scale` * (p - `position_offset`); "rope2d" turns the tokens of the
   image.
+  `context_channels` are those of cond["context"], read beside the image.
   `text_tokens` is the length for which arithmetic is counted: any will do.
   With `num_classes` above 0 the network reads labels, and learns a text of
   `label_tokens` for each. `timestep_scale` multiplies t in [0, 1] before its
@@ -60,6 +61,7 @@ class MMDiTConfig:
   name: str = "mmdit"
   image_size: tuple[int, int] = (128, 128)
   channels: int = 16
+  context_channels: int = 0
   out_channels: int | None = None
   patch_size: int = 2
   depth: int = 24
@@ -93,6 +95,7 @@ class MMDiTConfig:
       "position_scale rope_theta timestep_scale channels_out",
     )
     checks.patches(self.image_size, self.patch_size)
+    checks.context(self)
     _check_ranges(self)
     _check_table(self, self.image_size)
     _check_heads(self)
@@ -105,6 +108,10 @@ class MMDiTConfig:
   @property
   def mlp_width(self) -> int:
     return int(self.mlp_ratio * self.width)
+
+  @property
+  def channels_in(self) -> int:
+    return self.channels + self.context_channels
 
   @property
   def channels_out(self) -> int:
@@ -217,7 +224,7 @@ def _blocks(config: MMDiTConfig) -> list[nn.Module]:
 
 def init(config: MMDiTConfig, rng: jax.Array) -> dict[str, Any]:
   """Draws the parameters, float32."""
-  x_BHWC = jnp.zeros((1, *config.image_size, config.channels), jnp.float32)
+  x_BHWC = jnp.zeros((1, *config.image_size, config.channels_in))
   cond = conditions.example(config)
   return MMDiT(blocks.anywhere(config)).init(rng, x_BHWC, jnp.zeros(1), cond)[
     "params"
@@ -235,12 +242,14 @@ def apply(
   """Returns the velocity at (x, t) given the text, in float32.
 
   cond has "text" [B, L, E], "pooled" [B, P] and, if some of the tokens are
-  padding, "text_mask" [B, L], true where a token is real; or "label" [B]. With
-  an rng, each condition is dropped with probability `condition_dropout`.
+  padding, "text_mask" [B, L], true where a token is real; or "label" [B]; and
+  "context" [B, H, W, K] of K = `context_channels`, if any. With an rng, each
+  condition, but for the context, is dropped with `condition_dropout`.
   """
   _check_inputs(config, x_BHWC, t_B, cond)
   if rng is not None:
     cond = conditions.dropped(config, cond, rng)
+  x_BHWC = conditions.with_context(config, x_BHWC, cond)
   v_BHWC = MMDiT(config).apply({"params": params}, x_BHWC, t_B, cond)
   return typing.cast(jax.Array, v_BHWC)
 
@@ -298,7 +307,7 @@ def flops(config: MMDiTConfig) -> int:
   )
   dual = 2 * image * 4 * d * d + 4 * image**2 * d + 2 * 3 * d * d
   absent = 2 * text * (d * d + mlp) + 2 * 4 * d * d
-  values = config.patch_size**2 * (config.channels + config.channels_out)
+  values = config.patch_size**2 * (config.channels_in + config.channels_out)
   ends = 2 * d * (image * values + text * config.text_width + 2 * d)
   time = 2 * d * (layers.TIME_FREQUENCIES + d)
   pooled = 2 * d * (config.pooled_width + d)

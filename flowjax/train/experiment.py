@@ -15,12 +15,14 @@ import ml_collections
 from flowjax import errors, models, schema
 from flowjax.data import config as data_config
 from flowjax.flow import losses
+from flowjax.models import image_encoder as embeddings
+from flowjax.models import layout as layouts
 from flowjax.models import lora as adapters
 from flowjax.models import text as encoders
 from flowjax.parallel import mesh as meshes
+from flowjax.train import aspects, flows, latents, methods, metrics, tasks
 from flowjax.train import checkpoint as checkpoints
 from flowjax.train import ema as averages
-from flowjax.train import flows, latents, methods, metrics
 from flowjax.train import optim as optimizers
 from flowjax.train import reconstruction as autoencoding
 
@@ -68,9 +70,12 @@ class Experiment:
   model: Any = None
   data: data_config.DataConfig = _group(data_config.DataConfig)
   encoded: latents.EncodedConfig = _group(latents.EncodedConfig)
+  task: tasks.TaskConfig = _group(tasks.TaskConfig)
   flow: flows.FlowConfig = _group(flows.FlowConfig)
   lora: adapters.LoraConfig = _group(adapters.LoraConfig)
   text: encoders.TextConfig = _group(encoders.TextConfig)
+  layout: layouts.LayoutConfig = _group(layouts.LayoutConfig)
+  embedding: embeddings.EmbeddingConfig = _group(embeddings.EmbeddingConfig)
   optim: optimizers.OptimConfig = _group(optimizers.OptimConfig)
   ema: averages.EmaConfig = _group(averages.EmaConfig)
   mesh: meshes.MeshConfig = _group(meshes.MeshConfig)
@@ -103,6 +108,7 @@ class Experiment:
         raise ValueError(
           f"model.{key} = {ours} and data.{key} = {theirs} must be the same."
         )
+    aspects.check(self.model, self.data)
     if self.is_autoencoder:
       self._check_autoencoder()
       return
@@ -111,7 +117,10 @@ class Experiment:
         "reconstruction is for autoencoders and would be without effect on a "
         f"model {self.model.name!r}; leave it as it is by default."
       )
+    self._check_task()
     self._check_text()
+    self._check_layout()
+    self._check_told()
     self._check_objective()
     self._check_sampling()
     self._check_channels()
@@ -151,15 +160,28 @@ class Experiment:
       return autoencoding.validation_loss(self.reconstruction, network)
     return self.flow.validation_loss(network)
 
+  def require_context(self) -> None:
+    """Refuses a network that reads channels which nothing here makes."""
+    read = getattr(self.model, "context_channels", 0)
+    if read and self.task.name == "none":
+      raise errors.UserError(
+        f"config.model.context_channels = {read}, and config.task.name = "
+        "'none' makes no context: set config.task.name='inpainting' or "
+        "'super_resolution', as the network was trained for."
+      )
+
   def _check_autoencoder(self):
     """Refuses what an autoencoder would not heed."""
     with errors.naming("config.reconstruction"):
       self.reconstruction.check(self.model)
     for name, kind in (
+      ("task", tasks.TaskConfig),
       ("flow", flows.FlowConfig),
       ("sample", methods.SampleConfig),
       ("lora", adapters.LoraConfig),
       ("text", encoders.TextConfig),
+      ("layout", layouts.LayoutConfig),
+      ("embedding", embeddings.EmbeddingConfig),
     ):
       if getattr(self, name) != kind():
         raise ValueError(
@@ -171,6 +193,18 @@ class Experiment:
         f"data.pair_source = {self.data.pair_source!r} is for flows between "
         "images; an autoencoder has one image at a time."
       )
+
+  def _check_task(self):
+    """Refuses a task that this model or this flow cannot be told."""
+    if self.task.name != "none" and self.data.pair_source is not None:
+      raise ValueError(
+        f"task.name = {self.task.name!r} and data.pair_source = "
+        f"{self.data.pair_source!r}: a flow between images has its other image "
+        "at t = 1, and a task tells it beside one that flows from noise. Leave "
+        "out one of them."
+      )
+    with errors.naming("config.task"):
+      self.task.check_model(self.model)
 
   def _check_text(self):
     """Refuses an encoder of other captions than those of the data."""
@@ -192,6 +226,30 @@ class Experiment:
           f"text.{key} = {getattr(self.text, key)}, and data.tokenizer = "
           f"{self.data.tokenizer!r} makes {wanted}: set config.text.{key}="
           f"{wanted}."
+        )
+
+  def _check_layout(self):
+    """Refuses an encoder of other layouts than those of the data."""
+    for key, wanted, of in (
+      ("classes", len(self.data.box_names), "data.box_names"),
+      ("boxes", self.data.boxes or self.layout.boxes, "data.boxes"),
+    ):
+      if getattr(self.layout, key) != wanted:
+        raise ValueError(
+          f"layout.{key} = {getattr(self.layout, key)}, and {of} makes "
+          f"{wanted}: set config.layout.{key}={wanted}."
+        )
+
+  def _check_told(self):
+    """Refuses an encoder of what the task does not tell, and none for it."""
+    for name, key, told in (
+      ("layout", "layout.classes", self.layout.classes),
+      ("variation", "embedding.size", self.embedding.size),
+    ):
+      if bool(told) != (self.task.name == name):
+        raise ValueError(
+          f"task.name = {self.task.name!r} and {key} = {told}: the task "
+          f"{name!r} needs that above 0, and any other 0."
         )
 
   def _check_sampling(self):

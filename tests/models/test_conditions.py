@@ -14,6 +14,7 @@ from flowjax.models import conditions
 
 READS_TEXT = types.SimpleNamespace(
   num_classes=0,
+  context_channels=0,
   label_tokens=2,
   text_tokens=3,
   text_width=4,
