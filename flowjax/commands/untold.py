@@ -32,14 +32,14 @@ def translation(
     found.config.data, images_alone=False, pair_source=None
   )
 
-  def opened(source: str, split: str):
+  def opened(source: str, split: str) -> Labelled:
     named = dataclasses.replace(data, source=source)
     return sources.all_of(sources.open(named, split))
 
   judge = digits.Digits(
     *opened("digits", "train"), *opened("digits", "held_out"), seed=args.seed
   )
-  starts, _ = opened(found.config.data.pair_source, "held_out")
+  starts, _ = opened(found.config.data.pair_source or "", "held_out")
   cond = drawing.conditions(found.run, len(starts))
   with progress.counter("samples", len(starts)) as done:
     images = found.draw(

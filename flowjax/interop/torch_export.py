@@ -147,7 +147,7 @@ def verify(
     told = {key: torch.from_numpy(np.array(cond[key])) for key in cond}
     if "context" in told:
       told["context"] = told["context"].permute(0, 3, 1, 2)
-    words = [told]
+    words: list[Any] = [told]
     if config.name == "dit":
       words = [told.get("label"), told.get("context")]
     with torch.no_grad():

@@ -108,7 +108,7 @@ class Experiment:
         raise ValueError(
           f"model.{key} = {ours} and data.{key} = {theirs} must be the same."
         )
-    aspects.check(self.model, self.data, self.task)
+    aspects.check(self.model, self.data)
     aspects.check_canvas(self.model, self.data, self.flow, self.task)
     if self.is_autoencoder:
       self._check_autoencoder()
