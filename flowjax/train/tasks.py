@@ -47,7 +47,8 @@ class TaskConfig:
   which noise of a standard deviation uniform in [0, `noise`] was added, which
   is told too (cascaded diffusion, arXiv:2106.15282, section 4.2).
   layout: what is in which box, by `config.layout` and `config.data.boxes`.
-  variation: the image itself, through the few numbers of `config.embedding`.
+  variation: the image itself, through the few numbers of `config.embedding`;
+  an encoder that is learned sees it in noise of the standard deviation `noise`.
   """
 
   name: str = "none"
@@ -287,13 +288,17 @@ def _check_factor(config: TaskConfig, size: tuple[int, int]) -> None:
 
 
 def _add_original(config: TaskConfig, batch: Batch, rng: jax.Array):
-  del config, rng
+  image_BHWC = batch["image"]
   # What else is said of an image would have to be said of its variations.
   rest = {key: batch[key] for key in batch if key not in _SAID}
-  there_B = jnp.ones(len(batch["image"]), bool)
+  there_B = jnp.ones(len(image_BHWC), bool)
   if "embedding" in batch:
     rest["embedding_mask"] = there_B
-  return {**rest, "original": batch["image"], "original_mask": there_B}
+  original_BHWC = image_BHWC
+  if config.noise:
+    noise_BHWC = jax.random.normal(rng, image_BHWC.shape, image_BHWC.dtype)
+    original_BHWC = image_BHWC + config.noise * noise_BHWC
+  return {**rest, "original": original_BHWC, "original_mask": there_B}
 
 
 TASKS: dict[str, Task] = {
