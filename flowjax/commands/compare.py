@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowjax import errors
-from flowjax.commands import drawing, evaluate, flags, restored, train
+from flowjax.commands import drawing, flags, restored, train
 from flowjax.data import sources
 from flowjax.evaluate import comparison, digits
 from flowjax.flow import losses, prediction
@@ -181,8 +181,8 @@ def _judge(runs, seed: int) -> digits.Digits | None:
       "These runs draw images of different sizes: "
       f"{sorted({data.image_size for data in datas})}. Compare like with like."
     )
-  training = evaluate.all_of(sources.open(datas[0], "train"))
-  held_out = evaluate.all_of(sources.open(datas[0], "held_out"))
+  training = sources.all_of(sources.open(datas[0], "train"))
+  held_out = sources.all_of(sources.open(datas[0], "held_out"))
   return digits.Digits(*training, *held_out, seed=seed)
 
 

@@ -134,12 +134,38 @@ def reconstructor(
 def conditions(
   run: parts.Parts, count: int, labels: np.ndarray | None = None
 ) -> dict[str, Any]:
-  """Returns so many conditions: labels, all in turn, or texts held out."""
-  if not reads_text(run.network):
-    if labels is None:
-      labels = np.arange(count) % run.network.config.num_classes
-    return {"label": labels.astype(np.int32)}
-  return held_out(run, count)[1]
+  """Returns so many conditions: labels, all in turn, or texts held out.
+
+  With a task they are those of held-out images, of which it is told; `labels`
+  stand in for theirs.
+  """
+  if reads_text(run.network):
+    return held_out(run, count)[1]
+  told = {}
+  if reads_context(run.network):
+    told = held_out(run, count)[1]
+  elif labels is None:
+    labels = np.arange(count) % run.network.config.num_classes
+  return told if labels is None else {**told, "label": labels.astype(np.int32)}
+
+
+def context(run: parts.Parts, count: int) -> dict[str, Any]:
+  """Returns what a task tells of held-out images beside labels or texts."""
+  if not reads_context(run.network):
+    return {}
+  return {"context": held_out(run, count)[1]["context"]}
+
+
+def beside(run: parts.Parts, cond: dict[str, Any]) -> list[np.ndarray]:
+  """Returns what stands beside a picture of a task: the image, what is told.
+
+  `cond` is that of `conditions`.
+  """
+  if not reads_context(run.network):
+    return []
+  task, told = run.experiment.task, np.asarray(cond["context"])
+  images, _ = held_out(run, len(told))
+  return [images, task.shown(told, images.shape[-1])]
 
 
 def held_out(
@@ -169,6 +195,7 @@ def told_of(
 
   It is the same of an image in its place whenever it is looked at.
   """
+  run.experiment.require_context()
   key = jax.random.key(run.experiment.seed)
   made = jax.jit(run.experiment.task.add)(batch, key)
   told = jax.eval_shape(lambda: run.network.example(1)).keys()
@@ -193,6 +220,11 @@ def _held_out(run: parts.Parts) -> Any:
 def reads_captions(network: models.Network) -> bool:
   """Whether the network has an encoder of its own, and is told tokens."""
   return "token" in jax.eval_shape(lambda: network.example(1))
+
+
+def reads_context(network: models.Network) -> bool:
+  """Whether the network is told an image beside the one that it draws."""
+  return "context" in jax.eval_shape(lambda: network.example(1))
 
 
 def reads_text(network: models.Network) -> bool:

@@ -7,7 +7,9 @@ come to the training images. For scenes also `samples.png`, and how much of the
 captions a detector, fitted on real scenes, finds in pictures: of combinations
 that training saw and never saw, without guidance, and of other captions; or, of
 a run on layouts, whether in each box is what was asked for, and how well the
-boxes around the ink cover those of the layout. For
+boxes around the ink cover those of the layout. Of a run that fills in or makes
+larger, instead: how far from held-out images it draws what it was told of them,
+and what a judge sees in its pictures (docs/tasks.md). For
 any source: the validation loss. Of an autoencoder: PSNR and losses of held-out
 images, and `reconstructions.png`.
 
@@ -27,6 +29,7 @@ from flowjax.commands import (
   obedience,
   placement,
   restored,
+  tasked,
   train,
   variations,
 )
@@ -90,11 +93,14 @@ def run(args) -> None:
   }
   if likelihood is not None:
     report |= _bits(found, likelihood)
-  if found.config.data.source == "digits":
-    both = [all_of(sources.open(found.config.data, s)) for s in sources.SPLITS]
+  if found.config.task.name in tasked.SCORES:
+    report |= tasked.evaluate(found, method, args)
+  elif found.config.data.source == "digits":
+    splits = [sources.open(found.config.data, s) for s in sources.SPLITS]
+    both = [sources.all_of(split) for split in splits]
     scored = variations.evaluate if found.config.embedding.size else _digits
     report |= scored(found, method, args, *both)
-  if found.config.data.source == "scenes":
+  elif found.config.data.source == "scenes":
     told = placement if found.config.layout.classes else obedience
     report |= told.evaluate(found, method, args)
   _write(report, args)
@@ -165,7 +171,7 @@ def _likelihood(found: restored.Restored, args) -> losses.Loss:
     )
   way = dataclasses.replace(flow.likelihood, steps=args.likelihood_steps)
   flow = dataclasses.replace(flow, levels=levels, likelihood=way)
-  return found.config.task.prepared(flow.bits(found.run.network))
+  return flow.bits(found.run.network)
 
 
 def _bits(found: restored.Restored, loss: losses.Loss) -> dict[str, float]:
@@ -215,10 +221,3 @@ def _digits(
     "frechet_real": judge.frechet_real,
     "nearest_neighbour": without["nearest_neighbour"],
   }
-
-
-def all_of(source: sources.Source) -> tuple[np.ndarray, np.ndarray]:
-  """Returns every image and label of a source that fits into memory."""
-  records = [source[i] for i in range(len(source))]
-  images = np.stack([record["image"] for record in records])
-  return images, np.array([record["label"] for record in records])

@@ -15,7 +15,9 @@ originals: without guidance as well, unless you give --guidance, or change what
 is drawn by --labels or --embeddings. A run with config.pipeline reads --prompt
 by the text encoders there, and its autoencoder makes the pictures. One that
 is told layouts draws those that are held out, or of --boxes; one that is told
-images varies those that are held out, or each --image, in a row beside it.
+images varies those that are held out, or each --image, in a row beside it. One
+that fills in, or makes larger, is told of held-out images, and on the left of
+each picture are that image and what was told of it.
 
 With --init-image samples start from images: --strength is how far these go to
 noise, and so how much becomes another; with --mask what is black stays as it
@@ -198,15 +200,17 @@ def run(args) -> None:
     _print_difference(
       images - originals, args.guidance or (method.guidance.scale,)
     )
+  beside = drawing.beside(found.run, cond)
   if parts and not args.latents:
     images = pipeline.pictures(parts, images, tiled=args.tiles)
+    beside = [pipeline.pictures(parts, each) for each in beside]
     if originals is not None:
       originals = pipeline.pictures(parts, originals, tiled=args.tiles)
   if distributed.is_first():
     if texts is None:
       captions = drawing.captions(found.run, count)
     named = captions if originals is None else []
-    _write(images, originals, args.out, named, shows)
+    _write(images, originals, args.out, named, shows, beside)
   print(f"{count} samples of step {found.step}: {args.out}")
 
 
@@ -278,7 +282,8 @@ def _in_turn(rows: np.ndarray, count: int) -> np.ndarray:
 
 def _cond(args, found, texts: dict | None, count: int) -> dict[str, Any]:
   if texts is not None:
-    return jax.tree.map(lambda leaf: _in_turn(leaf, count), texts)
+    told = jax.tree.map(lambda leaf: _in_turn(leaf, count), texts)
+    return {**told, **drawing.context(found.run, count)}
   if drawing.reads_text(found.run.network):
     if args.labels:
       raise errors.UserError(
@@ -325,6 +330,7 @@ def _write(
   out: pathlib.Path,
   captions: list[str],
   shows: shown.Shown | None,
+  beside: list[np.ndarray],
 ) -> None:
   if out.suffix.lower() == ".npy":
     np.save(out, images)
@@ -334,8 +340,7 @@ def _write(
     return
   if originals is not None:
     images = pictures.pairs(originals, images, columns=COLUMNS)
+    beside = []
   if captions:
-    turns = [captions[i % len(captions)] for i in range(len(images))]
-    pictures.save_png(pictures.captioned(images, turns), out)
-    return
-  pictures.save_png(pictures.grid(images, columns=COLUMNS), out)
+    captions = [captions[i % len(captions)] for i in range(len(images))]
+  pictures.save_png(pictures.sheet(images, captions, beside=beside), out)

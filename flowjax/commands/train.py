@@ -104,6 +104,7 @@ def held_out(
   `ahead` compiles it now for each bucket, and for averages as they are trained.
   """
   config = built.experiment
+  loss = config.task.prepared(loss)
   loss = aspects.prepared(config.model, config.data, loss)
   loss = latents.evaluation(config.encoded, config.data, loss)
   source = sources.open(config.data, "held_out")
@@ -160,6 +161,7 @@ def _samples(built: parts.Parts, directory: pathlib.Path):
   draw = drawing.build(built, config.sample, count)
   cond = drawing.conditions(built, count)
   named = drawing.captions(built, count)
+  beside = drawing.beside(built, cond)
 
   def look(state: states.TrainState):
     def stopped(reason: str) -> None:
@@ -168,10 +170,7 @@ def _samples(built: parts.Parts, directory: pathlib.Path):
     images = draw(
       states.averaged(state), cond, seed=config.seed, stopped=stopped
     )
-    if named:
-      grid = pictures.captioned(images, named)
-    else:
-      grid = pictures.grid(images, columns=10)
+    grid = pictures.sheet(images, named, beside=beside)
     _save(grid, directory, state)
     return {}, {"samples": grid[None]}
 

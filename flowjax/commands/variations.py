@@ -32,40 +32,42 @@ def evaluate(
   are the variations held against other originals. `real` are other held-out
   digits of the same class in place of variations.
   """
-  judge = digits.Digits(*training, *held_out, seed=args.seed)
   images, labels = held_out
+  known = digits.Digits(*training, *held_out, seed=args.seed)
+  judge = scores.Judge(known, images, labels)
   count = min(len(images), max(1, args.num // EACH))
-  images, labels = images[:count], labels[:count]
   plain = dataclasses.replace(method, guidance=methods.GuidanceConfig())
+  told = drawing.told_of(
+    found.run, {"image": np.tile(images[:count], (EACH, 1, 1, 1))}
+  )
   drawn: dict[str, np.ndarray] = {}
   with progress.counter("samples", 2 * count * EACH) as done:
     for name, how in (("varied", method), ("unguided", plain)):
       before = len(drawn) * count * EACH
       drawn[name] = found.draw(
-        drawing.told_of(found.run, {"image": np.tile(images, (EACH, 1, 1, 1))}),
+        told,
         seed=args.seed + len(drawn),
         done=lambda count, before=before: done(before + count),
         method=how,
       )
   if distributed.is_first():
-    shown = np.flatnonzero(np.arange(len(drawn["varied"])) % count < SHOWN)
-    sheet = beside(images[:SHOWN], drawn["varied"][shown])
+    shown = np.flatnonzero(np.arange(count * EACH) % count < SHOWN)
+    sheet = beside(images[:count][:SHOWN], drawn["varied"][shown])
     pictures.save_png(sheet, found.directory / "samples.png")
+  which = np.arange(count)
   apart = {
     name: np.swapaxes(each.reshape(EACH, count, *images.shape[1:]), 0, 1)
     for name, each in drawn.items()
   }
-  next_of_class = _next_of_class(labels)
+  real = [np.resize(np.roll(judge.others(i), -i), EACH) for i in which]
   return {
     "samples": count * EACH,
     "guidance": method.guidance.scale,
-    "classifier_accuracy": judge.accuracy,
-    "varied": scores.score(judge, apart["varied"], images, labels),
-    "unguided": scores.score(judge, apart["unguided"], images, labels),
-    "shuffled": scores.score(
-      judge, apart["varied"], np.roll(images, 1, axis=0), np.roll(labels, 1)
-    ),
-    "real": scores.score(judge, images[next_of_class], images, labels),
+    "classifier_accuracy": known.accuracy,
+    "varied": judge.score(apart["varied"], which),
+    "unguided": judge.score(apart["unguided"], which),
+    "shuffled": judge.score(apart["varied"], np.roll(which, 1)),
+    "real": judge.score(images[np.array(real)], which),
   }
 
 
@@ -83,13 +85,3 @@ def beside(original_NHWC: np.ndarray, drawn_MHWC: np.ndarray) -> np.ndarray:
   )
   both = np.concatenate([original_NHWC[:, None], drawn_NVHWC], axis=1)
   return pictures.grid(both.reshape(-1, *both.shape[2:]), columns=both.shape[1])
-
-
-def _next_of_class(label_N: np.ndarray) -> np.ndarray:
-  """Returns for each image others of its class, [N, EACH], in turn."""
-  found = []
-  for i, label in enumerate(label_N):
-    others = np.flatnonzero(label_N == label)
-    others = others[others != i] if len(others) > 1 else others
-    found.append(np.resize(np.roll(others, -i), EACH))
-  return np.array(found)

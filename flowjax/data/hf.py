@@ -11,6 +11,7 @@ deals out a few groups together, so that each is decoded about once an epoch.
 import dataclasses
 import functools
 import hashlib
+import io
 import logging
 import os
 import pathlib
@@ -26,6 +27,8 @@ from flowjax.data import (
   images,
   listing,
   order,
+  shards,
+  sizes,
   sources,
   tables,
   texts,
@@ -75,6 +78,7 @@ class Hf:
   columns: columns_lib.Columns
   read: images.Reader
   cache: tables.Cache
+  index_dir: str | None = None
 
   @property
   def class_names(self) -> tuple[str, ...]:
@@ -115,6 +119,24 @@ class Hf:
         f"{self.num_classes} classes. It is of a split without labels."
       )
     return {**image, "label": np.int32(label)}
+
+  def sizes(self) -> np.ndarray:
+    """Returns the height and width of each original, [N, 2]."""
+    found, known = [], {}
+    for place in self.places:
+      path = place.path
+      if path not in known:
+        at = shards.index_path(f"{path}.sizes", self.index_dir)
+        make = functools.partial(_sizes, path, self.columns.image)
+        known = {path: sizes.kept(path, at, make)}  # Files come in order.
+        known[path].warn(path)
+      found.append(known[path].of(place.first + place.kept(*self.split)))
+    return np.concatenate(found)
+
+  def cut(self, image_size: tuple[int, int]) -> "Hf":
+    """Returns the same images, cut to another size, with groups of its own."""
+    read, cache = self.read.cut(image_size), self.cache.empty()
+    return dataclasses.replace(self, read=read, cache=cache)
 
   def _group(self, place: Place) -> tuple[Any, np.ndarray]:
     wanted = (self.columns.image, self.columns.told)
@@ -163,7 +185,9 @@ def open(config: config_lib.DataConfig, split: str) -> Hf:
       "A row group of %r has %.1f GiB, and is read whole: write the files "
       "with smaller ones (100 to 1,000 images).", place, largest / 2**30,
     )  # fmt: skip
-  window = max(1, min(len(places), WINDOW_BYTES // largest))
+  # Each bucket is read in windows of its own, which share the memory.
+  share = WINDOW_BYTES // max(1, len(config.buckets))
+  window = max(1, min(len(places), share // largest))
   return Hf(
     name=f"hf:{os.path.basename(os.path.abspath(place))}",
     places=places,
@@ -172,6 +196,7 @@ def open(config: config_lib.DataConfig, split: str) -> Hf:
     columns=columns,
     read=read,
     cache=tables.Cache(2 * window),
+    index_dir=config.index_dir,
   )
 
 
@@ -245,9 +270,9 @@ def _places(
   places: list[Place] = []
   missing = total = 0
   hint = ""
-  for file, sizes in groups:
+  for file, each in groups:
     first = 0
-    for number, group in enumerate(sizes):
+    for number, group in enumerate(each):
       lost_N = None
       if not columns.class_names:
         lost_N = file.missing(number, columns.told)
@@ -262,6 +287,34 @@ def _places(
     total += first
   texts.without(missing, total, config, f"rows of {place}", hint)
   return tuple(places)
+
+
+def _sizes(path: str, column: str) -> sizes.Sizes:
+  """Returns the sizes of all rows: its columns of them, or from the images."""
+  file = tables.open(path)
+  wanted = columns_lib.sizes(file) or (column,)
+  parts, first = [], 0
+  for number, group in enumerate(file.groups(wanted)):
+    try:
+      table = file.read(number, wanted)
+    except sources.Corrupt:
+      table = None  # When its rows are read, it is said.
+
+    def measure(i: int, table=table) -> tuple[int, int] | None:
+      if table is None:
+        return None
+      values = [table.column(name)[i] for name in wanted]
+      if wanted == (column,):
+        return images.size(io.BytesIO(_bytes(values[0]) or b""))
+      height, width = (value.as_py() or 0 for value in values)
+      return (height, width) if min(height, width) > 0 else None
+
+    def name(i: int, first=first) -> str:
+      return f"row {first + i}"
+
+    parts.append(sizes.measure(group.rows, measure, name))
+    first += group.rows
+  return sizes.joined(parts)
 
 
 def _bytes(value) -> bytes | None:

@@ -193,7 +193,8 @@ def _list(root, endings, config, header) -> Listing:
   if config.buckets:
     found = _sizes(root, made)
     arrays |= {"heights": found.height_N, "widths": found.width_N}
-    notes += [f"In {root} {found.note()}"] * (found.unknown > 0)
+    if found.unknown:
+      notes.append(found.note(root))
   header = header | {
     "directories": [dataclasses.astuple(d) for d in directories],
     "lists": [[path, *_stamp(os.path.join(root, path))] for path in lists],

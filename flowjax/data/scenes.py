@@ -224,8 +224,8 @@ def open(config: config_lib.DataConfig, split: str) -> Scenes:
   if not fits or config.channels != 3:
     raise errors.UserError(
       f"image_size={config.image_size}, channels={config.channels} and "
-      f"buckets={config.buckets} do not suit scenes, which have 3 channels and "
-      f"are {SIZE}x{SIZE}, or of buckets whose sides are at least {SIZE}."
+      f"buckets={config.buckets} do not suit scenes, which are {SIZE}x{SIZE} "
+      f"in 3 channels, or of buckets whose sides are at least {SIZE}."
     )
   # A combination in a box is a class of its own: whoever never saw it knows
   # nothing of it.

@@ -37,12 +37,17 @@ class Sizes:
     """Returns the height and width of some of the images, [M, 2]."""
     return np.stack([self.height_N[row_M], self.width_N[row_M]], axis=1)
 
-  def note(self) -> str:
+  def note(self, place: str) -> str:
     """Says how many are unknown, and what becomes of them."""
     return (
-      f"{self.unknown} images have no size that can be read, the first is "
-      f"{self.first}: they go to the bucket config.data.image_size."
+      f"{self.unknown} images of {place} have no size that can be read, the "
+      f"first is {self.first}: they go to the bucket config.data.image_size."
     )
+
+  def warn(self, place: str) -> None:
+    """Logs the note, if any is unknown."""
+    if self.unknown:
+      log.warning("%s", self.note(place))
 
 
 def measure(count: int, size_of: Measure, name_of: Callable[[int], str]):
@@ -87,7 +92,7 @@ def kept(path: str, place: str, make: Callable[[], Sizes]) -> Sizes:
 
 
 def joined(parts: list[Sizes]) -> Sizes:
-  """Returns the sizes of several files as one."""
+  """Returns the sizes of several groups of images as one."""
   return Sizes(
     np.concatenate([part.height_N for part in parts]),
     np.concatenate([part.width_N for part in parts]),

@@ -212,3 +212,10 @@ def check(
         f"{source.name}: {key!r} is {empty[key].shape[-1]} wide, and "
         f"config.model.{key}_width={wide}: make them the same."
       )
+
+
+def all_of(source: Source) -> tuple[np.ndarray, np.ndarray]:
+  """Returns every image and label of a source that fits into memory."""
+  records = [source[i] for i in range(len(source))]
+  images = np.stack([record["image"] for record in records])
+  return images, np.array([record["label"] for record in records])

@@ -138,6 +138,10 @@ class Cache:
   def __reduce__(self):
     return Cache, (self._size,)
 
+  def empty(self) -> "Cache":
+    """Returns another one, as large, in which nothing is kept yet."""
+    return Cache(self._size)
+
   def get(self, key: Any, make: Callable[[], Any]) -> Any:
     """Returns what `make` made of `key`."""
     with self._lock:

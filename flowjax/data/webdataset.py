@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import glob
 import hashlib
+import io
 import itertools
 import logging
 import os
@@ -23,7 +24,9 @@ import numpy as np
 
 from flowjax import errors
 from flowjax.data import config as config_lib
-from flowjax.data import images, listing, shards, sources, texts
+from flowjax.data import images, listing, shards, sizes, sources, texts
+
+_HEAD = 2**16  # Bytes of an image that are read for its size.
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +90,21 @@ class WebDataset:
       **self.read.record(*found),
       "caption": self._caption(path, shard, row),
     }
+
+  def sizes(self) -> np.ndarray:
+    """Returns the height and width of each original, [N, 2]."""
+    found = []
+    for path in self.paths:
+      shard, row_M = _opened(path, self.index_dir, self.choice)
+      place = shards.index_path(f"{path}.sizes", self.index_dir)
+      known = sizes.kept(path, place, functools.partial(_sizes, path, shard))
+      known.warn(path)
+      found.append(known.of(row_M))
+    return np.concatenate(found)
+
+  def cut(self, image_size: tuple[int, int]) -> "WebDataset":
+    """Returns the same images, cut to another size."""
+    return dataclasses.replace(self, read=self.read.cut(image_size))
 
   def _caption(self, path: str, shard: shards.Shard, row: int) -> str:
     if text := _member(path, shard, "txt", row):
@@ -241,6 +259,33 @@ def _member(
   if len(content) != place[1]:
     raise sources.Corrupt(f"{name} is cut off: the shard has been changed.")
   return content, name
+
+
+def _sizes(path: str, shard: shards.Shard) -> sizes.Sizes:
+  """Reads the header of every image of a shard; other samples have none."""
+  row_M = np.flatnonzero(shard.has("image"))
+
+  def head(i: int, most: int) -> tuple[bytes, str]:
+    at, size = shard.place("image", int(row_M[i])) or (0, 0)
+    return shards.read(path, at, min(size, most))
+
+  def measure(i: int) -> tuple[int, int] | None:
+    # Nearly always the first bytes do; a long Exif can come before the size.
+    return next(
+      filter(
+        None,
+        (
+          images.size(io.BytesIO(head(i, most)[0]))
+          for most in (_HEAD, shards.MOST_BYTES)
+        ),
+      ),
+      None,
+    )
+
+  known = sizes.measure(len(row_M), measure, lambda i: head(i, 0)[1])
+  height_M, width_M = np.zeros((2, len(shard)), np.uint32)
+  height_M[row_M], width_M[row_M] = known.height_N, known.width_N
+  return dataclasses.replace(known, height_N=height_M, width_N=width_M)
 
 
 @functools.lru_cache(maxsize=4096)

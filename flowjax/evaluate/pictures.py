@@ -86,6 +86,28 @@ def captioned(
   return grid(images_NHWC, columns=columns, scale=scale, labels=wrapped)
 
 
+def sheet(
+  images_NHWC: np.ndarray,
+  captions: collections.abc.Sequence[str] = (),
+  *,
+  beside: collections.abc.Sequence[np.ndarray] = (),
+) -> np.ndarray:
+  """Returns a grid of images, with captions beneath if there are any.
+
+  What stands `beside` each, other images of its size, is on its left.
+  """
+  columns = 10
+  if beside:
+    gap_NHWC = np.ones_like(images_NHWC[:, :, :1])
+    row = [part for other in beside for part in (other, gap_NHWC)]
+    end = [gap_NHWC, gap_NHWC]  # So that one sees what belongs together.
+    images_NHWC = np.concatenate([*row, images_NHWC, *end], axis=2)
+    columns = max(1, columns // (len(beside) + 1))
+  if captions:
+    return captioned(images_NHWC, captions, columns=min(columns, 8))
+  return grid(images_NHWC, columns=columns)
+
+
 def boxed(
   images_NHWC: np.ndarray,
   boxes: collections.abc.Sequence[collections.abc.Sequence],

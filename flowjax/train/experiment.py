@@ -153,13 +153,13 @@ class Experiment:
     """Returns the training loss of a network."""
     if self.is_autoencoder:
       return autoencoding.loss(self.reconstruction, network)
-    return self.task.prepared(self.flow.loss(network))
+    return self.flow.loss(network)
 
   def validation_loss(self, network: models.Network) -> losses.Loss:
     """Returns the loss of held-out examples, in which no weight is drawn."""
     if self.is_autoencoder:
       return autoencoding.validation_loss(self.reconstruction, network)
-    return self.task.prepared(self.flow.validation_loss(network))
+    return self.flow.validation_loss(network)
 
   def require_context(self) -> None:
     """Refuses a network that reads channels which nothing here makes."""

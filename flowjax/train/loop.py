@@ -145,7 +145,7 @@ def jit_step(run: parts.Parts):
   )
   if summing.shares > 1:
     network = models.over_shares(network, summing.over)
-  loss = config.loss(network)
+  loss = config.task.prepared(config.loss(network))
   step = steps.build(
     latents.training(
       config.encoded,

@@ -99,6 +99,11 @@ class TaskConfig:
 
     return told
 
+  def shown(self, context_BHWK: Any, of_image: int) -> Any:
+    """Returns the part of a context that is an image, to look at."""
+    first = TASKS[self.name].first
+    return context_BHWK[..., first : first + of_image]
+
   def check_model(self, model: Any) -> None:
     """Raises ValueError for a network that this task cannot be told."""
     if self.name == "none":
@@ -238,6 +243,7 @@ class Task:
 
   `channels(config, of_image)`; `add(config, batch, rng)` is pure; and
   `check(config, model)` raises ValueError for a network that it is not for.
+  Among the channels an image begins at the `first`.
   """
 
   channels: Callable[[TaskConfig, int], int] = lambda config, of_image: 0
@@ -245,6 +251,7 @@ class Task:
     lambda config, batch, rng: dict(batch)
   )
   check: Callable[[TaskConfig, Any], None] = lambda config, model: None
+  first: int = 0
 
 
 def _add_mask(config: TaskConfig, batch: Batch, rng: jax.Array):
@@ -291,7 +298,9 @@ TASKS: dict[str, Task] = {
   "layout": Task(),  # The data has the boxes.
   "variation": Task(add=_add_original),
   "inpainting": Task(
-    channels=lambda config, of_image: 1 + of_image, add=_add_mask
+    channels=lambda config, of_image: 1 + of_image,
+    add=_add_mask,
+    first=1,
   ),
   "super_resolution": Task(
     channels=lambda config, of_image: of_image + bool(config.noise),

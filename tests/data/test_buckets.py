@@ -6,11 +6,9 @@ import itertools
 import json
 import logging
 import math
-import os
 import pickle
 
 import numpy as np
-import PIL.Image
 import pytest
 
 from flowjax import errors
@@ -335,64 +333,3 @@ def test_scenes_run_in_buckets_with_their_captions():
     sources.open(
       dataclasses.replace(config, buckets=((32, 32), (28, 40))), "train"
     )
-
-
-@pytest.fixture
-def photos(tmp_path):
-  """Twelve images of three aspects, one on its side by its Exif, one broken."""
-  for i in range(12):
-    height, width = ((40, 40), (24, 40), (50, 30))[i % 3]
-    pixels = np.full((height, width, 3), 20 * i, np.uint8)
-    pixels[: height // 2] //= 2
-    PIL.Image.fromarray(pixels).save(tmp_path / f"{i:02d}.png")
-  exif = PIL.Image.Exif()
-  exif[0x0112] = 6
-  lying = np.full((30, 50, 3), 255, np.uint8)
-  PIL.Image.fromarray(lying).save(tmp_path / "12.jpg", exif=exif)
-  (tmp_path / "13.png").write_bytes(b"no image")
-  for path in list(tmp_path.iterdir()):
-    path.with_suffix(".txt").write_text(f"number {path.stem}")
-  return tmp_path
-
-
-def photos_of(root, **changes):
-  values = {"source": f"folder:{root}", "channels": 3, "held_out": 0.0}
-  config = config_of(batch_size=4, **(values | changes))
-  return config, sources.open(config, "train")
-
-
-def test_a_folder_goes_into_buckets_by_the_headers_of_its_files(photos, caplog):
-  config, source = photos_of(photos, originals=True)
-  assert "1 images have no size that can be read" in caplog.text
-  assert "13.png: they go to the bucket config.data.image_size" in caplog.text
-  names = [
-    [part.whole.file(row)[:2] for row in part.row_N] for part in source.parts
-  ]
-  assert names == [
-    ["00", "03", "06", "09", "13"], ["01", "04", "07", "10"],
-    ["02", "05", "08", "11", "12"],
-  ]  # fmt: skip
-  square, wide, tall = source.parts
-  assert wide[1]["image"].shape == (6, 10, 3)
-  assert wide[1]["caption"] == "number 04"
-  assert wide[1]["size"].tolist() == [24, 40]
-  assert tall[4]["size"].tolist() == [50, 30]
-  # Nothing of an image of the bucket's own aspect is cropped.
-  assert wide[1]["crop"].tolist() == tall[4]["crop"].tolist() == [0, 0]
-  with pytest.raises(sources.Corrupt, match="13.png"):
-    square[4]
-  skipped = sum(b["skipped"].sum() for b in batches(source, config, 32))
-  assert skipped > 0
-
-
-def test_sizes_are_kept_with_the_listing(photos, tmp_path_factory, monkeypatch):
-  kept = str(tmp_path_factory.mktemp("kept"))
-  for path in (photos, *photos.iterdir()):
-    os.utime(path, (1e9, 1e9))
-  _, plain = photos_of(photos, index_dir=kept, buckets=())
-  _, one = photos_of(photos, index_dir=kept)
-  monkeypatch.setattr("flowjax.data.images.size", None)
-  _, again = photos_of(photos, index_dir=kept)
-  assert one.fingerprint() == again.fingerprint()
-  assert [len(part) for part in again.parts] == [5, 4, 5]
-  assert len(plain) == 14
