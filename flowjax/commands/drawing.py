@@ -12,7 +12,7 @@ from flowjax.data import buckets, sources
 from flowjax.evaluate import sampling
 from flowjax.parallel import distributed, placing
 from flowjax.parallel import mesh as meshes
-from flowjax.train import flows, latents, loop, methods, parts
+from flowjax.train import aspects, flows, latents, loop, methods, parts
 
 Draw = collections.abc.Callable[..., np.ndarray]
 
@@ -74,6 +74,9 @@ def build(
       chosen = [origin[i % len(origin)] for i in range(count)]
       starts = np.stack([record["source"] for record in chosen])
     cond = latents.with_negative(run.experiment.data, cond)
+    if aspects.is_told_sizes(model) and "size_crop" not in cond:
+      count = len(jax.tree.leaves(cond)[0])
+      cond = {**cond, "size_crop": aspects.whole(drawn_size(run), count)}
     with meshes.use(run.mesh), loop.out_of_memory_advice():
       return sampling.draw(
         sampler,
@@ -90,6 +93,13 @@ def build(
       )
 
   return draw
+
+
+def drawn_size(run: parts.Parts) -> tuple[int, int]:
+  """Returns height and width of the images that are drawn, in pixels."""
+  height, width = run.experiment.model.image_size
+  scale = aspects.pixels(run.experiment.data)
+  return scale * height, scale * width
 
 
 def reconstructor(

@@ -12,6 +12,7 @@ import numpy as np
 
 from flowjax import errors, models
 from flowjax.commands import drawing, restored
+from flowjax.train import aspects
 
 # No caption is longer, in characters.
 LONGEST = 10_000
@@ -125,6 +126,24 @@ def start(path: pathlib.Path, found: restored.Restored) -> np.ndarray:
       f"{_shown(shape)}."
     )
   return _numbers(f"--start={path}", array, shape)
+
+
+def sizes(args, found: restored.Restored, count: int) -> dict[str, Any]:
+  """Returns what --original-size and --crop tell the network, if it is told.
+
+  By default that nothing was cut off an original of the size that is drawn.
+  """
+  if aspects.is_told_sizes(found.config.model):
+    size = drawing.drawn_size(found.run)
+    crop = args.crop or (0, 0)
+    told = aspects.whole(size, count, args.original_size, crop)
+    return {"size_crop": told}
+  if args.original_size or args.crop:
+    raise errors.UserError(
+      "--original-size and --crop are for a network that is told sizes "
+      f"(config.model.size_conditioning); that of {found.directory} is not."
+    )
+  return {}
 
 
 def _check_names(flag: str, arrays: dict[str, np.ndarray]) -> None:

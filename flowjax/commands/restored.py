@@ -217,6 +217,8 @@ def _kind(found: Restored) -> dict[str, Any]:
     "num_classes": model.num_classes,
     "image_size": model.image_size,
     "channels": model.channels,
+    "context_channels": model.context_channels,
+    "task": found.config.task.name,
   }
 
 

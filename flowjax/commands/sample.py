@@ -96,6 +96,19 @@ def add_flags(parser) -> None:
     "training",
   )
   parser.add_argument(
+    "--original-size",
+    dest="original_size",
+    type=flags.pixels,
+    help="what a network that is told sizes hears of the original: small is "
+    "blurred; default: the size of the images",
+  )
+  parser.add_argument(
+    "--crop",
+    type=flags.offset,
+    help="what it hears of how far from the top and the left it was cut, as "
+    "64,0; default: 0,0",
+  )
+  parser.add_argument(
     "--latents",
     action="store_true",
     help="leave what is drawn as it is: of a run with config.pipeline, latents",
@@ -167,6 +180,7 @@ def run(args) -> None:
       "--worse has no effect at guidance scale 1; set --guidance above it."
     )
   cond = _cond(args, found, texts, count, edit)
+  cond |= given.sizes(args, found, count)
   originals = None
   if args.invert:
     originals, own = drawing.held_out(found.run, count)
@@ -271,8 +285,8 @@ def _in_turn(rows: np.ndarray, count: int) -> np.ndarray:
 def _cond(
   args, found, texts: dict | None, count: int, edit: edits.Edits | None
 ) -> dict[str, Any]:
-  shown = edit is not None and edit.context is not None
-  context = edit.told(count) if shown else drawing.context(found.run, count)
+  told = edit.told(count) if edit else {}
+  context = told or drawing.context(found.run, count)
   if texts is not None:
     return {
       **jax.tree.map(lambda leaf: _in_turn(leaf, count), texts),
@@ -300,8 +314,8 @@ def _cond(
   labels = restored.parse_labels(
     args.labels, count, found.config.model.num_classes
   )
-  if shown:
-    return {**context, "label": labels.astype(np.int32)}
+  if told:
+    return {**told, "label": labels.astype(np.int32)}
   return drawing.conditions(found.run, count, labels)
 
 

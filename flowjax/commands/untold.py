@@ -40,7 +40,7 @@ def translation(
   judge = digits.Digits(
     *opened("digits", "train"), *opened("digits", "held_out"), seed=args.seed
   )
-  starts, _ = opened(found.config.data.pair_source, "held_out")
+  starts, _ = opened(found.config.data.pair_source or "", "held_out")
   cond = drawing.conditions(found.run, len(starts))
   with progress.counter("samples", len(starts)) as done:
     images = found.draw(

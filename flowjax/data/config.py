@@ -59,6 +59,8 @@ class DataConfig:
   index_dir: str | None = None  # Where listings of files and shards are kept.
   # Records of images also say their "size", and the "crop" that was taken.
   originals: bool = False
+  # The side of a patch: images of all buckets are laid out alike, on canvases.
+  padded_patch: int = 0
   # At most so many boxes an image, of things by these names, and no caption.
   boxes: int = 0
   box_names: tuple[str, ...] = ()

@@ -149,9 +149,11 @@ def blank(source: Any) -> Record:
   image = np.zeros(source.shape, np.float32)
   if isinstance(source, pairs.Paired):
     return {**blank(source.first), "source": image}
+  # What reads files knows what else it tells of them.
+  found = source.read.blank() if hasattr(source, "read") else {"image": image}
   if not source.num_classes:
-    return {"image": image, "caption": ""}
-  return {"image": image, "label": np.int32(0)}
+    return {**found, "caption": ""}
+  return {**found, "label": np.int32(0)}
 
 
 def check(
@@ -163,11 +165,13 @@ def check(
   image_size: tuple[int, int],
   text_width: int | None = None,
   pooled_width: int | None = None,
+  embedding: int = 0,
 ) -> None:
   """Refuses a source that a model of these sizes cannot be trained on.
 
   To one that is told nothing, whose `num_classes` is None, labels and texts
-  are nothing.
+  are nothing. One with an `embedding` is told so many numbers of each image,
+  which the source has.
   """
   if "caption" in blank(source):
     reader = "a network that is told nothing passes them over"
@@ -210,8 +214,16 @@ def check(
       f"takes {image_size[0]}x{image_size[1]}x{channels}: make image_size and "
       "channels of config.data and config.model the same."
     )
+  empty = blank(source)
+  if embedding and np.shape(empty.get("embedding")) != (embedding,):
+    found = np.shape(empty["embedding"]) if "embedding" in empty else "none"
+    raise errors.UserError(
+      f"{source.name} should have an embedding of {embedding} numbers with "
+      f"each image, and has {found}: `flowjax encode` writes one by the "
+      "image_encoder of a pipeline. Set config.embedding.size to what it has, "
+      "or learn one by config.embedding.depth=2."
+    )
   for key, wide in (("text", text_width), ("pooled", pooled_width)):
-    empty = blank(source)
     if wide and key in empty and empty[key].shape[-1] != wide:
       raise errors.UserError(
         f"{source.name}: {key!r} is {empty[key].shape[-1]} wide, and "

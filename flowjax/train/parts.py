@@ -166,7 +166,7 @@ def build(
   with errors.naming("config.optim.weight_decay_rules"):
     optimizer = optim.build(config.optim, config.steps, trained)
   shapes = jax.eval_shape(
-    lambda: states.initial(network.init, optimizer, config.seed, frozen)
+    lambda params: states.begin(params, optimizer, frozen), abstract_params
   )
   table = rules.for_model(config.model)
   if config.text.vocabulary or config.layout.classes or config.embedding.size:
@@ -229,6 +229,10 @@ def _trace(
 ) -> None:
   """Finds what the network cannot do on this mesh; nothing is computed."""
   cond = jax.eval_shape(lambda: network.example(batch))
+  for key in ("context", "original"):  # As large as the image.
+    if key in cond:
+      shape = (batch, *size, cond[key].shape[-1])
+      cond[key] = jax.ShapeDtypeStruct(shape, cond[key].dtype)
   x = jax.ShapeDtypeStruct((batch, *size, network.config.channels), jnp.float32)
   if network.forward is not None:
     jax.eval_shape(network.forward, params, x, cond)

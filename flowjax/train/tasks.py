@@ -15,7 +15,7 @@ made small are the latents themselves: no autoencoder is needed to train.
 # stroke, 2 row and column.
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -47,7 +47,8 @@ class TaskConfig:
   which noise of a standard deviation uniform in [0, `noise`] was added, which
   is told too (cascaded diffusion, arXiv:2106.15282, section 4.2).
   layout: what is in which box, by `config.layout` and `config.data.boxes`.
-  variation: the image itself, through the few numbers of `config.embedding`.
+  variation: the image itself, through the few numbers of `config.embedding`;
+  an encoder that is learned sees it in noise of the standard deviation `noise`.
   """
 
   name: str = "none"
@@ -104,8 +105,8 @@ class TaskConfig:
     first = TASKS[self.name].first
     return context_BHWK[..., first : first + of_image]
 
-  def check_model(self, model: Any) -> None:
-    """Raises ValueError for a network that this task cannot be told."""
+  def check(self, model: Any, sizes: Sequence[tuple[int, int]]) -> None:
+    """Raises ValueError for a network, and sizes of images, it is not for."""
     if self.name == "none":
       return
     wanted = self.channels(model.channels)
@@ -121,7 +122,8 @@ class TaskConfig:
         f"{model.channels} of the image, and model.context_channels = {found}: "
         f"set config.model.context_channels={wanted}."
       )
-    TASKS[self.name].check(self, model)
+    for size in sizes:
+      TASKS[self.name].check(self, size)
 
 
 def inpainting_context(
@@ -242,7 +244,7 @@ class Task:
   """How a task is told: by so many channels, and by what it adds to a batch.
 
   `channels(config, of_image)`; `add(config, batch, rng)` is pure; and
-  `check(config, model)` raises ValueError for a network that it is not for.
+  `check(config, size)` raises ValueError for images that it is not for.
   Among the channels an image begins at the `first`.
   """
 
@@ -250,7 +252,9 @@ class Task:
   add: Callable[[TaskConfig, Batch, jax.Array], dict[str, Any]] = (
     lambda config, batch, rng: dict(batch)
   )
-  check: Callable[[TaskConfig, Any], None] = lambda config, model: None
+  check: Callable[[TaskConfig, tuple[int, int]], None] = lambda config, size: (
+    None
+  )
   first: int = 0
 
 
@@ -275,22 +279,26 @@ def _add_low(config: TaskConfig, batch: Batch, rng: jax.Array):
   return {**batch, "context": context_BHWK}
 
 
-def _check_factor(config: TaskConfig, model: Any) -> None:
-  if any(side % config.factor for side in model.image_size):
+def _check_factor(config: TaskConfig, size: tuple[int, int]) -> None:
+  if any(side % config.factor for side in size):
     raise ValueError(
-      f"factor = {config.factor} does not divide model.image_size = "
-      f"{model.image_size}: take one that does."
+      f"factor = {config.factor} does not divide images of {size[0]}x{size[1]}:"
+      " take one that does."
     )
 
 
 def _add_original(config: TaskConfig, batch: Batch, rng: jax.Array):
-  del config, rng
+  image_BHWC = batch["image"]
   # What else is said of an image would have to be said of its variations.
   rest = {key: batch[key] for key in batch if key not in _SAID}
-  there_B = jnp.ones(len(batch["image"]), bool)
+  there_B = jnp.ones(len(image_BHWC), bool)
   if "embedding" in batch:
     rest["embedding_mask"] = there_B
-  return {**rest, "original": batch["image"], "original_mask": there_B}
+  original_BHWC = image_BHWC
+  if config.noise:
+    noise_BHWC = jax.random.normal(rng, image_BHWC.shape, image_BHWC.dtype)
+    original_BHWC = image_BHWC + config.noise * noise_BHWC
+  return {**rest, "original": original_BHWC, "original_mask": there_B}
 
 
 TASKS: dict[str, Task] = {
