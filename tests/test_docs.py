@@ -42,6 +42,7 @@ PAGES = (
   "docs/launch.md",
   "docs/parallel.md",
   "docs/scaling.md",
+  "docs/tasks.md",
 )
 DIGITS = str(ROOT / "configs/digits_dit.py")
 TEXT = (ROOT / "docs/flow.md").read_text()

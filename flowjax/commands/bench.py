@@ -18,7 +18,7 @@ import numpy as np
 from flowjax import __version__, errors
 from flowjax.commands import configs, flags
 from flowjax.parallel import chips, compiler_flags, distributed, placing
-from flowjax.train import loop, parts, workdir
+from flowjax.train import aspects, loop, parts, workdir
 
 
 def add_flags(parser) -> None:
@@ -40,7 +40,9 @@ def run(args) -> None:
     print(compiler_flags.apply())
   if args.json:
     workdir.require_writable(args.json, "--json")
-  built = parts.build(config)
+  built = parts.build(aspects.largest(config))
+  if config.data.buckets:
+    print(aspects.said(config.data))
   with loop.out_of_memory_advice():
     result = measure(built, args.seconds)
   for name, value in result.items():
@@ -76,6 +78,7 @@ def measure(built: parts.Parts, seconds: float) -> dict:
     "device": f"{count} x {jax.devices()[0].device_kind}",
     "versions": f"flowjax {__version__}, jax {jax.__version__}",
     "parameters": built.parameters,
+    "image_size": "x".join(map(str, config.data.image_size)),
     "batch_size": config.data.batch_size,
     "compile_seconds": compile_seconds,
     "steps": len(times) - 1,

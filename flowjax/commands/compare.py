@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowjax import errors
-from flowjax.commands import drawing, evaluate, flags, restored, train
+from flowjax.commands import drawing, flags, restored, train
 from flowjax.data import sources
 from flowjax.evaluate import comparison, digits
 from flowjax.flow import losses, prediction
@@ -80,7 +80,7 @@ def _measure(name, found, judge, counts, args) -> comparison.Run:
   method = dataclasses.replace(
     found.config.sample, guidance=methods.GuidanceConfig()
   )
-  labels = np.arange(args.num) % found.config.model.num_classes
+  labels = np.arange(args.num) % max(1, found.config.model.num_classes)
   spent, distances = [], []
   images = np.zeros((0,))
   wanted = counts if found.run.network.inverse is None else counts[-1:]
@@ -107,7 +107,7 @@ def _measure(name, found, judge, counts, args) -> comparison.Run:
 def _draw(found, method, labels, args, done) -> np.ndarray:
   draw = drawing.build(found.run, method, found.config.data.batch_size)
   cond = drawing.conditions(found.run, len(labels), labels)
-  return draw(found.params, cond, seed=args.seed, done=done)
+  return draw(found.params, cond, seed=args.seed, done=done, count=len(labels))
 
 
 def _costing(
@@ -181,8 +181,8 @@ def _judge(runs, seed: int) -> digits.Digits | None:
       "These runs draw images of different sizes: "
       f"{sorted({data.image_size for data in datas})}. Compare like with like."
     )
-  training = evaluate.all_of(sources.open(datas[0], "train"))
-  held_out = evaluate.all_of(sources.open(datas[0], "held_out"))
+  training = sources.all_of(sources.open(datas[0], "train"))
+  held_out = sources.all_of(sources.open(datas[0], "held_out"))
   return digits.Digits(*training, *held_out, seed=seed)
 
 

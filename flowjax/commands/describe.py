@@ -22,7 +22,7 @@ from flowjax import models
 from flowjax.commands import configs, flags
 from flowjax.parallel import host, rules
 from flowjax.parallel import mesh as meshes
-from flowjax.train import loop, parts
+from flowjax.train import aspects, loop, parts
 
 WIDTH = 120
 # Pixels for a latent, in the autoencoders of Stable Diffusion and FLUX.
@@ -47,7 +47,7 @@ def run(args) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", args.devices)
   config = configs.load(args.config, args.overrides)
-  built = parts.build(config)
+  built = parts.build(aspects.largest(config))
   places = rules.places(built.rules, built.abstract.params, built.mesh)
   # Names are never cut, also in a pipe or a narrow terminal.
   width = max(WIDTH, shutil.get_terminal_size().columns)
@@ -92,7 +92,9 @@ def _summary(built: parts.Parts, places: dict) -> dict[str, str]:
   stowed = sum(map(_bytes_here, away))
   state = sum(map(_bytes_here, leaves)) - stowed
   kept = "parameters, EMA" if away else "parameters, EMA, optimizer"
+  buckets = config.data.buckets
   return {
+    **({"buckets": aspects.said(config.data)} if buckets else {}),
     "parameters": f"{built.parameters:,}",
     **_trained(trained, built),
     "forward FLOPs per image": f"{forward:,}",

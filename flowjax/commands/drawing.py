@@ -12,7 +12,7 @@ from flowjax.data import buckets, sources
 from flowjax.evaluate import sampling
 from flowjax.parallel import distributed, placing
 from flowjax.parallel import mesh as meshes
-from flowjax.train import flows, latents, loop, methods, parts
+from flowjax.train import aspects, flows, latents, loop, methods, parts
 
 Draw = collections.abc.Callable[..., np.ndarray]
 
@@ -24,6 +24,7 @@ def build(
   worse: parts.Parts | None = None,
   *,
   inverse: bool = False,
+  strength: float = 1.0,
 ) -> Draw:
   """Returns `draw(params, cond, *, seed, ...)` for a run's network.
 
@@ -31,7 +32,8 @@ def build(
   time, and is compiled once. A flow between images starts from those that are
   held out. With `worse`, a run to be guided away from, params are the pair of
   both. The `inverse` gives the noise from which its `starts`, images, are drawn
-  without guidance. The other options are those of `sampling.draw`.
+  without guidance. Below a `strength` of 1 samples start from images that are
+  so far on the way to noise. The other options are those of `sampling.draw`.
   """
   flow, model = run.experiment.flow, run.network.config
   if run.network.inverse is not None and method.guidance.scale != 1.0:
@@ -44,7 +46,7 @@ def build(
     origin = _held_out(run)
   with errors.naming("config.sample"):
     made = method.method(flow, flows.tokens_of(model))
-    made = made.inverse() if inverse else made
+    made = made.inverse() if inverse else made.from_images(strength)
     pushes = [] if inverse else method.guidance.pushes(run.network)
     sampler = sampling.build(
       run.network,
@@ -64,13 +66,17 @@ def build(
     *,
     seed: int,
     starts: np.ndarray | None = None,
+    count: int | None = None,
     **options: Any,
   ) -> np.ndarray:
+    count = sampling.rows_of(cond, count)
     if origin is not None and starts is None:
-      count = len(jax.tree.leaves(cond)[0])
       chosen = [origin[i % len(origin)] for i in range(count)]
       starts = np.stack([record["source"] for record in chosen])
     cond = latents.with_negative(run.experiment.data, cond)
+    if aspects.is_told_sizes(model) and "size_crop" not in cond:
+      count = len(jax.tree.leaves(cond)[0])
+      cond = {**cond, "size_crop": aspects.whole(drawn_size(run), count)}
     with meshes.use(run.mesh), loop.out_of_memory_advice():
       return sampling.draw(
         sampler,
@@ -82,10 +88,18 @@ def build(
         put=placing.put_whole(run.mesh),
         fetch=placing.fetch,
         starts=starts,
+        count=count,
         **options,
       )
 
   return draw
+
+
+def drawn_size(run: parts.Parts) -> tuple[int, int]:
+  """Returns height and width of the images that are drawn, in pixels."""
+  height, width = run.experiment.model.image_size
+  scale = aspects.pixels(run.experiment.data)
+  return scale * height, scale * width
 
 
 def reconstructor(
@@ -120,12 +134,40 @@ def reconstructor(
 def conditions(
   run: parts.Parts, count: int, labels: np.ndarray | None = None
 ) -> dict[str, Any]:
-  """Returns so many conditions: labels, all in turn, or texts held out."""
-  if not reads_text(run.network):
-    if labels is None:
-      labels = np.arange(count) % run.network.config.num_classes
-    return {"label": labels.astype(np.int32)}
-  return held_out(run, count)[1]
+  """Returns so many conditions: labels, all in turn, or texts held out.
+
+  With a task they are those of held-out images, of which it is told; `labels`
+  stand in for theirs. Of a network that is told nothing they are empty.
+  """
+  if models.told(run.network.config) == "nothing":
+    return context(run, count)
+  if reads_text(run.network):
+    return held_out(run, count)[1]
+  told = {}
+  if reads_context(run.network):
+    told = held_out(run, count)[1]
+  elif labels is None:
+    labels = np.arange(count) % run.network.config.num_classes
+  return told if labels is None else {**told, "label": labels.astype(np.int32)}
+
+
+def context(run: parts.Parts, count: int) -> dict[str, Any]:
+  """Returns what a task tells of held-out images beside labels or texts."""
+  if not reads_context(run.network):
+    return {}
+  return {"context": held_out(run, count)[1]["context"]}
+
+
+def beside(run: parts.Parts, cond: dict[str, Any]) -> list[np.ndarray]:
+  """Returns what stands beside a picture of a task: the image, what is told.
+
+  `cond` is that of `conditions`.
+  """
+  if not reads_context(run.network):
+    return []
+  task, told = run.experiment.task, np.asarray(cond["context"])
+  images, _ = held_out(run, len(told))
+  return [images, task.shown(told, images.shape[-1])]
 
 
 def held_out(
@@ -141,10 +183,26 @@ def held_out(
   images = np.stack([record[image] for record in records])
   cond = {key: np.stack([record[key] for record in records]) for key in keys}
   # Embeddings can be stored in half the bytes; a network reads float32.
-  return images.astype(np.float32), {
+  batch = {
     key: value if value.dtype.kind in "biu" else value.astype(np.float32)
-    for key, value in cond.items()
+    for key, value in {**cond, "image": images}.items()
   }
+  return batch["image"], told_of(run, batch)
+
+
+def told_of(
+  run: parts.Parts, batch: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+  """Returns what a network is told of images, by its task or by their source.
+
+  It is the same of an image in its place whenever it is looked at.
+  """
+  run.experiment.require_context()
+  key = jax.random.key(run.experiment.seed)
+  made = jax.jit(run.experiment.task.add)(batch, key)
+  told = jax.eval_shape(lambda: run.network.example(1)).keys()
+  keys = [key for key in (*told, "text_mask") if key in made]
+  return {key: np.asarray(made[key]) for key in keys}
 
 
 def captions(run: parts.Parts, count: int) -> list[str]:
@@ -166,6 +224,12 @@ def reads_captions(network: models.Network) -> bool:
   return "token" in jax.eval_shape(lambda: network.example(1))
 
 
+def reads_context(network: models.Network) -> bool:
+  """Whether the network is told an image beside the one that it draws."""
+  return "context" in jax.eval_shape(lambda: network.example(1))
+
+
 def reads_text(network: models.Network) -> bool:
   """Whether the network is told a text or its tokens, and not a label."""
-  return "label" not in jax.eval_shape(lambda: network.example(1))
+  told = jax.eval_shape(lambda: network.example(1))
+  return "label" not in told and bool(told.keys() - {"context"})

@@ -27,6 +27,8 @@ ORIGINALS = ("size", "crop")
 class Encoder(Protocol):
   """Frozen networks that turn images and captions into what is stored.
 
+  One whose `embeds` is not 0 has `embed(image_BHWC)`, which returns so many
+  numbers of each image.
   `encode(image_BHWC)` returns the mean and the log-variance of the latents;
   `texts(captions)` the condition {"text", "pooled"} and, where tokens can be
   padding, "text_mask". `fingerprint()` is JSON that tells these networks, and
@@ -74,6 +76,9 @@ def plan(
   fields += found
   if "label" in blank:
     fields.append(records.Field("label", "int32"))
+  for name, dtype_of in (("boxes", "float32"), ("box_mask", "uint8")):
+    if name in blank:
+      fields.append(records.Field(name, dtype_of, blank[name].shape))
   if config.originals:
     known = _first_sound(source)
     fields += [
@@ -157,8 +162,13 @@ def _encoded(
     texts = embeddings.whole(encoder.texts([""] * batch_size))
     if parts := getattr(encoder, "parts", ()):
       texts = dataclasses.replace(texts, parts=tuple(parts))
-  names = ("mean", "log_variance")
-  return [records.Field(n, _floats(dtype), shape) for n in names], shape, texts
+  fields = [
+    records.Field(name, _floats(dtype), shape)
+    for name in ("mean", "log_variance")
+  ]
+  if width := getattr(encoder, "embeds", 0):
+    fields.append(records.Field("embedding", _floats(dtype), (width,)))
+  return fields, shape, texts
 
 
 def _first_sound(source: sources.Source) -> sources.Record:

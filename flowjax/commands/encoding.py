@@ -128,6 +128,9 @@ class Work:
           strict=True,
         )
       )
+      if "embedding" in self.plan.layout.names:
+        embed = self.encoder.embed  # type: ignore[attr-defined]
+        found["embedding"] = embed(batch["image"][full])
       if parts:
         found |= parts.apart(self.encoder.texts([captions[i] for i in full]))
       batch |= {k: np.asarray(v)[:count] for k, v in found.items()}

@@ -3,11 +3,17 @@
 Writes `report.json` into the workdir. For digits also `samples.png`: how many
 samples a classifier of real digits recognises, the Fréchet distance in its
 features beside that of real digits among themselves, and how near samples
-come to the training images. For scenes also `samples.png`, and how much of the
-captions a detector, fitted on real scenes, finds in pictures: of combinations
-that training saw and never saw, without guidance, and of other captions. For
-any source: the validation loss. Of an autoencoder: PSNR and losses of held-out
-images, and `reconstructions.png`.
+come to the training images; of a network that is told nothing also of how many
+classes they are; of a flow from some digits to others, how many end as one of
+those, and below its originals what each became. For scenes also `samples.png`,
+and how much of the captions a detector, fitted on real scenes, finds in
+pictures: of combinations that training saw and never saw, without guidance, and
+of other captions; or, of a run on layouts, whether in each box is what was
+asked for, and how well the boxes around the ink cover those of the layout. Of a
+run that fills in or makes larger, instead: how far from held-out images it
+draws what it was told of them, and what a judge sees in its pictures
+(docs/tasks.md). For any source: the validation loss. Of an autoencoder: PSNR
+and losses of held-out images, and `reconstructions.png`.
 
 example:
   flowjax evaluate --workdir=runs/digits
@@ -17,14 +23,18 @@ import dataclasses
 
 import numpy as np
 
-from flowjax import errors
+from flowjax import errors, models
 from flowjax.commands import (
   drawing,
   export,
   flags,
   obedience,
+  placement,
   restored,
+  tasked,
   train,
+  untold,
+  variations,
 )
 from flowjax.data import sources
 from flowjax.evaluate import digits, pictures
@@ -86,10 +96,22 @@ def run(args) -> None:
   }
   if likelihood is not None:
     report |= _bits(found, likelihood)
-  if found.config.data.source == "digits":
-    report |= _digits(found, method, args)
-  if found.config.data.source == "scenes":
-    report |= obedience.evaluate(found, method, args)
+  if found.config.task.name in tasked.SCORES:
+    report |= tasked.evaluate(found, method, args)
+  elif untold.between_digits(found.config.data):
+    report |= untold.translation(found, method, args)
+  elif found.config.data.source == "digits":
+    # The judge reads labels, whatever the network is told.
+    data = dataclasses.replace(found.config.data, images_alone=False)
+    splits = [sources.open(data, s) for s in sources.SPLITS]
+    both = [sources.all_of(split) for split in splits]
+    scored = variations.evaluate if found.config.embedding.size else _digits
+    if models.told(found.config.model) == "nothing":
+      scored = untold.evaluate
+    report |= scored(found, method, args, *both)
+  elif found.config.data.source == "scenes":
+    told = placement if found.config.layout.classes else obedience
+    report |= told.evaluate(found, method, args)
   _write(report, args)
 
 
@@ -168,14 +190,15 @@ def _bits(found: restored.Restored, loss: losses.Loss) -> dict[str, float]:
 
 
 def _digits(
-  found: restored.Restored, method: methods.SampleConfig, args
+  found: restored.Restored,
+  method: methods.SampleConfig,
+  args,
+  training: variations.Labelled,
+  held_out: variations.Labelled,
 ) -> dict:
   """Scores samples of digits, with the guidance of the config and without."""
-  train_images, train_labels = all_of(sources.open(found.config.data, "train"))
-  held_images, held_labels = all_of(sources.open(found.config.data, "held_out"))
-  judge = digits.Digits(
-    train_images, train_labels, held_images, held_labels, seed=args.seed
-  )
+  judge = digits.Digits(*training, *held_out, seed=args.seed)
+  _, train_labels = training
   labels = np.arange(args.num, dtype=np.int32) % judge.classes
   # As many unguided samples as training images, of the same classes: the two
   # distances to the held-out images are then estimated alike.
@@ -207,10 +230,3 @@ def _digits(
     "frechet_real": judge.frechet_real,
     "nearest_neighbour": without["nearest_neighbour"],
   }
-
-
-def all_of(source: sources.Source) -> tuple[np.ndarray, np.ndarray]:
-  """Returns every image and label of a source that fits into memory."""
-  records = [source[i] for i in range(len(source))]
-  images = np.stack([record["image"] for record in records])
-  return images, np.array([record["label"] for record in records])

@@ -63,11 +63,35 @@ def pixels(text: str) -> tuple[int, int]:
   return int(found.group(1)), int(found.group(2))
 
 
+def offset(text: str) -> tuple[int, int]:
+  """Reads how far from the top and from the left, such as 64,0."""
+  found = re.fullmatch(r"(\d+),(\d+)", text)
+  if not found:
+    raise argparse.ArgumentTypeError(
+      f"{text!r} must be pixels from the top and from the left, such as 64,0"
+    )
+  return int(found.group(1)), int(found.group(2))
+
+
 def seed(text: str) -> int:
   """Reads a seed: 0, 1, ... below 2^32."""
   if not text.isdecimal() or int(text) >= 2**32:
     raise argparse.ArgumentTypeError(f"{text!r} must be a number from 0 on")
   return int(text)
+
+
+def strength(text: str) -> float:
+  """Reads a part of the way to noise, above 0 and at most 1."""
+  try:
+    found = float(text)
+  except ValueError:
+    found = math.nan
+  if not 0.0 < found <= 1.0:
+    raise argparse.ArgumentTypeError(
+      f"{text!r} must be above 0 and at most 1: 0.3 changes details, 0.6 is "
+      "usual, and of 1 nothing of an image is left"
+    )
+  return found
 
 
 def numbers(text: str) -> tuple[float, ...]:

@@ -10,6 +10,10 @@ tokenizers and the scheduler are kept in the workdir as they are, and
 `flowjax sample --prompt` draws with them. How the pipeline samples by itself
 becomes config.sample, unless there is a --config.
 
+A network that sees the image alone begins one that is shown more beside it, for
+a task, and says at first what it said: --config.task.name=inpainting
+--config.model.context_channels=17 for latents of 16 channels.
+
 example:
   flowjax import --from=exported --workdir=runs/imported \\
     --config.data.source=folder:/data/latents
@@ -30,10 +34,12 @@ import numpy as np
 from flowjax import errors, models, schema
 from flowjax.commands import configs, flags, pipeline, restored
 from flowjax.interop import lazy, lora, tables, weights
+from flowjax.models import patches
 from flowjax.parallel import placing
 from flowjax.train import begin, experiment, manifest, parts
 
 SHOWN_EVERY = 5.0  # Seconds.
+EMBED = "patch_embed/kernel"
 
 
 def add_flags(parser) -> None:
@@ -62,7 +68,7 @@ def run(args) -> None:
   found = _open(args)
   config = _config(args, found)
   config = pipeline.named(config, args.source)
-  paths, leaves = found.leaves(config.model)
+  paths, leaves = _leaves_of(found, config.model)
   if args.lora:
     config, factors = _with_adapters(config, args.lora)
     paths = [*paths, *factors]
@@ -83,6 +89,28 @@ def run(args) -> None:
   print(f"Step 0 of a run in {args.workdir}. To train on:")
   saved = args.workdir / "config.json"
   print(f"  flowjax train --config={saved} --workdir={args.workdir}")
+
+
+def _leaves_of(
+  found: weights.Weights, model: Any
+) -> tuple[list[str], lazy.Leaves]:
+  """Returns the leaves of a network, also where it is shown more than theirs.
+
+  What goes in beside the image is then multiplied by zeros.
+  """
+  own, more = found.config(model), getattr(model, "context_channels", 0)
+  if not more or own.context_channels:
+    return found.leaves(model)
+  paths, leaves = found.leaves(dataclasses.replace(model, context_channels=0))
+
+  def widened():
+    for path, leaf in leaves:
+      if path == EMBED:
+        kernel_PD = np.asarray(leaf)
+        leaf = patches.with_context(kernel_PD, model.patch_size, more)
+      yield path, leaf
+
+  return paths, widened()
 
 
 def _require_places(built: parts.Parts, without: set[str]) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from flowjax import errors
+from flowjax import errors, models
 from flowjax.commands import configs, drawing, flags
+from flowjax.evaluate import sampling
 from flowjax.models import lora as adapters
 from flowjax.parallel import mesh as meshes
 from flowjax.train import (
@@ -53,27 +54,33 @@ class Restored:
     method: methods.SampleConfig | None = None,
     worse: "Restored | None" = None,
     inverse: bool = False,
+    strength: float = 1.0,
+    count: int | None = None,
     **options: Any,
   ) -> np.ndarray:
     """Draws an image per row of `cond`, by `method` or as the config says.
 
     `worse` is a run to be guided away from (autoguidance); the `inverse` draws
-    the noise of images. Other options are those of `evaluate.sampling.draw`.
+    the noise of images. With a `strength` below 1 samples start from `images`.
+    Other options are those of `evaluate.sampling.draw`.
     """
-    count = len(jax.tree.leaves(cond)[0])
+    count = sampling.rows_of(cond, count)
     draw = drawing.build(
       self.run,
       self.config.sample if method is None else method,
       min(count, self.config.data.batch_size),
       worse.run if worse else None,
       inverse=inverse,
+      strength=strength,
     )
     params = (self.params, worse.params) if worse else self.params
 
     def stopped(reason: str) -> None:
       raise errors.NumericError(reason)
 
-    images_NHWC = draw(params, cond, seed=seed, stopped=stopped, **options)
+    images_NHWC = draw(
+      params, cond, seed=seed, stopped=stopped, count=count, **options
+    )
     broken = int(np.sum(~np.isfinite(images_NHWC).all(axis=(1, 2, 3))))
     if broken:
       raise errors.NumericError(
@@ -204,12 +211,14 @@ def _kind(found: Restored) -> dict[str, Any]:
     "path": {"name": flow.path.name, **flows.options(flow.path)},
     "prediction": flow.prediction,
     "sigma_data": flow.sigma_data,
-    "condition": "texts" if texts else "labels",
+    "condition": models.told(model),
     "text_width": model.text_width if texts else None,
     "pooled_width": model.pooled_width if texts else None,
     "num_classes": model.num_classes,
     "image_size": model.image_size,
     "channels": model.channels,
+    "context_channels": model.context_channels,
+    "task": found.config.task.name,
   }
 
 

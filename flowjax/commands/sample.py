@@ -13,7 +13,15 @@ those that are held out, or --embeddings, a .npz file of "text" [N, L, E] and
 to noise, without guidance, and drawn again from it, each row below its
 originals: without guidance as well, unless you give --guidance, or change what
 is drawn by --labels or --embeddings. A run with config.pipeline reads --prompt
-by the text encoders there, and its autoencoder makes the pictures.
+by the text encoders there, and its autoencoder makes the pictures. One that
+is told layouts draws those that are held out, or of --boxes; one that is told
+images varies those that are held out, or each --image, in a row beside it. One
+that fills in, or makes larger, is told of held-out images, and on the left of
+each picture are that image and what was told of it.
+
+With --init-image samples start from images: --strength is how far these go to
+noise, and so how much becomes another; with --mask what is black stays as it
+is. To a flow between images --init-image is what it starts from.
 
 example:
   flowjax sample --workdir=runs/digits --out=grid.png --num=40 --guidance=2
@@ -28,8 +36,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from flowjax import errors
-from flowjax.commands import drawing, flags, given, pipeline, restored
+from flowjax import errors, models
+from flowjax.commands import (
+  drawing,
+  edits,
+  flags,
+  given,
+  pipeline,
+  restored,
+  shown,
+)
 from flowjax.evaluate import pictures
 from flowjax.parallel import distributed
 from flowjax.train import methods, progress, workdir
@@ -49,7 +65,8 @@ def add_flags(parser) -> None:
   parser.add_argument(
     "--num",
     type=flags.count,
-    help="how many images; default: 100, or one per label, text or start, and "
+    help="how many images; default: 100, or one per label, text, layout or "
+    "start, or five per image to be varied, and "
     "as many more as make every scale of --guidance come equally often",
   )
   parser.add_argument(
@@ -71,11 +88,25 @@ def add_flags(parser) -> None:
     dest="negative_prompt",
     help="a caption to be guided away from, instead of from the empty one",
   )
+  shown.add_flags(parser)
   parser.add_argument(
     "--size",
     type=flags.pixels,
     help="height and width of the images, as 1024x768; default: those of "
     "training",
+  )
+  parser.add_argument(
+    "--original-size",
+    dest="original_size",
+    type=flags.pixels,
+    help="what a network that is told sizes hears of the original: small is "
+    "blurred; default: the size of the images",
+  )
+  parser.add_argument(
+    "--crop",
+    type=flags.offset,
+    help="what it hears of how far from the top and the left it was cut, as "
+    "64,0; default: 0,0",
   )
   parser.add_argument(
     "--latents",
@@ -100,6 +131,7 @@ def add_flags(parser) -> None:
     type=flags.path,
     help="what to start from instead of noise: a .npy of [N, H, W, C]",
   )
+  edits.add_flags(parser)
   parser.add_argument(
     "--invert",
     action="store_true",
@@ -115,6 +147,7 @@ def run(args) -> None:
     raise errors.UserError(f"--out={args.out} must end in .png or .npy.")
   if args.invert and args.start:
     raise errors.UserError("--invert finds the start; leave out --start.")
+  edits.check(args)
   workdir.require_writable(args.out, "--out")
   captions = given.captions(args)
   _check_texts(args, captions)
@@ -131,9 +164,13 @@ def run(args) -> None:
   size = pipeline.latent_size(parts, args.size)
   found = restored.open(args.workdir, ema=args.ema, image_size=size)
   restored.require_field(found, "sample")
-  texts = texts or _texts(args, captions, found)
+  shows = shown.read(args, found, parts)
+  texts = texts or (shows.cond if shows else _texts(args, captions, found))
   start = given.start(args.start, found) if args.start else None
-  count = args.num or _count(args, texts, start)
+  edit = edits.read(args, found, parts)
+  starts = start if edit is None else edit.images
+  each = shows.each if shows else 1
+  count = args.num or each * _count(args, texts, starts)
   if args.guidance:
     args.guidance = args.guidance[:count]
   method = _method(args, found)
@@ -142,7 +179,8 @@ def run(args) -> None:
     raise errors.UserError(
       "--worse has no effect at guidance scale 1; set --guidance above it."
     )
-  cond = _cond(args, found, texts, count)
+  cond = _cond(args, found, texts, count, edit)
+  cond |= given.sizes(args, found, count)
   originals = None
   if args.invert:
     originals, own = drawing.held_out(found.run, count)
@@ -157,21 +195,24 @@ def run(args) -> None:
       method=method,
       scales=_scales(args.guidance, count),
       worse=worse,
-      starts=None if start is None else _in_turn(start, count),
+      count=count,
+      **_begun(start, edit, count),
     )
   if originals is not None:
     _print_difference(
       images - originals, args.guidance or (method.guidance.scale,)
     )
+  beside = drawing.beside(found.run, cond) if edit is None else []
   if parts and not args.latents:
     images = pipeline.pictures(parts, images, tiled=args.tiles)
+    beside = [pipeline.pictures(parts, each) for each in beside]
     if originals is not None:
       originals = pipeline.pictures(parts, originals, tiled=args.tiles)
   if distributed.is_first():
     if texts is None:
       captions = drawing.captions(found.run, count)
     named = captions if originals is None else []
-    _write(images, originals, args.out, named)
+    _write(images, originals, args.out, named, shows, beside)
   print(f"{count} samples of step {found.step}: {args.out}")
 
 
@@ -228,13 +269,36 @@ def _scales(given: tuple[float, ...] | None, count: int) -> np.ndarray | None:
   return np.resize(np.asarray(given, np.float32), count)
 
 
+def _begun(
+  start: np.ndarray | None, edit: edits.Edits | None, count: int
+) -> dict[str, Any]:
+  """Returns the options of `draw` that say from what."""
+  if edit is not None:
+    return edit.turns(count)
+  return {"starts": None if start is None else _in_turn(start, count)}
+
+
 def _in_turn(rows: np.ndarray, count: int) -> np.ndarray:
   return rows[np.arange(count) % len(rows)]
 
 
-def _cond(args, found, texts: dict | None, count: int) -> dict[str, Any]:
+def _cond(
+  args, found, texts: dict | None, count: int, edit: edits.Edits | None
+) -> dict[str, Any]:
+  shown = edit is not None and edit.context is not None
+  context = edit.told(count) if shown else drawing.context(found.run, count)
   if texts is not None:
-    return jax.tree.map(lambda leaf: _in_turn(leaf, count), texts)
+    return {
+      **jax.tree.map(lambda leaf: _in_turn(leaf, count), texts),
+      **context,
+    }
+  if models.told(found.config.model) == "nothing":
+    if args.labels:
+      raise errors.UserError(
+        f"--labels={args.labels}: this network is told nothing, and draws what "
+        "all its images have in common. Leave it out."
+      )
+    return context
   if drawing.reads_text(found.run.network):
     if args.labels:
       raise errors.UserError(
@@ -242,7 +306,7 @@ def _cond(args, found, texts: dict | None, count: int) -> dict[str, Any]:
         "--prompt or --embeddings, or nothing for those that are held out."
       )
     try:
-      return drawing.conditions(found.run, count)
+      return {**drawing.conditions(found.run, count), **context}
     except errors.UserError as error:
       raise type(error)(
         f"{error} Or say what is to be drawn, by --prompt or --embeddings."
@@ -250,6 +314,8 @@ def _cond(args, found, texts: dict | None, count: int) -> dict[str, Any]:
   labels = restored.parse_labels(
     args.labels, count, found.config.model.num_classes
   )
+  if shown:
+    return {**context, "label": labels.astype(np.int32)}
   return drawing.conditions(found.run, count, labels)
 
 
@@ -259,7 +325,14 @@ def _inverted(
   cond: dict[str, Any],
   images: np.ndarray,
 ) -> np.ndarray:
-  starts = found.draw(cond, seed=0, method=method, inverse=True, starts=images)
+  starts = found.draw(
+    cond,
+    seed=0,
+    method=method,
+    inverse=True,
+    starts=images,
+    count=len(images),
+  )
   print(
     f"{len(images)} held-out images as noise: mean {starts.mean():.3f}, "
     f"standard deviation {starts.std():.3f}"
@@ -280,14 +353,18 @@ def _write(
   originals: np.ndarray | None,
   out: pathlib.Path,
   captions: list[str],
+  shows: shown.Shown | None,
+  beside: list[np.ndarray],
 ) -> None:
   if out.suffix.lower() == ".npy":
     np.save(out, images)
     return
+  if shows is not None:
+    pictures.save_png(shows.sheet(images), out)
+    return
   if originals is not None:
     images = pictures.pairs(originals, images, columns=COLUMNS)
+    beside = []
   if captions:
-    turns = [captions[i % len(captions)] for i in range(len(images))]
-    pictures.save_png(pictures.captioned(images, turns), out)
-    return
-  pictures.save_png(pictures.grid(images, columns=COLUMNS), out)
+    captions = [captions[i % len(captions)] for i in range(len(images))]
+  pictures.save_png(pictures.sheet(images, captions, beside=beside), out)

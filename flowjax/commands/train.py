@@ -8,17 +8,22 @@ example:
     --config.optim.learning_rate=1e-4
 """
 
+import functools
 import logging
 import pathlib
+from typing import Any
+
+import jax
+import numpy as np
 
 from flowjax import schema
 from flowjax.commands import configs, drawing, encode, flags
-from flowjax.data import loader, sources
+from flowjax.data import canvas, loader, sources
 from flowjax.evaluate import pictures, validation
 from flowjax.flow import losses
-from flowjax.parallel import compiler_flags, distributed, placing
+from flowjax.parallel import compiler_flags, distributed, placing, programs
 from flowjax.parallel import mesh as meshes
-from flowjax.train import latents, loop, parts
+from flowjax.train import aspects, latents, loop, parts, session
 from flowjax.train import state as states
 
 
@@ -70,45 +75,79 @@ def run(args) -> None:
 
 def evaluators(
   built: parts.Parts, directory: pathlib.Path
-) -> list[loop.Evaluator]:
+) -> list[session.Evaluator]:
   """Returns what is looked at while training: held-out loss, and pictures."""
   log, found = built.experiment.log, []
   if log.validation_every:
-    found.append(loop.Evaluator(log.validation_every, _validation(built)))
+    found.append(session.Evaluator(log.validation_every, _validation(built)))
   if log.samples_every:
     look = _samples
     if built.experiment.is_autoencoder:
       look = _reconstructions
-    found.append(loop.Evaluator(log.samples_every, look(built, directory)))
+    found.append(session.Evaluator(log.samples_every, look(built, directory)))
   return found
 
 
-def held_out_loss(built: parts.Parts) -> validation.Validation:
+def held_out_loss(
+  built: parts.Parts, *, ahead: bool = False
+) -> validation.Validation:
   """Returns what evaluates weights on the held-out split, at fixed times."""
   loss = built.experiment.validation_loss(built.network)
-  return held_out(built, loss)
+  return held_out(built, loss, ahead=ahead)
 
 
-def held_out(built: parts.Parts, loss: losses.Loss) -> validation.Validation:
-  """Returns what evaluates a loss on the held-out split."""
+def held_out(
+  built: parts.Parts, loss: losses.Loss, *, ahead: bool = False
+) -> validation.Validation:
+  """Returns what evaluates a loss on the held-out split.
+
+  `ahead` compiles it now for each bucket, and for averages as they are trained.
+  """
   config = built.experiment
+  loss = config.task.prepared(loss)
+  loss = aspects.prepared(config.model, config.data, loss)
   loss = latents.evaluation(config.encoded, config.data, loss)
   source = sources.open(config.data, "held_out")
   size = meshes.padded(min(config.data.batch_size, len(source)), built.mesh)
   rows = placing.rows(built.mesh, size)
   return validation.Validation(
     loss,
-    lambda: loader.epoch_batches(
-      source, size, rows=rows, on_corrupt=config.data.on_corrupt
+    lambda: (
+      canvas.of(batch, config.data)
+      for batch in loader.epoch_batches(
+        source, size, rows=rows, on_corrupt=config.data.on_corrupt
+      )
     ),
     seed=config.seed,
     put=placing.put_part(built.mesh, size),
-    together=distributed.together,
+    together=functools.partial(_ahead, built, source, size)
+    if ahead and config.data.buckets
+    else distributed.together,
   )
 
 
+def _ahead(built: parts.Parts, source: sources.Source, size: int, jitted: Any):
+  """Returns the jitted loss of held-out batches, compiled for each bucket."""
+  params = states.averaged(built.abstract)
+  sharding = meshes.batch_sharding(built.mesh)
+  mask = {"mask": jax.ShapeDtypeStruct((size,), np.float32)}
+  kinds = [
+    (
+      params,
+      programs.abstract({**batch, **mask}, sharding),
+      jax.eval_shape(lambda: jax.random.key(0)),
+      jax.ShapeDtypeStruct((), np.int32),
+    )
+    for batch in loop.shapes(source, built.experiment.data, size)
+  ]
+  with meshes.use(built.mesh):
+    return programs.ahead(
+      jitted, kinds, lambda what: logging.info("Validation: %s.", what)
+    )
+
+
 def _validation(built: parts.Parts):
-  evaluator = held_out_loss(built)
+  evaluator = held_out_loss(built, ahead=True)
 
   def look(state: states.TrainState):
     return evaluator.run(states.averaged(state)), {}
@@ -122,18 +161,20 @@ def _samples(built: parts.Parts, directory: pathlib.Path):
   draw = drawing.build(built, config.sample, count)
   cond = drawing.conditions(built, count)
   named = drawing.captions(built, count)
+  beside = drawing.beside(built, cond)
 
   def look(state: states.TrainState):
     def stopped(reason: str) -> None:
       logging.warning("Samples of step %d: %s", int(state.step), reason)
 
     images = draw(
-      states.averaged(state), cond, seed=config.seed, stopped=stopped
+      states.averaged(state),
+      cond,
+      seed=config.seed,
+      stopped=stopped,
+      count=count,
     )
-    if named:
-      grid = pictures.captioned(images, named)
-    else:
-      grid = pictures.grid(images, columns=10)
+    grid = pictures.sheet(images, named, beside=beside)
     _save(grid, directory, state)
     return {}, {"samples": grid[None]}
 
@@ -157,6 +198,6 @@ def _save(grid, directory: pathlib.Path, state: states.TrainState) -> None:
   if not distributed.is_first():
     return
   folder = directory / "samples"
-  with loop.outlived("THE SAMPLES WERE NOT WRITTEN"):
+  with session.outlived("THE SAMPLES WERE NOT WRITTEN"):
     folder.mkdir(exist_ok=True)
     pictures.save_png(grid, folder / f"step_{int(state.step):07d}.png")

@@ -46,6 +46,9 @@ class DataConfig:
   # Texts rather than labels; None: whatever the source clearly has.
   captions: bool | None = None
   on_no_caption: str = "stop"
+  # Without labels and captions, which need not be there: for a network that is
+  # told nothing.
+  images_alone: bool = False
   templates: tuple[str, ...] = ()  # Make captions of labels: "a photo of a {}".
   # Columns of hf, features of tfds, keys of JSON; None: the usual or only one.
   image_key: str | None = None
@@ -56,6 +59,11 @@ class DataConfig:
   index_dir: str | None = None  # Where listings of files and shards are kept.
   # Records of images also say their "size", and the "crop" that was taken.
   originals: bool = False
+  # The side of a patch: images of all buckets are laid out alike, on canvases.
+  padded_patch: int = 0
+  # At most so many boxes an image, of things by these names, and no caption.
+  boxes: int = 0
+  box_names: tuple[str, ...] = ()
 
   def __post_init__(self):
     if len(self.image_size) != 2 or min(self.image_size) < 1:
@@ -65,7 +73,7 @@ class DataConfig:
     for key in ("batch_size", "channels", "prefetch"):
       if getattr(self, key) < 1:
         raise ValueError(f"{key}={getattr(self, key)} must be at least 1.")
-    for key in ("shuffle_seed", "workers"):
+    for key in ("shuffle_seed", "workers", "boxes"):
       if getattr(self, key) < 0:
         raise ValueError(f"{key}={getattr(self, key)} must not be negative.")
     if self.on_corrupt not in ON_CORRUPT:
@@ -75,6 +83,12 @@ class DataConfig:
       )
     self._check_tokenizer()
     self._check_buckets()
+    told = self.tokenizer or self.templates or self.captions
+    if self.images_alone and told:
+      raise ValueError(
+        "images_alone leaves captions out, and tokenizer, templates and "
+        "captions=True are for them: leave out one or the other."
+      )
     if self.on_no_caption not in ON_NO_CAPTION:
       raise ValueError(
         f"on_no_caption={self.on_no_caption!r} must be one of {ON_NO_CAPTION}: "
@@ -95,6 +109,7 @@ class DataConfig:
         "'mixture' needs (source, weight) of each in mixture, and any other "
         "source none."
       )
+    self._check_boxes()
     if not 1 <= self.max_pixels <= MOST_PIXELS:
       raise ValueError(
         f"max_pixels={self.max_pixels} must be from 1 to {MOST_PIXELS:,}: "
@@ -150,6 +165,26 @@ class DataConfig:
       raise ValueError(
         f"tokenizer={self.tokenizer!r} with {len(self.words)} words: the "
         "tokenizer 'words' needs the list of them, and no other has one."
+      )
+
+  def _check_boxes(self):
+    if bool(self.boxes) != bool(self.box_names):
+      raise ValueError(
+        f"boxes={self.boxes} and {len(self.box_names)} box_names: for layouts "
+        "set both, the most boxes of an image and the names of what is in "
+        "them; else neither."
+      )
+    if len(set(self.box_names)) < len(self.box_names):
+      raise ValueError("box_names: each name is to be there once.")
+    if self.boxes and self.flip:
+      raise ValueError(
+        f"boxes={self.boxes} and flip=True: an image would be mirrored, and "
+        "its boxes not. Set flip=False."
+      )
+    if self.boxes and self.tokenizer:
+      raise ValueError(
+        f"boxes={self.boxes} and tokenizer={self.tokenizer!r}: a network is "
+        "told a layout or a caption; leave one out."
       )
 
   def build_tokenizer(self) -> tokenizers.Tokenizer | None:

@@ -3,6 +3,7 @@
 Each file is one example: "image" [H, W, C], latents or pixels in [-1, 1];
 "text" [L, E], the embedded tokens; "pooled" [P], one vector of the whole text;
 and, where some of the tokens are padding, "text_mask" [L], true for the others.
+Beside or in place of text and pooled it may have "embedding" [P], of an image.
 All files of a split have the same keys and shapes: those of its first one.
 """
 
@@ -26,7 +27,13 @@ from flowjax.data import config as config_lib
 from flowjax.data import listing, sources
 
 # Each key, and the dims that it has.
-DIMS = {"image": "HWC", "text": "LE", "pooled": "P", "text_mask": "L"}
+DIMS = {
+  "image": "HWC",
+  "text": "LE",
+  "pooled": "P",
+  "text_mask": "L",
+  "embedding": "P",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +149,10 @@ def _read(root: str, file: str) -> dict[str, np.ndarray]:
     zlib.error,
   ) as error:
     raise sources.Corrupt(f"{path} is corrupt: {error}.") from error
-  for key in ("image", "text", "pooled"):
+  wanted = ("image", "text", "pooled")
+  if "embedding" in found and not {"text", "pooled"} & found.keys():
+    wanted = ("image",)
+  for key in wanted:
     if key not in found:
       raise sources.Corrupt(f"{path} has no {key!r}, only {sorted(found)}.")
   try:

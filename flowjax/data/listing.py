@@ -318,6 +318,8 @@ def parse(line: bytes, key: str | None) -> tuple[str, str | None]:
   if not isinstance(found, dict) or not isinstance(found.get("file_name"), str):
     raise ValueError('it is no JSON object with a "file_name"')
   text = found.get(key or "text")
+  if isinstance(text, list):
+    text = json.dumps(text)  # Boxes, which data/layouts.py reads.
   if text is not None and not isinstance(text, str):
     raise ValueError(f"{key or 'text'!r} is {type(text).__name__}, not a text")
   return found["file_name"], text

@@ -12,16 +12,17 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from flowjax import errors
 from flowjax.data import config as config_lib
-from flowjax.data import digits, order
+from flowjax.data import digits, layouts, order
 
 SIZE, SIDE = 32, 14  # Pixels of a scene and of a digit, both square.
 CELL = SIZE // 2  # A digit has a cell, in one of three rows and columns.
+INKED = 0.25  # Of full ink: what is fainter is no part of a digit.
 LENGTH = {"train": 2**20, "held_out": 256}
 COMBINATIONS = ("seen", "held_out", "all")
 COLOURS = {
@@ -46,6 +47,8 @@ _ITS = {
   "above": "above it",
   "below": "below it",
 }
+# What can be in a box: "red 3".
+NAMES = tuple(f"{colour} {digit}" for digit in range(10) for colour in COLOURS)
 WORDS = tuple(
   "0 1 2 3 4 5 6 7 8 9 a above and at below bottom in is it its left middle of "
   "one right the there to top".split()
@@ -79,6 +82,16 @@ class Scene:
   relations: tuple[tuple[int, str, int], ...]
   caption: str
   images: tuple[int, ...] = ()
+
+
+class Box(NamedTuple):
+  """What is in a tight box, one of `NAMES`, and its sides, from 0 to 1."""
+
+  name: str
+  top: float
+  left: float
+  bottom: float
+  right: float
 
 
 def holds(one: Thing, relation: str, other: Thing) -> bool:
@@ -120,23 +133,27 @@ class Scenes:
   num_classes: int = 0
   shape: tuple[int, int, int] = (SIZE, SIZE, 3)
   aspects: tuple[tuple[int, int], ...] = ((SIZE, SIZE),)
+  layout: layouts.Layout | None = None  # None: captions.
 
   @property
   def blank(self) -> dict[str, Any]:
-    return {"image": np.zeros(self.shape, np.float32), "caption": ""}
+    told = {"caption": ""} if self.layout is None else self.layout.blank
+    return {"image": np.zeros(self.shape, np.float32), **told}
 
   def __len__(self) -> int:
     return self.length
 
   def __getitem__(self, i: int) -> dict[str, Any]:
     scene = self.scene(i)
-    return {"image": self.painted(scene), "caption": scene.caption}
+    told: dict[str, Any] = {"caption": scene.caption}
+    if self.layout is not None:
+      told = self.layout.arrays(self.boxes(scene))
+    return {"image": self.painted(scene), **told}
 
   def gather(self, records_B: np.ndarray) -> dict[str, np.ndarray]:
     records = [self[int(i)] for i in records_B]
     return {
-      "image": np.stack([record["image"] for record in records]),
-      "caption": np.array([record["caption"] for record in records]),
+      key: np.stack([record[key] for record in records]) for key in records[0]
     }
 
   def sizes(self) -> np.ndarray:
@@ -153,6 +170,7 @@ class Scenes:
       "hash": self.hash,
       "seed": self.seed,
       "combinations": self.combinations,
+      **({"boxes": self.layout.fingerprint()} if self.layout else {}),
     }
 
   def scene(self, i: int) -> Scene:
@@ -171,6 +189,16 @@ class Scenes:
     )
     caption = _said(things, relations, draw, self.shape[:2])
     return Scene(things, relations, caption, images)
+
+  def boxes(self, scene: Scene) -> list[Box]:
+    """Returns the tight box of each thing of one of these scenes."""
+    found = []
+    for thing, image in zip(scene.things, scene.images, strict=True):
+      inked_HW = self.ink_NHW[image] >= INKED
+      corner = thing.row - (SIDE - 1) / 2, thing.column - (SIDE - 1) / 2
+      name = f"{thing.colour} {thing.digit}"
+      found.append(tight(inked_HW, corner, self.shape[:2], name))
+    return found
 
   def painted(self, scene: Scene) -> np.ndarray:
     """Returns the image [H, W, C] of one of these scenes."""
@@ -199,7 +227,10 @@ def open(config: config_lib.DataConfig, split: str) -> Scenes:
       f"buckets={config.buckets} do not suit scenes, which are {SIZE}x{SIZE} "
       f"in 3 channels, or of buckets whose sides are at least {SIZE}."
     )
-  combinations = "seen" if split == "train" else "held_out"
+  # A combination in a box is a class of its own: whoever never saw it knows
+  # nothing of it.
+  seen = split == "train" or config.boxes
+  combinations = "seen" if seen else "held_out"
   made = of_digits(config, split, combinations, length=LENGTH[split])
   return dataclasses.replace(made, aspects=aspects)
 
@@ -231,7 +262,31 @@ def of_digits(
     combinations,
     length,
     seed,
+    layout=layouts.of(config),
   )
+
+
+def tight(
+  inked_HW: np.ndarray,
+  corner: tuple[float, float] = (0, 0),
+  size: tuple[int, int] | None = None,
+  name: str = "",
+) -> Box:
+  """Returns the smallest box around what is marked, in parts of a picture.
+
+  The marks, of which there is one at least, begin at `corner`, in pixels, of a
+  picture of this height and width; they are all of it unless told.
+  """
+  high, wide = size or inked_HW.shape
+  sides = []
+  for axis in (1, 0):
+    marked = np.flatnonzero(inked_HW.any(axis=axis))
+    sides.append(
+      (marked[0] + corner[1 - axis], marked[-1] + 1 + corner[1 - axis])
+    )
+  (top, bottom), (left, right) = sides
+  sides_4 = (top / high, left / wide, bottom / high, right / wide)
+  return Box(name, *map(float, sides_4))
 
 
 def _dice(seed: int, i: int) -> Iterator[int]:

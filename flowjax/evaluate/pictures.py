@@ -9,7 +9,7 @@ import textwrap
 
 import numpy as np
 
-PAPER, INK = 255, 40
+PAPER, INK, OUTLINE = 255, 40, (128, 128, 128)
 GAP = 2
 TEXT_HEIGHT, LETTER_WIDTH = 14, 7
 CAPTION_WIDTH = 160
@@ -84,6 +84,57 @@ def captioned(
   letters = scale * width // LETTER_WIDTH
   wrapped = [textwrap.fill(caption, letters) for caption in captions]
   return grid(images_NHWC, columns=columns, scale=scale, labels=wrapped)
+
+
+def sheet(
+  images_NHWC: np.ndarray,
+  captions: collections.abc.Sequence[str] = (),
+  *,
+  beside: collections.abc.Sequence[np.ndarray] = (),
+) -> np.ndarray:
+  """Returns a grid of images, with captions beneath if there are any.
+
+  What stands `beside` each, other images of its size, is on its left.
+  """
+  columns = 10
+  if beside:
+    gap_NHWC = np.ones_like(images_NHWC[:, :, :1])
+    row = [part for other in beside for part in (other, gap_NHWC)]
+    end = [gap_NHWC, gap_NHWC]  # So that one sees what belongs together.
+    images_NHWC = np.concatenate([*row, images_NHWC, *end], axis=2)
+    columns = max(1, columns // (len(beside) + 1))
+  if captions:
+    return captioned(images_NHWC, captions, columns=min(columns, 8))
+  return grid(images_NHWC, columns=columns)
+
+
+def boxed(
+  images_NHWC: np.ndarray,
+  boxes: collections.abc.Sequence[collections.abc.Sequence],
+  *,
+  scale: int | None = None,
+) -> np.ndarray:
+  """Returns uint8 RGB images on which boxes are outlined, each pixel larger.
+
+  A box is (top, left, bottom, right), from 0 to 1. Its line is one pixel of the
+  larger image, so that nothing of the smaller one is hidden.
+  """
+  from PIL import Image, ImageDraw
+
+  scale = scale or max(1, -(-CAPTION_WIDTH // images_NHWC.shape[2]))
+  large_NHWC = _rgb(to_uint8(images_NHWC))
+  large_NHWC = large_NHWC.repeat(scale, axis=1).repeat(scale, axis=2)
+  height, width = large_NHWC.shape[1:3]
+  found = []
+  for image_HWC, of_image in zip(large_NHWC, boxes, strict=True):
+    image = Image.fromarray(image_HWC)
+    for top, left, bottom, right in of_image:
+      ImageDraw.Draw(image).rectangle(
+        (left * width, top * height, right * width - 1, bottom * height - 1),
+        outline=OUTLINE,
+      )
+    found.append(np.asarray(image))
+  return np.stack(found)
 
 
 def pairs(

@@ -13,17 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowjax import models
-from flowjax.flow import guidance, losses, sampling
+from flowjax.flow import editing, guidance, losses, sampling
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sampler:
   """Draws a batch of images, and says why where that failed.
 
-  `sample(params, cond, start_BHWC, rng_B, scale_B=None)` is jitted. It returns
-  images_BHWC and, of a solver that chooses its own steps, its report, else
-  None. With the report of a solve that did not reach its end,
-  `reason(params, cond, scale_B, report)` says at which time it stopped.
+  `sample(params, cond, start_BHWC, rng_B, scale_B=None, edit=None)` is jitted.
+  It returns images_BHWC and, of a solver that chooses its own steps, its
+  report, else None. With the report of a solve that did not reach its end,
+  `reason(params, cond, scale_B, report, edit)` says at which time it stopped.
   """
 
   sample: collections.abc.Callable[..., tuple[jax.Array, Any]]
@@ -66,21 +66,26 @@ def build(
       worse=_of(worse, others) if worse else None,
     )
 
-  def sample(params, cond, start_BHWC, rng_B, scale_B=None):
+  def sample(params, cond, start_BHWC, rng_B, scale_B=None, edit=None):
+    if edit is not None and network.inverse is not None:
+      raise ValueError(
+        "A normalizing flow maps noise to images at once: there is no way on "
+        "which to start from an image, or to keep a part of it."
+      )
     if network.forward is not None and method.rises:
       return network.forward(params, start_BHWC, cond)[0], None
     if network.inverse is not None:
       return network.inverse(params, start_BHWC, cond), None
-    return method.reported(field(params, cond, scale_B), start_BHWC, rng_B)
+    made = field(params, cond, scale_B)
+    return method.reported(made, start_BHWC, rng_B, edit)
 
   @jax.jit
   def evaluated(params, cond, scale_B, x_BHWC, t):
     return field(params, cond, scale_B)(x_BHWC, t)
 
-  def reason(params, cond, scale_B, report):
-    return method.reason(
-      functools.partial(evaluated, params, cond, scale_B), report
-    )
+  def reason(params, cond, scale_B, report, edit=None):
+    made = functools.partial(evaluated, params, cond, scale_B)
+    return method.reason(made, report, edit)
 
   return Sampler(together(jax.jit(sample)), reason)
 
@@ -116,16 +121,22 @@ def draw(
   stopped: collections.abc.Callable[[str], None] = lambda reason: None,
   starts: np.ndarray | None = None,
   scales: np.ndarray | None = None,
+  images: np.ndarray | None = None,
+  masks: np.ndarray | None = None,
+  count: int | None = None,
 ) -> np.ndarray:
-  """Draws one image [H, W, C] for each row of `cond`.
+  """Draws one image [H, W, C] for each row of `cond`, or `count` without any.
 
   `put` places a batch on the devices and `fetch` brings images back, `done` is
   told how many images are drawn
   so far, and `stopped` why a solver did not reach the end of some. They start
   from noise, or from `starts`; `scales` are those of guidance, in place of the
-  method's.
+  method's. A method that is begun starts from `images`, and of them keeps what
+  `masks` [B, H, W, 1] have as 0.
   """
-  count = len(jax.tree.leaves(cond)[0])
+  if masks is not None and images is None:
+    raise ValueError("A mask says what is kept of images: give them, too.")
+  count = rows_of(cond, count)
   make_noise = jax.jit(noise, static_argnums=(0, 2))
   rows: dict[str, Any] = {
     "cond": cond,
@@ -135,20 +146,39 @@ def draw(
     rows["start"] = starts
   if scales is not None:
     rows["scale"] = scales.astype(np.float32)
+  if images is not None:
+    rows["known"] = images
+  if masks is not None:
+    rows["mask"] = masks.astype(np.float32)
 
-  def images(batch):
+  def drawn(batch):
     cond, index_B = batch["cond"], batch["index"]
     start_BHWC = batch.get("start")
     if start_BHWC is None:
       start_BHWC = make_noise(seed, index_B, shape)
+    edit = None
+    if "known" in batch:
+      edit = editing.Edit(batch["known"], start_BHWC, batch.get("mask"))
+    scale_B = batch.get("scale")
     images_BHWC, report = sampler.sample(
-      params, cond, start_BHWC, _keys(seed, index_B), batch.get("scale")
+      params, cond, start_BHWC, _keys(seed, index_B), scale_B, edit
     )
     if report is not None and not report.finished:
-      stopped(sampler.reason(params, cond, batch.get("scale"), report))
+      stopped(sampler.reason(params, cond, scale_B, report, edit))
     return images_BHWC
 
-  return by_batches(images, rows, batch_size, put, fetch, done)
+  return by_batches(drawn, rows, batch_size, put, fetch, done)
+
+
+def rows_of(cond: dict[str, Any], count: int | None) -> int:
+  """Returns how many images are asked for: `count`, or a row of `cond` each."""
+  leaves = jax.tree.leaves(cond)
+  if count is None and not leaves:
+    raise ValueError(
+      "An empty condition says not how many images are to be drawn: give "
+      "count=."
+    )
+  return len(leaves[0]) if count is None else count
 
 
 def by_batches(

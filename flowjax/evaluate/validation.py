@@ -65,7 +65,7 @@ class Validation:
     parts: list[tuple[jax.Array, jax.Array, jax.Array, dict]] = []
     for index, batch in enumerate(self._batches()):
       placed = self._put(batch)
-      parts.append(self._total(params, placed, self._key, index))
+      parts.append(self._total(params, placed, self._key, np.int32(index)))
       # At most two batches at once, or the device would hold them all.
       jax.block_until_ready(parts[-2:][0])
     count_B = np.array([count for count, *_ in parts], np.float64)

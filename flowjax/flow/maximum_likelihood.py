@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flowjax.flow import likelihood
+
 Batch = Mapping[str, jax.Array]
 Loss = Callable[[Any, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 # forward(params, x, cond, rng) -> (z, log|det dz/dx| [B]); without rng nothing
@@ -48,8 +50,7 @@ def maximum_likelihood(
     rng_noise, rng_net = jax.random.split(rng)
     x = batch["image"]
     if width:
-      u = jax.random.uniform(rng_noise, x.shape, jnp.float32)
-      x = x + width * (u - 0.5)
+      x = likelihood.dequantise(rng_noise, x, width)
     cond = {key: batch[key] for key in batch if key not in ("image", "mask")}
     z, log_det_B = forward(params, x, cond, rng_net if training else None)
     bits_B = _bits(z, log_det_B) - (math.log2(width) if width else 0.0)

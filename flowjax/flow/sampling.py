@@ -15,7 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flowjax.flow import guidance, guidance_rules, paths, prediction, solvers
+from flowjax.flow import (
+  editing,
+  guidance,
+  guidance_rules,
+  paths,
+  prediction,
+  solvers,
+)
 from flowjax.flow.solvers import adaptive, wrapped
 
 # predict(x_t, t_B, cond) -> what the network predicts; (that, v) where the
@@ -34,7 +41,8 @@ class Method:
   `prediction` is what the network predicts, and `trained_on` the path on which
   it learned that, where it is another than the one that is followed. Guidance
   acts for t in `interval`; in the first `still_steps` nothing moves
-  (CFG-Zero*'s zero-init). Grid and intervals are times of `path`.
+  (CFG-Zero*'s zero-init). Grid and intervals are times of `path`. What is
+  `begun` starts from images with the noise of the grid's first time.
   """
 
   path: paths.Path
@@ -46,6 +54,7 @@ class Method:
   still_steps: int = 0
   sigma_data: float = 0.5
   trained_on: paths.Path | None = None
+  begun: bool = False
 
   def __post_init__(self):
     prediction.check(
@@ -95,46 +104,79 @@ class Method:
     uncond: Any,
     start: jax.Array,
     rng: jax.Array | None = None,
+    edit: editing.Edit | None = None,
     **options: Any,
   ) -> jax.Array:
     """Returns samples from `start`, standard normal or images at t = 1.
 
-    `rng` is one key, or one for each example. Options are those of `field`.
+    `rng` is one key, or one for each example; of an `edit`, `start` is the
+    noise. Options are those of `field`.
     """
     field = self.field(predict, cond, uncond, **options)
-    solver, x, times = self._begin(field, start)
-    return self._end(solvers.solve(solver, field, x, times, rng=rng))
+    solver, x, times = self._begin(field, start, edit)
+    field = self._kept(field, edit)
+    return self._end(solvers.solve(solver, field, x, times, rng=rng), edit)
 
   def reported(
-    self, field: guidance.Guided, start: jax.Array, rng: jax.Array | None = None
+    self,
+    field: guidance.Guided,
+    start: jax.Array,
+    rng: jax.Array | None = None,
+    edit: editing.Edit | None = None,
   ) -> tuple[jax.Array, adaptive.Report | None]:
     """Returns samples along a field of this method, and how the solve went.
 
     There is a report where the solver chooses its own steps. If it says that
     the end was not reached, the samples are nan, and `reason` says why.
     """
-    solver, x, times = self._begin(field, start)
+    solver, x, times = self._begin(field, start, edit)
+    kept = self._kept(field, edit)
     if hasattr(solver, "integrate"):
-      end, report = solver.integrate(field, x, times)
-      return self._end(end), report
-    return self._end(solvers.solve(solver, field, x, times, rng=rng)), None
+      end, report = solver.integrate(kept, x, times)
+      return self._end(end, edit), report
+    end = solvers.solve(solver, kept, x, times, rng=rng)
+    return self._end(end, edit), None
 
-  def reason(self, field: guidance.Guided, report: adaptive.Report) -> str:
+  def reason(
+    self,
+    field: guidance.Guided,
+    report: adaptive.Report,
+    edit: editing.Edit | None = None,
+  ) -> str:
     """Says at which time a solve stopped, and why; outside of jit."""
     solver: Any = self.solver
-    return solver.reason(field, self.grid, report)
+    return solver.reason(self._kept(field, edit), self.grid, report)
 
   @property
   def rises(self) -> bool:
     """Whether this is the way from data to noise."""
     return bool(self.grid[-1] > self.grid[0])
 
-  def _begin(self, field: guidance.Guided, start: jax.Array) -> tuple:
+  def _begin(
+    self,
+    field: guidance.Guided,
+    start: jax.Array,
+    edit: editing.Edit | None = None,
+  ) -> tuple:
+    if self.begun and edit is None:
+      raise ValueError(
+        f"This grid starts from images at t = {self.grid[0]:g}: give edit=."
+      )
     x = start if self.rises else self.path.prior_scale * start
-    return self._stepper(field.rule), x, jnp.asarray(self.grid)
+    times = jnp.asarray(self.grid)
+    if self.begun and edit is not None:
+      x = edit.at(self.path, times[0])
+    return self._stepper(field.rule), x, times
 
-  def _end(self, x: jax.Array) -> jax.Array:
-    return x / self.path.prior_scale if self.rises else x
+  def _kept(self, field: Any, edit: editing.Edit | None) -> Any:
+    """Returns the field, which sees the pixels that are kept, if any are."""
+    if edit is None or edit.mask is None:
+      return field
+    return editing.Kept(field, edit, self.path)
+
+  def _end(self, x: jax.Array, edit: editing.Edit | None = None) -> jax.Array:
+    x = x / self.path.prior_scale if self.rises else x
+    return x if edit is None else edit.keep(x, edit.image)
 
   def field(
     self,
@@ -178,6 +220,24 @@ class Method:
       return guidance.guided(predict, cond, uncond, rule, **options)
     worse = self._on_path(worse)
     return guidance.autoguided(predict, worse, cond, rule, **options)
+
+  def from_images(self, strength: float) -> "Method":
+    """Returns the method that starts from images (flow/editing.py).
+
+    It follows the last `strength` of the grid, as a grid of its own; 1 is all
+    of it, from noise. Of the steps that stand still, those that are left do.
+    """
+    count = editing.skipped(len(self.grid) - 1, strength)
+    if not count:
+      return self
+    solver: Any = self.solver
+    return dataclasses.replace(
+      self,
+      solver=solver.begun() if hasattr(solver, "begun") else solver,
+      grid=self.grid[count:],
+      still_steps=max(0, self.still_steps - count),
+      begun=True,
+    )
 
   def inverse(self) -> "Method":
     """Returns the way back: from data to the noise that they are drawn from.

@@ -69,8 +69,8 @@ tags: [diffusion, flow-matching, {config.name}]
 {_predicts(flow)}, conditioned on
 {_told(config)}. Exported by FlowJAX {flowjax.__version__}.
 
-- Images: {height} x {width}; channels in: {config.channels}, out: \
-{channels_out}
+- Images: {height} x {width}; channels in: {config.channels}{_beside(config)}, \
+out: {channels_out}
 - Parameters: {parameters:,}, stored as {dtype}
 - Weights: {card.weights or _UNKNOWN}
 - Training step: {_UNKNOWN if card.step is None else f"{card.step:,}"}
@@ -121,6 +121,8 @@ def _predicts(flow: dict[str, str]) -> str:
 def _told(config: Any) -> str:
   if config.num_classes:
     return f"one of {config.num_classes} labels"
+  if config.name == "dit":
+    return "nothing"
   told = f"texts encoded to [L, {config.text_width}] and"
   told += f" [{config.pooled_width}]"
   if getattr(config, "guidance_embed", False):
@@ -128,20 +130,37 @@ def _told(config: Any) -> str:
   return told
 
 
+def _beside(config: Any) -> str:
+  """Says which channels go in beside those of the image."""
+  if not config.context_channels:
+    return ""
+  return f" and {config.context_channels} of an image beside it"
+
+
 def _call(config: Any, flow: dict[str, str], trained: dict) -> str:
   """Returns the lines that draw, or evaluate where `sample` cannot follow."""
   shape = f"1, {config.channels}, {', '.join(map(str, config.image_size))}"
-  lines = []
+  lines, context = [], []
+  if config.context_channels:
+    beside = f"1, {config.context_channels}, " + ", ".join(
+      map(str, config.image_size)
+    )
+    lines += [f"context_BCHW = torch.zeros({beside})  # the image beside it"]
+    context = ['  "context": context_BCHW,']
   if config.name == "dit":
-    cond = "torch.tensor([0])"
-  elif config.num_classes:
+    cond = "torch.tensor([0])" + ", context_BCHW=context_BCHW" * bool(context)
+  elif config.num_classes and not context:
     cond = '{"label": torch.tensor([0])}'
+  elif config.num_classes:
+    cond = "cond"
+    lines += ["cond = {", '  "label": torch.tensor([0]),', *context, "}"]
   else:
     cond = "cond"
     lines += [
       "cond = {  # what text encoders make of a text",
       f'  "text": torch.zeros(1, {config.text_tokens}, {config.text_width}),',
       f'  "pooled": torch.zeros(1, {config.pooled_width}),',
+      *context,
       "}",
     ]
   if flow == _VELOCITY:
@@ -181,7 +200,7 @@ def _drawing(config: Any, flow: dict[str, str]) -> str:
     return "`model.sample` is for velocities on the straight path alone.\n"
   if config.channels not in (1, 3):
     return "The images are latents, to be decoded by their autoencoder.\n"
-  if not config.num_classes:
+  if not config.num_classes or config.context_channels:
     return ""
   return "Or `python model.py --labels=0,1,2 --out=grid.png`.\n"
 

@@ -21,7 +21,6 @@ UNREAD = "embeddings.position_ids"
 def layout(config: clip.ClipConfig) -> tables.Table:
   """Returns the table to the state dict of the class of `CLASSES`."""
   embeddings = f"{PREFIX}embeddings"
-  layer = PREFIX + "encoder.layers.{L}"
   rules = [
     tables.Rule(
       "token_embed/embedding",
@@ -33,6 +32,25 @@ def layout(config: clip.ClipConfig) -> tables.Table:
       f"{embeddings}.position_embedding.weight",
       "S D -> S D",
     ),
+    *blocks(PREFIX),
+    *norm("final_norm", f"{PREFIX}final_layer_norm", "D -> D"),
+  ]
+  if config.projection is not None:
+    rules += tables.linear(
+      "projection", "text_projection", "D -> P", bias=False
+    )
+  of_text = {
+    "V": config.vocabulary,
+    "S": config.positions,
+    "P": config.pooled_width,
+  }
+  return tables.Table(tuple(rules), of_text | sizes(config))
+
+
+def blocks(prefix: str) -> tuple[tables.Rule, ...]:
+  """Returns the rules of the blocks that CLIP's encoders have alike."""
+  layer = prefix + "encoder.layers.{L}"
+  return (
     *tables.linear(
       "blocks/qkv",
       layer + ".self_attn.{K}_proj",
@@ -42,26 +60,21 @@ def layout(config: clip.ClipConfig) -> tables.Table:
     *tables.linear("blocks/out", f"{layer}.self_attn.out_proj", "N H -> D"),
     *tables.linear("blocks/mlp_in", f"{layer}.mlp.fc1", "D -> F"),
     *tables.linear("blocks/mlp_out", f"{layer}.mlp.fc2", "F -> D"),
-    *_norm("blocks/attention_norm", f"{layer}.layer_norm1", "L D -> L D"),
-    *_norm("blocks/mlp_norm", f"{layer}.layer_norm2", "L D -> L D"),
-    *_norm("final_norm", f"{PREFIX}final_layer_norm", "D -> D"),
-  ]
-  if config.projection is not None:
-    rules += tables.linear(
-      "projection", "text_projection", "D -> P", bias=False
-    )
-  sizes = {
-    "V": config.vocabulary,
-    "S": config.positions,
+    *norm("blocks/attention_norm", f"{layer}.layer_norm1", "L D -> L D"),
+    *norm("blocks/mlp_norm", f"{layer}.layer_norm2", "L D -> L D"),
+  )
+
+
+def sizes(config: Any) -> dict[str, int]:
+  """Returns the sizes of which the rules of `blocks` speak."""
+  return {
     "L": config.depth,
     "D": config.width,
     "K": 3,
     "N": config.heads,
     "H": config.width // config.heads,
     "F": config.mlp_width,
-    "P": config.pooled_width,
   }
-  return tables.Table(tuple(rules), sizes)
 
 
 def renamed(tensors: tables.Tensors) -> tables.Tensors:
@@ -116,7 +129,8 @@ def write(config: clip.ClipConfig) -> dict[str, Any]:
   }
 
 
-def _norm(ours: str, theirs: str, pattern: str) -> tuple[tables.Rule, ...]:
+def norm(ours: str, theirs: str, pattern: str) -> tuple[tables.Rule, ...]:
+  """Returns the rules of a norm with a scale and a bias."""
   return (
     tables.Rule(f"{ours}/scale", f"{theirs}.weight", pattern),
     tables.Rule(f"{ours}/bias", f"{theirs}.bias", pattern),

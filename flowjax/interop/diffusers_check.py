@@ -158,6 +158,8 @@ def run(theirs: Any, config: Any, x_BHWC: Any, t_B: Any, cond: dict) -> Any:
   torch = torch_export.require_torch()
   x_BHWC, t_B = torch.as_tensor(x_BHWC), torch.as_tensor(t_B)
   cond = {key: torch.as_tensor(np.array(cond[key])) for key in cond}
+  if "context" in cond:
+    x_BHWC = torch.cat([x_BHWC, cond.pop("context")], dim=-1)
   call = {"dit": _run_dit, "mmdit": _run_mmdit, "flux": _run_flux}
   return call[config.name](theirs, config, x_BHWC, t_B, cond)
 
@@ -172,14 +174,18 @@ def _texts(
     safetensors.read(directory / formats.LABELS_FILE),
     cond["label"],
   )
-  return {key: learned[key].astype(np.float32)[label_B] for key in learned}
+  others = {key: cond[key] for key in cond if key != "label"}
+  texts = {key: learned[key].astype(np.float32)[label_B] for key in learned}
+  return {**others, **texts}
 
 
 def _run_dit(theirs, config, x_BHWC, t_B, cond):
+  # Without labels the table has one row, which stands for none.
+  label_B = cond.get("label", torch_export.require_torch().zeros(len(t_B)))
   out_BCHW = theirs(
     x_BHWC.permute(0, 3, 1, 2),
     timestep=config.timestep_scale * t_B,
-    class_labels=cond["label"].long(),
+    class_labels=label_B.long(),
   ).sample
   return out_BCHW.permute(0, 2, 3, 1)
 

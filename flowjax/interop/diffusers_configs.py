@@ -100,6 +100,7 @@ _WORDS = ("down_block_types", "up_block_types")
 def write(config: Any) -> dict[str, Any]:
   """Returns the content of config.json for a network of ours."""
   config = formats.without_labels(config)
+  _require_told_apart(config)
   own = {
     "dit": _write_dit,
     "mmdit": mmdit.diffusers_config,
@@ -201,17 +202,34 @@ def _require(fields: dict[str, Any], wanted: dict[str, tuple]) -> None:
       )
 
 
-def _out(fields: dict[str, Any]) -> int | None:
-  """Returns the channels that come out, None where as many as go in."""
-  out = fields["out_channels"]
-  return None if out == fields["in_channels"] else out
+def _channels(fields: dict[str, Any]) -> dict[str, Any]:
+  """Returns our channels: what goes in beyond what comes out is a context."""
+  into, out = fields["in_channels"], fields["out_channels"]
+  if out is None or into == out:
+    return {"channels": into, "context_channels": 0, "out_channels": None}
+  if into > out:
+    context = into - out
+    return {"channels": out, "context_channels": context, "out_channels": None}
+  return {"channels": into, "context_channels": 0, "out_channels": out}
+
+
+def _require_told_apart(config: Any) -> None:
+  """Refuses a network whose channels a config.json does not tell apart."""
+  more = getattr(config, "out_channels", None) not in (None, config.channels)
+  if more and config.context_channels:
+    raise errors.UserError(
+      f"context_channels = {config.context_channels} and out_channels = "
+      f"{config.out_channels}: diffusers says how many channels go in and come "
+      "out, and with both not which of them are the image. Such a network can "
+      "be exported with --format=torch."
+    )
 
 
 def _write_dit(config: Any) -> dict[str, Any]:
   return {
     "num_attention_heads": config.heads,
     "attention_head_dim": config.head_size,
-    "in_channels": config.channels,
+    "in_channels": config.channels_in,
     "out_channels": config.channels_out,
     "num_layers": config.depth,
     "sample_size": config.image_size[0],
@@ -225,8 +243,7 @@ def _read_dit(fields: dict[str, Any], like: Any) -> dict[str, Any]:
   _require(fields, {name: (_DIT[name],) for name in _DIT_FIXED})
   return {
     "image_size": (fields["sample_size"],) * 2,
-    "channels": fields["in_channels"],
-    "out_channels": _out(fields),
+    **_channels(fields),
     "patch_size": fields["patch_size"],
     "width": fields["num_attention_heads"] * fields["attention_head_dim"],
     "depth": fields["num_layers"],
@@ -252,8 +269,7 @@ def _read_mmdit(fields: dict[str, Any], like: Any) -> dict[str, Any]:
   size = (fields["sample_size"],) * 2
   return {
     "image_size": like.image_size if like else size,
-    "channels": fields["in_channels"],
-    "out_channels": _out(fields),
+    **_channels(fields),
     "patch_size": fields["patch_size"],
     "depth": fields["num_layers"],
     "heads": fields["num_attention_heads"],
@@ -271,8 +287,12 @@ def _read_mmdit(fields: dict[str, Any], like: Any) -> dict[str, Any]:
 
 def _write_flux(config: Any) -> dict[str, Any]:
   # Patches come to it already flattened.
+  pixels = config.patch_size**2
   return {
-    "in_channels": config.channels * config.patch_size**2,
+    "in_channels": config.channels_in * pixels,
+    "out_channels": config.channels * pixels
+    if config.context_channels
+    else None,
     "num_layers": config.double_depth,
     "num_single_layers": config.single_depth,
     "attention_head_dim": config.head_size,
@@ -285,19 +305,24 @@ def _write_flux(config: Any) -> dict[str, Any]:
 
 
 def _read_flux(fields: dict[str, Any], like: Any) -> dict[str, Any]:
-  _require(
-    fields,
-    {"patch_size": (1,), "out_channels": (None, fields["in_channels"])},
-  )
-  patch = (like or models.CONFIGS["flux"]()).patch_size
-  if fields["in_channels"] % patch**2:
+  _require(fields, {"patch_size": (1,)})
+  patch, channels = (like or models.CONFIGS["flux"]()).patch_size, {}
+  for name, values in _channels(fields).items():
+    if values and values % patch**2:
+      raise errors.UserError(
+        f"config.json: in_channels = {fields['in_channels']} and out_channels "
+        f"= {fields['out_channels']} are no numbers of channels times {patch}x"
+        f"{patch}, the pixels of a patch. Say how its patches are packed by a "
+        "--config with another config.model.patch_size."
+      )
+    channels[name] = values and values // patch**2
+  if channels.pop("out_channels"):
     raise errors.UserError(
-      f"config.json: in_channels = {fields['in_channels']} is no number of "
-      f"channels times {patch}x{patch}, the pixels of a patch. Say how its "
-      "patches are packed by a --config with another config.model.patch_size."
+      f"config.json: out_channels = {fields['out_channels']} is more than "
+      f"in_channels = {fields['in_channels']}: this is another network."
     )
   return {
-    "channels": fields["in_channels"] // patch**2,
+    **channels,
     "width": fields["num_attention_heads"] * fields["attention_head_dim"],
     "heads": fields["num_attention_heads"],
     "double_depth": fields["num_layers"],

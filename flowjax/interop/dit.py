@@ -22,7 +22,8 @@ _PUBLISHED = {
 }
 HELD: dict[str, dict[str, Any]] = {
   "diffusers": _PUBLISHED | {"mlp_ratio": 4.0, "frequency_shift": 1.0},
-  "original": (_PUBLISHED | {"frequency_shift": 0.0, "mlp_norm_epsilon": 1e-6}),
+  "original": _PUBLISHED
+  | {"frequency_shift": 0.0, "mlp_norm_epsilon": 1e-6, "context_channels": 0},
 }
 # Of these the tensors say nothing: whoever reads some may say otherwise.
 UNTOLD = ("frequency_shift", "mlp_norm_epsilon", "timestep_scale")
@@ -186,11 +187,11 @@ def _sizes(config: dit.DiTConfig) -> dict[str, int]:
     "N": config.heads,
     "H": config.head_size,
     "F": config.mlp_width,
-    "I": patch * config.channels,
+    "I": patch * config.channels_in,
     "O": patch * config.channels_out,
     "Y": config.patch_size,
     "Z": config.patch_size,
-    "C": config.channels,
+    "C": config.channels_in,
     "X": layers.TIME_FREQUENCIES,
     "K": config.num_classes + 1,
     "T": height * width // patch,

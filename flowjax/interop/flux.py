@@ -8,11 +8,11 @@ from flowjax.models import flux, layers
 
 # L double layers, M single layers; D width and E the same where both sides
 # have it; N heads, H head size; F hidden width of the MLP; p, q, C rows,
-# columns and channels of a patch; X features of the time, Y width of the
-# pooled text, J of the text. Parts of a fused linear: P query, key, value;
-# S shift, scale, gate of attention and of the MLP; G the same of both at once;
-# R shift, scale. Of our own torch: I values of a patch, K labels and the one
-# for none, T tokens of the text that is learned for each.
+# columns and channels of a patch, of which Z come out; X features of the time,
+# Y width of the pooled text, J of the text. Parts of a fused linear: P query,
+# key, value; S shift, scale, gate of attention and of the MLP; G the same of
+# both at once; R shift, scale. Of our own torch: I, O values of a patch, in and
+# out, K labels and the one for none, T tokens of the text learned for each.
 
 _DOUBLE, _SINGLE = "double_blocks", "single_blocks"
 _QKV = ("q", "k", "v")
@@ -31,7 +31,7 @@ def torch_layout(config: flux.FluxConfig) -> tables.Table:
     *tables.linear("text_embed", "text_embed", "J -> D"),
     *tables.linear("patch_embed", "patch_embed", "I -> D"),
     *tables.linear("final/modulation", "final.modulation", "E -> R D"),
-    *tables.linear("final/out", "final.out_proj", "D -> I"),
+    *tables.linear("final/out", "final.out_proj", "D -> O"),
   ]
   if config.num_classes:
     rules += [
@@ -193,8 +193,8 @@ def _patches(embed: str, out: str) -> list[tables.Rule]:
       "patch_embed/kernel", f"{embed}.weight", "(p q C) D -> D (C p q)"
     ),
     tables.Rule("patch_embed/bias", f"{embed}.bias", "D -> D"),
-    tables.Rule("final/out/kernel", f"{out}.weight", "D (p q C) -> (C p q) D"),
-    tables.Rule("final/out/bias", f"{out}.bias", "(p q C) -> (C p q)"),
+    tables.Rule("final/out/kernel", f"{out}.weight", "D (p q Z) -> (Z p q) D"),
+    tables.Rule("final/out/bias", f"{out}.bias", "(p q Z) -> (Z p q)"),
   ]
 
 
@@ -245,8 +245,10 @@ def _sizes(config: flux.FluxConfig) -> dict[str, int]:
     "F": config.mlp_width,
     "p": config.patch_size,
     "q": config.patch_size,
-    "C": config.channels,
-    "I": config.patch_size**2 * config.channels,
+    "C": config.channels_in,
+    "Z": config.channels,
+    "I": config.patch_size**2 * config.channels_in,
+    "O": config.patch_size**2 * config.channels,
     "K": config.num_classes + 1,
     "T": config.label_tokens,
     "X": layers.TIME_FREQUENCIES,

@@ -34,7 +34,7 @@ from flowjax.interop import (
   vae,
   weights,
 )
-from flowjax.models import autoencoder, tiles
+from flowjax.models import autoencoder, clip_vision, tiles
 from flowjax.parallel import mesh as meshes
 from flowjax.parallel import placing, rules
 
@@ -104,6 +104,19 @@ class Frozen:
     """
     return self._sd3(captions) if self.kind == "sd3" else self._flux(captions)
 
+  @property
+  def embeds(self) -> int:
+    """How many numbers its image encoder makes of an image; 0: it has none."""
+    if not pipelines.has_image_encoder(self.index):
+      return 0
+    folder = self.folder / pipelines.IMAGE_ENCODER
+    return text_encoders.open(folder).config.projection
+
+  def embed(self, x_BHWC: Any) -> np.ndarray:
+    """Returns embeddings [B, P] of images in [-1, 1], of any size."""
+    part = self._part(pipelines.IMAGE_ENCODER)
+    return self._on_rows(part, "embed", x_BHWC)
+
   def truncated(self, captions: Captions) -> dict[str, np.ndarray]:
     """Says of which captions each encoder reads the beginning alone: bool [B].
 
@@ -143,7 +156,10 @@ class Frozen:
       "dtype": self.dtype,
       "text_tokens": self.text_tokens,
     }
-    for name in (*pipelines.encoders(self.index), pipelines.VAE):
+    named = [*pipelines.encoders(self.index), pipelines.VAE]
+    if pipelines.has_image_encoder(self.index):
+      named.append(pipelines.IMAGE_ENCODER)
+    for name in named:
       found[name] = _digest(self.folder / name)
     return found
 
@@ -233,7 +249,10 @@ class Frozen:
     """Returns a part, read unless it is held already."""
     if name in self._held:
       return self._held[name]
-    read = self._read_vae if name == pipelines.VAE else self._read_encoder
+    read = {
+      pipelines.VAE: self._read_vae,
+      pipelines.IMAGE_ENCODER: self._read_image_encoder,
+    }.get(name, self._read_encoder)
     part = read(name)
     if self.keep:
       self._held[name] = part
@@ -264,6 +283,21 @@ class Frozen:
     )
     run = jax.jit(functools.partial(module.apply, config))
     return _Part(config, params, {"texts": run})
+
+  def _read_image_encoder(self, name: str) -> _Part:
+    found = text_encoders.open(self.folder / name)
+    config = dataclasses.replace(found.config, dtype=self.dtype)
+    params = self._placed(
+      found.leaves(),
+      jax.eval_shape(lambda: clip_vision.init(config, jax.random.key(0))),
+      rules.for_model(config),
+    )
+
+    def embed(params, x_BHWC):
+      shown_BHWC = clip_vision.shown(config, x_BHWC)
+      return clip_vision.apply(config, params, shown_BHWC)
+
+    return _Part(config, params, {"embed": jax.jit(embed)})
 
   def _read_vae(self, name: str) -> _Part:
     config, params = vae.open(self.folder / name, dtype=self.dtype)

@@ -142,7 +142,7 @@ def original_layout(config: mmdit.MMDiTConfig) -> tables.Table:
   Their code reads the number of layers, and of heads of size 64, off the
   width: both are width / 64.
   """
-  _require_fixed(config, "the reference of SD3")
+  _require_fixed(config, "the reference of SD3", context_channels=0)
   _require_shape(config)
   rules = [
     *_patch_embed("x_embedder.proj"),
@@ -183,7 +183,7 @@ def diffusers_config(config: mmdit.MMDiTConfig) -> dict[str, Any]:
   return {
     "sample_size": max(config.image_size),
     "patch_size": config.patch_size,
-    "in_channels": config.channels,
+    "in_channels": config.channels_in,
     "out_channels": config.channels_out,
     "num_layers": config.depth,
     "attention_head_dim": config.head_size,
@@ -327,9 +327,11 @@ def _position_table(config: mmdit.MMDiTConfig) -> lazy.Array:
   return lazy.Array((1, side * side, config.width), make)
 
 
-def _require_fixed(config: mmdit.MMDiTConfig, target: str) -> None:
+def _require_fixed(
+  config: mmdit.MMDiTConfig, target: str, **others: Any
+) -> None:
   """Raises UserError for what the weights alone cannot tell the target."""
-  for field, value in _FIXED.items():
+  for field, value in (_FIXED | others).items():
     if getattr(config, field) != value:
       raise errors.UserError(
         f"{field}={getattr(config, field)!r}: {target} has {value!r}, and no "
@@ -361,8 +363,8 @@ def _sizes(config: mmdit.MMDiTConfig) -> dict[str, int]:
     "F": config.mlp_width,
     "p": config.patch_size,
     "q": config.patch_size,
-    "C": config.channels,
-    "I": config.patch_size**2 * config.channels,
+    "C": config.channels_in,
+    "I": config.patch_size**2 * config.channels_in,
     "O": config.patch_size**2 * config.channels_out,
     "K": config.num_classes + 1,
     "T": config.label_tokens,

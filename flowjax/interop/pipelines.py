@@ -11,10 +11,11 @@ import shutil
 from typing import Any
 
 from flowjax import errors
-from flowjax.interop import clip, diffusers_configs, t5
+from flowjax.interop import clip, clip_vision, diffusers_configs, t5
 
 INDEX = "model_index.json"
 TRANSFORMER, SCHEDULER, VAE = "transformer", "scheduler", "vae"
+IMAGE_ENCODER = "image_encoder"
 (T5,) = t5.CLASSES
 _CLIP, _PROJECTED = clip.CLASSES
 # Pipelines whose parts are ours: the text encoders of each, with their classes.
@@ -149,6 +150,12 @@ def encoders(index: dict[str, Any]) -> dict[str, str]:
   """Returns the text encoders of a pipeline of ours, and their classes."""
   wanted = _ENCODERS[KINDS[index["_class_name"]]]
   return {name: cls for name, cls in wanted.items() if name in parts(index)}
+
+
+def has_image_encoder(index: dict[str, Any]) -> bool:
+  """Says whether a pipeline has an image encoder that is ours."""
+  found = (index.get(IMAGE_ENCODER) or [None])[-1]
+  return found in clip_vision.CLASSES
 
 
 def factor(source: pathlib.Path) -> int:

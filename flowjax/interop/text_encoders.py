@@ -1,4 +1,4 @@
-"""Folders of text encoders, as transformers saves and loads them.
+"""Folders of encoders of texts and images, as transformers saves them.
 
 A config.json beside `model.safetensors`, or beside several files and their
 index. Weights are mapped to memory, and read when they are used.
@@ -10,14 +10,19 @@ import pathlib
 from typing import Any
 
 from flowjax import errors
-from flowjax.interop import clip, shards, t5, tables, weights
+from flowjax.interop import clip, clip_vision, shards, t5, tables, weights
 from flowjax.models import clip as clip_model
+from flowjax.models import clip_vision as clip_vision_model
 from flowjax.models import t5 as t5_model
 
 STEM = "model"
-_KINDS: dict[str, Any] = {clip.MODEL_TYPE: clip, t5.MODEL_TYPE: t5}
-_BY_NAME: dict[str, Any] = {"clip": clip, "t5": t5}
-MODULES: dict[str, Any] = {"clip": clip_model, "t5": t5_model}
+_BY_NAME: dict[str, Any] = {"clip": clip, "t5": t5, "clip_vision": clip_vision}
+_KINDS = {module.MODEL_TYPE: module for module in _BY_NAME.values()}
+MODULES: dict[str, Any] = {
+  "clip": clip_model,
+  "t5": t5_model,
+  "clip_vision": clip_vision_model,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +71,7 @@ def open(folder: pathlib.Path) -> Found:
   kind = content.get("model_type") if isinstance(content, dict) else None
   if kind not in _KINDS:
     raise errors.UserError(
-      f"{path}: model_type = {kind!r} is no text encoder of FlowJAX; those "
+      f"{path}: model_type = {kind!r} is no encoder of FlowJAX; those "
       f"that are: {', '.join(_KINDS)}."
     )
   module = _KINDS[kind]

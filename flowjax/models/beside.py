@@ -4,18 +4,28 @@ Each function returns another network, which `init` gives a group of parameters
 more and whose `own` leads back to those of the network as it was built.
 """
 
-# Shape suffixes: B batch, H height, W width, C channels, L text tokens, E width
-# of the text, P width of the pooled text, K vectors of a codebook, D their
-# width.
+# Shape suffixes: B batch, H height, W width, C channels, L text tokens, N
+# boxes, E width of the text, P width of the pooled text, K vectors of a
+# codebook, D their width.
 
 import collections.abc
 import dataclasses
+import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
-from flowjax.models import conditions, lora, seam, text, uncertainty, vq
+from flowjax.models import (
+  encoders,
+  image_encoder,
+  layout,
+  lora,
+  seam,
+  text,
+  uncertainty,
+  vq,
+)
 
 
 def with_lora(network: seam.Network, config: lora.LoraConfig) -> seam.Network:
@@ -55,92 +65,106 @@ def with_text_encoder(
   "token_mask" [B, L] in place of the text, and may have a "negative" of the
   same; without a condition the caption is `empty`, token [L] and mask [L].
   """
-  model = network.config
-  _check_text_encoder(config, model)
-  nothing = dict(zip(("token", "token_mask"), empty, strict=True))
+  encoders.check(
+    network.config,
+    f"vocabulary = {config.vocabulary}",
+    tokens=config.tokens,
+    width=config.width,
+  )
 
-  def init(rng):
-    encoder = text.init(config, jax.random.fold_in(rng, 2))
-    return {**network.init(rng), text.GROUP: encoder}
-
-  def without(params):
-    return {key: params[key] for key in params if key != text.GROUP}
-
-  def encoded(params, cond):
+  def apply(params, cond):
     mask_BL = cond["token_mask"].astype(bool)
-    text_BLE, pooled_BP = text.apply(
-      config, params[text.GROUP], cond["token"], mask_BL
-    )
+    text_BLE, pooled_BP = text.apply(config, params, cond["token"], mask_BL)
     return {"text": text_BLE, "pooled": pooled_BP, "text_mask": mask_BL}
 
-  def told(params, cond):
-    if "token" not in cond:
-      raise ValueError(
-        "The network reads captions, cond={'token': [B, L], 'token_mask': "
-        f"[B, L]}}, got the keys {sorted(cond)}."
-      )
-    others = {key: cond[key] for key in cond if key not in nothing}
-    if "negative" in cond:
-      others["negative"] = encoded(params, cond["negative"])
-    return {**others, **encoded(params, cond)}
-
-  def unconditional(cond):
-    if "negative" in cond:
-      return {**cond, **cond["negative"]}
-    emptied = {
-      key: jnp.broadcast_to(
-        jnp.asarray(row, cond[key].dtype)[None], cond[key].shape
-      )
-      for key, row in nothing.items()
-    }
-    return {**cond, **emptied}
-
-  def dropped(cond, rng):
-    emptied, rate = unconditional(cond), model.condition_dropout
-    return conditions.exchanged(cond, emptied, tuple(nothing), rate, rng)
-
-  def apply(params, x_BHWC, t_B, cond, rng=None):
-    cond = cond if rng is None else dropped(cond, rng)
-    return network.apply(without(params), x_BHWC, t_B, told(params, cond))
-
-  def example(batch):
-    shape = (batch, config.tokens)
-    return {
-      "token": jnp.zeros(shape, jnp.int32),
-      "token_mask": jnp.ones(shape, bool),
-    }
-
-  return dataclasses.replace(
+  token_L, mask_L = empty
+  return encoders.with_encoder(
     network,
-    init=init,
-    apply=apply,
-    unconditional=unconditional,
-    flops=network.flops + text.flops(config),
-    example=example,
-    dropped=dropped,
-    own=lambda params: network.own(without(params)),
-    told=told,
+    encoders.Encoder(
+      group=text.GROUP,
+      reads="captions",
+      init=functools.partial(text.init, config),
+      apply=apply,
+      empty={
+        "token": np.asarray(token_L, np.int32),
+        "token_mask": np.asarray(mask_L, bool),
+      },
+      flops=text.flops(config),
+    ),
   )
 
 
-def _check_text_encoder(config: text.TextConfig, model: Any) -> None:
-  """Raises ValueError for an encoder that a model cannot listen to."""
-  if not hasattr(model, "text_width") or model.num_classes:
-    raise ValueError(
-      f"vocabulary = {config.vocabulary}: a network {model.name!r} with "
-      f"num_classes = {model.num_classes} reads no text; take an MM-DiT or a "
-      "FLUX with num_classes = 0, or set vocabulary = 0."
+def with_layout_encoder(
+  network: seam.Network, config: layout.LayoutConfig
+) -> seam.Network:
+  """Returns the network with an encoder of layouts, trained beside it.
+
+  Its parameters are "layout_encoder". The condition has "boxes" [B, N, 5] and
+  "box_mask" [B, N] in place of the text, and may have a "negative" of the same;
+  without a condition there is no box.
+  """
+  encoders.check(
+    network.config,
+    f"classes = {config.classes}",
+    tokens=config.boxes + 1,
+    width=config.width,
+  )
+
+  def apply(params, cond):
+    text_BLE, pooled_BP, mask_BL = layout.apply(
+      config, params, cond["boxes"], cond["box_mask"].astype(bool)
     )
-  if not model.text_width == model.pooled_width == config.width:
-    raise ValueError(
-      f"width = {config.width} must be that of the text, model.text_width = "
-      f"{model.text_width}, and model.pooled_width = {model.pooled_width}."
-    )
-  if model.text_tokens != config.tokens:
-    raise ValueError(
-      f"tokens = {config.tokens} and model.text_tokens = {model.text_tokens} "
-      "must be the same."
-    )
+    return {"text": text_BLE, "pooled": pooled_BP, "text_mask": mask_BL}
+
+  return encoders.with_encoder(
+    network,
+    encoders.Encoder(
+      group=layout.GROUP,
+      reads="layouts",
+      init=functools.partial(layout.init, config),
+      apply=apply,
+      empty={
+        "boxes": np.zeros((config.boxes, 5), np.float32),
+        "box_mask": np.zeros(config.boxes, bool),
+      },
+      flops=layout.flops(config),
+    ),
+  )
+
+
+def with_image_encoder(
+  network: seam.Network, config: image_encoder.EmbeddingConfig
+) -> seam.Network:
+  """Returns the network with what makes a text of an image, trained beside it.
+
+  Its parameters are "image_encoder". The condition has "original" [B, H, W, C]
+  or, if that is not learned, "embedding" [B, P], and "original_mask" [B] or
+  "embedding_mask"; without a condition the mask is false.
+  """
+  model = network.config
+  encoders.check(
+    model, f"size = {config.size}", tokens=config.tokens, width=None
+  )
+  key, shape = image_encoder.told(config, model)
+  mask = f"{key}_mask"
+
+  def apply(params, cond):
+    told = cond[key], cond[mask].astype(bool)
+    text_BKE, pooled_BQ = image_encoder.apply(config, model, params, *told)
+    return {"text": text_BKE, "pooled": pooled_BQ}
+
+  return encoders.with_encoder(
+    network,
+    encoders.Encoder(
+      group=image_encoder.GROUP,
+      reads="images" if config.depth else "embedded images",
+      init=functools.partial(image_encoder.init, config, model),
+      apply=apply,
+      empty={key: np.zeros((), np.float32), mask: np.zeros((), bool)},
+      shapes={key: shape},
+      flops=image_encoder.flops(config, model),
+    ),
+  )
 
 
 def with_uncertainty(network: seam.Network) -> seam.Network:

@@ -40,6 +40,15 @@ def positive(config: Any, fields: str) -> None:
     raise ValueError(f"image_size={config.image_size} must be positive.")
 
 
+def context(config: Any) -> None:
+  """Raises ValueError for a number of channels that no context has."""
+  if config.context_channels < 0:
+    raise ValueError(
+      f"context_channels={config.context_channels} must not be negative: 0 is "
+      "a network that sees the image alone."
+    )
+
+
 def patches(image_size: collections.abc.Sequence[int], patch: int) -> None:
   """Raises ValueError unless images are cut into whole patches."""
   if not any(size % patch for size in image_size):
@@ -68,6 +77,25 @@ def image(config: Any, x_BHWC: jax.Array) -> tuple[int, tuple[int, ...]]:
   batch, *image_size, _ = x_BHWC.shape
   patches(image_size, config.patch_size)
   return batch, tuple(image_size)
+
+
+def canvas(
+  config: Any, x_BHWC: jax.Array, cond: collections.abc.Mapping[str, Any]
+) -> bool:
+  """Returns whether images are patches one under the other, by cond["grid"].
+
+  Raises ValueError for a grid without them.
+  """
+  if "grid" not in cond:
+    return False
+  batch, _, width, _ = x_BHWC.shape
+  if width != config.patch_size or cond["grid"].shape != (batch, 2):
+    raise ValueError(
+      f"grid has shape {cond['grid'].shape} beside x of {x_BHWC.shape}: "
+      f"cond['grid'] is [{batch}, 2], rows and columns of each image, where x "
+      f"holds their patches one under the other, {config.patch_size} wide."
+    )
+  return True
 
 
 def per_example(batch: int, **values: jax.Array) -> None:

@@ -11,7 +11,7 @@ it, mapped if there is a projection.
 import dataclasses
 import functools
 import typing
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -47,6 +47,8 @@ class ClipConfig:
   to which the pooled text is mapped, if it is.
   """
 
+  causal: ClassVar[bool] = True  # A token sees those before it.
+
   name: str = "clip"
   vocabulary: int = 49408
   positions: int = 77
@@ -64,23 +66,7 @@ class ClipConfig:
   def __post_init__(self):
     if self.mlp_width == 0:
       object.__setattr__(self, "mlp_width", 4 * self.width)
-    for field, known in (
-      ("name", ("clip",)),
-      ("activation", ACTIVATIONS),
-      ("dtype", blocks.DTYPES),
-    ):
-      if getattr(self, field) not in known:
-        word = getattr(self, field)
-        raise ValueError(
-          f"{field}={word!r} is not known. {schema.closest(word, known)}"
-        )
-    for field in ("vocabulary", "positions", "width", "depth", "heads"):
-      if getattr(self, field) <= 0:
-        raise ValueError(f"{field}={getattr(self, field)} must be positive.")
-    if self.width % self.heads:
-      raise ValueError(
-        f"heads={self.heads} do not divide width={self.width} evenly."
-      )
+    check(self, "clip", "vocabulary positions width depth heads")
     if not 0 <= self.skip <= self.depth:
       raise ValueError(
         f"skip={self.skip} must be at least 0, and at most depth={self.depth}."
@@ -93,6 +79,27 @@ class ClipConfig:
   @property
   def text_width(self) -> int:
     return self.width
+
+
+def check(config: Any, name: str, positive: str) -> None:
+  """Raises ValueError for what no encoder of CLIP is made of."""
+  for field, known in (
+    ("name", (name,)),
+    ("activation", ACTIVATIONS),
+    ("dtype", blocks.DTYPES),
+  ):
+    if getattr(config, field) not in known:
+      word = getattr(config, field)
+      raise ValueError(
+        f"{field}={word!r} is not known. {schema.closest(word, known)}"
+      )
+  for field in positive.split():
+    if getattr(config, field) <= 0:
+      raise ValueError(f"{field}={getattr(config, field)} must be positive.")
+  if config.width % config.heads:
+    raise ValueError(
+      f"heads={config.heads} do not divide width={config.width} evenly."
+    )
 
 
 class LayerNorm(nn.Module):
@@ -114,13 +121,13 @@ class LayerNorm(nn.Module):
 
 
 class Block(nn.Module):
-  """Attention to what came before, and an MLP; what they say is added.
+  """Attention, of a text to what came before, and an MLP; both are added.
 
   The sum is float32. It takes the number of the block, from 0, and carries the
   text beside the sum until the block that says it.
   """
 
-  config: ClipConfig
+  config: Any
 
   @nn.compact
   def __call__(self, carry, number, mask_BL):
@@ -136,7 +143,7 @@ class Block(nn.Module):
     y_BLNH = text_attention.attend(
       *jnp.unstack(qkv_BLKNH, axis=2),
       scale=size**-0.5,
-      seen_TS=jnp.tri(length, dtype=bool),
+      seen_TS=jnp.tri(length, dtype=bool) if config.causal else None,
       mask_BS=mask_BL,
     )
     out_BLE = dense((config.width,), contract=2, name="out")(y_BLNH)
@@ -167,15 +174,8 @@ class Encoder(nn.Module):
     x_BLE = x_BLE + place_LE()[None, :length].astype(jnp.float32)
     x_BLE = axes.name(x_BLE, "batch", None, "width")
 
-    stack = nn.scan(
-      Block,
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
-      in_axes=(0, nn.broadcast),
-      length=config.depth,
-    )(config, name="blocks")
     # What every block was skipped for is the sum before the first.
-    (x_BLE, text_BLE), _ = stack(
+    (x_BLE, text_BLE), _ = stacked(config)(
       (x_BLE, x_BLE), jnp.arange(config.depth), mask_BL
     )
 
@@ -191,6 +191,18 @@ class Encoder(nn.Module):
         name="projection",
       )(pooled_BE).astype(jnp.float32)
     return (text_BLE if config.skip else x_BLE), pooled_BE
+
+
+def stacked(config: Any) -> nn.Module:
+  """Returns the blocks of a config; called inside an encoder."""
+  stack = nn.scan(
+    Block,
+    variable_axes={"params": 0},
+    split_rngs={"params": True},
+    in_axes=(0, nn.broadcast),
+    length=config.depth,
+  )
+  return stack(config, name="blocks")
 
 
 def end_of_text(config: ClipConfig, token_BL: jax.Array) -> jax.Array:

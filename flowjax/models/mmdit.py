@@ -51,15 +51,18 @@ class MMDiTConfig:
   `position_table` x `position_table` places, whose rows and columns p stand at
   `position_scale` * (p - `position_offset`); "rope2d" turns the tokens of the
   image.
+  `context_channels` are those of cond["context"], read beside the image.
   `text_tokens` is the length for which arithmetic is counted: any will do.
   With `num_classes` above 0 the network reads labels, and learns a text of
-  `label_tokens` for each. `timestep_scale` multiplies t in [0, 1] before its
-  sinusoid. `remat` is a key of `blocks.REMAT`.
+  `label_tokens` for each. With `size_conditioning` it is told size and crop of
+  an image, cond["size_crop"]. `timestep_scale` multiplies t in [0, 1] before
+  its sinusoid. `remat` is a key of `blocks.REMAT`.
   """
 
   name: str = "mmdit"
   image_size: tuple[int, int] = (128, 128)
   channels: int = 16
+  context_channels: int = 0
   out_channels: int | None = None
   patch_size: int = 2
   depth: int = 24
@@ -79,6 +82,7 @@ class MMDiTConfig:
   num_classes: int = 0
   label_tokens: int = 8
   condition_dropout: float = 0.1
+  size_conditioning: bool = False
   timestep_scale: float = 1000.0
   scan: bool = True
   remat: str = "none"
@@ -93,6 +97,7 @@ class MMDiTConfig:
       "position_scale rope_theta timestep_scale channels_out",
     )
     checks.patches(self.image_size, self.patch_size)
+    checks.context(self)
     _check_ranges(self)
     _check_table(self, self.image_size)
     _check_heads(self)
@@ -105,6 +110,10 @@ class MMDiTConfig:
   @property
   def mlp_width(self) -> int:
     return int(self.mlp_ratio * self.width)
+
+  @property
+  def channels_in(self) -> int:
+    return self.channels + self.context_channels
 
   @property
   def channels_out(self) -> int:
@@ -133,6 +142,7 @@ class MMDiT(nn.Module):
     patch = config.patch_size
     rows, columns = (size // patch for size in x_BHWC.shape[1:3])
     text_BLE, pooled_BP, text_mask_BL = conditions.read(config, cond)
+    grid_B2 = cond.get("grid")
 
     embed = functools.partial(
       layers.Dense,
@@ -142,7 +152,11 @@ class MMDiT(nn.Module):
     )
     x_BTP = sequences.even(patches.patchify(x_BHWC, patch))
     x_BTD, rope = _place(
-      config, embed(name="patch_embed")(x_BTP), rows, columns
+      config,
+      embed(name="patch_embed")(x_BTP),
+      rows,
+      columns,
+      grid_B2,
     )
     text_BLD = embed(name="text_embed")(sequences.even(text_BLE))
     (batch, length), tokens = text_BLE.shape[:2], rows * columns
@@ -152,7 +166,7 @@ class MMDiT(nn.Module):
     )
     masks = (
       sequences.seen(text_mask_BL, batch, length),
-      sequences.seen(None, batch, tokens),
+      sequences.seen(positions.inside(grid_B2, tokens), batch, tokens),
     )
 
     time_BD = layers.TimeEmbed(config.width, name="time_embed")(
@@ -172,20 +186,27 @@ class MMDiT(nn.Module):
     return patches.unpatchify(x_BTP[:, :tokens], rows, columns, patch)
 
 
-def _place(config: MMDiTConfig, x_BTD, rows: int, columns: int):
+def _place(config: MMDiTConfig, x_BTD, rows: int, columns: int, grid_B2):
   """Adds the position to each token, or returns how heads are to turn."""
+  tokens = rows * columns
   if config.position == "rope2d":
-    rope = positions.rope2d(rows, columns, config.head_size, config.rope_theta)
+    half, theta = config.head_size // 2, config.rope_theta
+    if grid_B2 is None:
+      rope: Any = positions.rope2d(rows, columns, config.head_size, theta)
+    else:
+      rope = positions.rope_within(grid_B2, tokens, (half, half), theta)
     return x_BTD, sequences.even_rope(rope)
-  table_TD = positions.sincos2d_centre(
-    rows,
-    columns,
+  table = (
     config.width,
     config.position_table,
     config.position_scale,
     config.position_offset,
   )
-  return positions.added(x_BTD, sequences.even(table_TD, 0)), None
+  if grid_B2 is None:
+    table_TD: Any = positions.sincos2d_centre(rows, columns, *table)
+  else:
+    table_TD = positions.sincos2d_centre_within(grid_B2, tokens, *table)
+  return positions.added(x_BTD, sequences.even(table_TD, -2)), None
 
 
 def _blocks(config: MMDiTConfig) -> list[nn.Module]:
@@ -217,7 +238,7 @@ def _blocks(config: MMDiTConfig) -> list[nn.Module]:
 
 def init(config: MMDiTConfig, rng: jax.Array) -> dict[str, Any]:
   """Draws the parameters, float32."""
-  x_BHWC = jnp.zeros((1, *config.image_size, config.channels), jnp.float32)
+  x_BHWC = jnp.zeros((1, *config.image_size, config.channels_in))
   cond = conditions.example(config)
   return MMDiT(blocks.anywhere(config)).init(rng, x_BHWC, jnp.zeros(1), cond)[
     "params"
@@ -235,12 +256,16 @@ def apply(
   """Returns the velocity at (x, t) given the text, in float32.
 
   cond has "text" [B, L, E], "pooled" [B, P] and, if some of the tokens are
-  padding, "text_mask" [B, L], true where a token is real; or "label" [B]. With
-  an rng, each condition is dropped with probability `condition_dropout`.
+  padding, "text_mask" [B, L], true where a token is real; or "label" [B]; and
+  "context" [B, H, W, K] of K = `context_channels`, if any; "size_crop" [B, 6]
+  where it is told sizes; "grid" [B, 2], rows and columns, where x holds patches
+  one under the other. With an rng, each text or label is dropped with
+  `condition_dropout`.
   """
   _check_inputs(config, x_BHWC, t_B, cond)
   if rng is not None:
     cond = conditions.dropped(config, cond, rng)
+  x_BHWC = conditions.with_context(config, x_BHWC, cond)
   v_BHWC = MMDiT(config).apply({"params": params}, x_BHWC, t_B, cond)
   return typing.cast(jax.Array, v_BHWC)
 
@@ -298,10 +323,10 @@ def flops(config: MMDiTConfig) -> int:
   )
   dual = 2 * image * 4 * d * d + 4 * image**2 * d + 2 * 3 * d * d
   absent = 2 * text * (d * d + mlp) + 2 * 4 * d * d
-  values = config.patch_size**2 * (config.channels + config.channels_out)
+  values = config.patch_size**2 * (config.channels_in + config.channels_out)
   ends = 2 * d * (image * values + text * config.text_width + 2 * d)
   time = 2 * d * (layers.TIME_FREQUENCIES + d)
-  pooled = 2 * d * (config.pooled_width + d)
+  pooled = 2 * d * (conditions.told_width(config) + d)
   stack = config.depth * block + config.dual_layers * dual - absent
   return stack + ends + time + pooled
 
@@ -344,6 +369,7 @@ def _check_heads(config: MMDiTConfig) -> None:
 
 def _check_inputs(config: MMDiTConfig, x_BHWC, t_B, cond) -> None:
   batch, image_size = checks.image(config, x_BHWC)
-  _check_table(config, image_size)
+  if not checks.canvas(config, x_BHWC, cond):
+    _check_table(config, image_size)
   checks.per_example(batch, t=t_B)
   conditions.check(config, cond, batch)

@@ -5,9 +5,10 @@ and several times slower on a CPU.
 """
 
 # Shape suffixes: B batch, H height, W width, C channels, T tokens (row-major
-# over the grid of patches), P one flattened patch.
+# over the grid of patches), P one flattened patch, D width of a token.
 
 import jax
+import numpy as np
 
 
 def patchify(x_BHWC: jax.Array, patch: int) -> jax.Array:
@@ -27,3 +28,14 @@ def unpatchify(
   x = x_BTP.reshape(batch, rows, columns, patch, patch, -1)
   x = x.transpose(0, 1, 3, 2, 4, 5)
   return x.reshape(batch, rows * patch, columns * patch, -1)
+
+
+def with_context(kernel_PD: np.ndarray, patch: int, more: int) -> np.ndarray:
+  """Returns the kernel of a patch that has `more` channels, which do nothing.
+
+  A network that begins with it says what it said before, whatever its context.
+  """
+  width = kernel_PD.shape[-1]
+  kernel = kernel_PD.reshape(patch, patch, -1, width)
+  wider = np.pad(kernel, ((0, 0), (0, 0), (0, more), (0, 0)))
+  return wider.reshape(-1, width)

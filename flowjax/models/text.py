@@ -42,25 +42,10 @@ class TextConfig:
   dtype: str = "float32"
 
   def __post_init__(self):
-    for name in ("tokens", "width", "depth", "heads", "mlp_ratio"):
-      if getattr(self, name) <= 0:
-        raise ValueError(f"{name} = {getattr(self, name)} must be positive.")
+    check_sizes(self, "tokens")
     if self.vocabulary < 0:
       raise ValueError(
         f"vocabulary = {self.vocabulary} is below 0; 0: no encoder."
-      )
-    if self.width % self.heads:
-      raise ValueError(
-        f"heads = {self.heads} does not divide width = {self.width}."
-      )
-    if self.attention not in attention.BODIES:
-      raise ValueError(
-        f"attention = {self.attention!r} is none of "
-        f"{', '.join(attention.BODIES)}."
-      )
-    if self.dtype not in blocks.DTYPES:
-      raise ValueError(
-        f"dtype = {self.dtype!r} is none of {', '.join(blocks.DTYPES)}."
       )
 
   @property
@@ -68,10 +53,32 @@ class TextConfig:
     return int(self.mlp_ratio * self.width)
 
 
+def check_sizes(config: Any, *counts: str, least_depth: int = 1) -> None:
+  """Raises ValueError for blocks that cannot be, or counts below 1."""
+  for name in (*counts, "width", "heads", "mlp_ratio"):
+    if getattr(config, name) <= 0:
+      raise ValueError(f"{name} = {getattr(config, name)} must be positive.")
+  if config.depth < least_depth:
+    raise ValueError(f"depth = {config.depth} must be at least {least_depth}.")
+  if config.width % config.heads:
+    raise ValueError(
+      f"heads = {config.heads} does not divide width = {config.width}."
+    )
+  if config.attention not in attention.BODIES:
+    raise ValueError(
+      f"attention = {config.attention!r} is none of "
+      f"{', '.join(attention.BODIES)}."
+    )
+  if config.dtype not in blocks.DTYPES:
+    raise ValueError(
+      f"dtype = {config.dtype!r} is none of {', '.join(blocks.DTYPES)}."
+    )
+
+
 class Block(nn.Module):
   """Attention among the tokens, and an MLP, each after a norm."""
 
-  config: TextConfig
+  config: Any
 
   @nn.compact
   def __call__(self, x_BLE: jax.Array, mask_BL: sequences.Mask):
@@ -105,26 +112,38 @@ class TextEncoder(nn.Module):
     word_BLE = products.rows(table_VE, token_BL.reshape(-1)).reshape(
       batch, length, config.width
     )
-    # Both are drawn small, as tables are; what blocks add to them is not.
-    x_BLE = layers.RMSNorm(name="embed_norm")(word_BLE + place_LE[None])
-    x_BLE = sequences.even(x_BLE.astype(blocks.DTYPES[config.dtype]))
-    x_BLE = axes.name(x_BLE, "batch", "tokens", "width")
-    seen_BL = sequences.seen(mask_BL, batch, length)
-    stack = nn.scan(
-      Block,
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
-      in_axes=nn.broadcast,
-      length=config.depth,
-    )
-    x_BLE, _ = stack(config, name="blocks")(x_BLE, seen_BL)
-    text_BLE = layers.RMSNorm(name="norm")(x_BLE)[:, :length]
-    share_BL1 = mask_BL[..., None].astype(jnp.float32)
-    count_B11 = jnp.sum(share_BL1, axis=1, keepdims=True)
-    share_BL1 = share_BL1 * jax.lax.rsqrt(count_B11)
-    sum_BE = jnp.sum(share_BL1 * text_BLE.astype(jnp.float32), axis=1)
-    pooled_BP = layers.Dense((config.width,), name="pooled")(sum_BE)
-    return text_BLE, math.sqrt(POOLED / config.width) * pooled_BP
+    return understood(config, word_BLE + place_LE[None], mask_BL)
+
+
+def understood(
+  config: Any, x_BLE: jax.Array, mask_BL: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns text_BLE and pooled_BP of embedded tokens, by blocks of a config.
+
+  Called inside an encoder, which gets the parameters. Of each row a token must
+  be real.
+  """
+  length = x_BLE.shape[1]
+  # Tables are drawn small; what blocks add to their rows is not.
+  x_BLE = layers.RMSNorm(name="embed_norm")(x_BLE)
+  x_BLE = sequences.even(x_BLE.astype(blocks.DTYPES[config.dtype]))
+  x_BLE = axes.name(x_BLE, "batch", "tokens", "width")
+  seen_BL = sequences.seen(mask_BL, len(x_BLE), length)
+  stack = nn.scan(
+    Block,
+    variable_axes={"params": 0},
+    split_rngs={"params": True},
+    in_axes=nn.broadcast,
+    length=config.depth,
+  )
+  x_BLE, _ = stack(config, name="blocks")(x_BLE, seen_BL)
+  text_BLE = layers.RMSNorm(name="norm")(x_BLE)[:, :length]
+  share_BL1 = mask_BL[..., None].astype(jnp.float32)
+  count_B11 = jnp.sum(share_BL1, axis=1, keepdims=True)
+  share_BL1 = share_BL1 * jax.lax.rsqrt(count_B11)
+  sum_BE = jnp.sum(share_BL1 * text_BLE.astype(jnp.float32), axis=1)
+  pooled_BP = layers.Dense((config.width,), name="pooled")(sum_BE)
+  return text_BLE, math.sqrt(POOLED / config.width) * pooled_BP
 
 
 def init(config: TextConfig, rng: jax.Array) -> dict[str, Any]:
@@ -151,12 +170,17 @@ def apply(
 
 
 def flops(config: TextConfig) -> int:
-  """Counts the arithmetic of a caption; a multiply-add is two.
+  """Counts the arithmetic of a caption; a multiply-add is two."""
+  return flops_of_blocks(config, config.tokens)
+
+
+def flops_of_blocks(config: Any, length: int) -> int:
+  """Counts the arithmetic of `understood` for so many tokens.
 
   A block of width E has L 2 (4 E^2 + 2 r E^2) + 4 L^2 E, for an MLP of ratio r;
   the pooled text 2 E^2 more.
   """
-  length, wide = config.tokens, config.width
+  wide = config.width
   kernels = 4 * wide * wide + 2 * wide * config.mlp_width
   block = 2 * length * kernels + 4 * length**2 * wide
   return config.depth * block + 2 * wide * wide

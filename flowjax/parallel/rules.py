@@ -23,7 +23,7 @@ Rules = collections.abc.Sequence[tuple[str, tuple[str | None, ...]]]
 # arXiv:1910.02054). The leading None of a block is its layer.
 _DIT: Rules = (
   (r"patch_embed/kernel", (None, "fsdp")),
-  (r"time_embed/\w+/kernel", (None, "fsdp")),
+  (r"(time|size)_embed/\w+/kernel", (None, "fsdp")),
   (r"(label|pos)_embed/embedding", (None, "fsdp")),
   (r"blocks/modulation/kernel", (None, "fsdp", None, None)),
   (r"blocks/attention/qkv/kernel", (None, "fsdp", None, "tensor", None)),
@@ -114,12 +114,17 @@ AUTOENCODER: Rules = (
   (r".*/(bias|scale)", ()),
 )
 
-# Beside a network that reads captions; divided as its blocks are.
-TEXT_ENCODER: Rules = (
-  (r"text_encoder/(place_)?embed/embedding", (None, "fsdp")),
-  (r"text_encoder/pooled/kernel", (None, "fsdp")),
-  *((rf"text_encoder/blocks/{name}", (None, *dims)) for name, dims in _STREAM),
-  (r"text_encoder/.*(?<!/qkv)(?<!/mlp/in)/(bias|scale)", ()),
+# Of what a network is told; divided as its blocks are.
+_ENCODER = "((text|layout)_encoder|image_encoder/vision)"
+ENCODER: Rules = (
+  (rf"{_ENCODER}/(place_)?embed/embedding", (None, "fsdp")),
+  (rf"{_ENCODER}/(pooled|box_in|box_out|patch_embed)/kernel", (None, "fsdp")),
+  (r"image_encoder/vision/embedding/kernel", ("fsdp", None)),
+  (r"image_encoder/text/kernel", (None, None, "fsdp")),
+  (r"image_encoder/pooled/kernel", (None, "fsdp")),
+  (r"image_encoder/(text|pooled)/bias", ()),
+  *((rf"{_ENCODER}/blocks/{name}", (None, *dims)) for name, dims in _STREAM),
+  (rf"{_ENCODER}/.*(?<!/qkv)(?<!/mlp/in)/(bias|scale)", ()),
 )
 
 # Text encoders: a table of tokens is divided both ways, as it is large.
@@ -132,11 +137,12 @@ _TEXT: Rules = (
 CLIP: Rules = (
   *_TEXT,
   (r"pos_embed/embedding", (None, "fsdp")),
+  (r"patch_embed/kernel", (None, "fsdp")),
   (r"blocks/qkv/bias", (None, None, "tensor", None)),
   (r"blocks/mlp_in/kernel", (None, "fsdp", "tensor")),
   (r"blocks/mlp_in/bias", (None, "tensor")),
   (r"projection/kernel", ("fsdp", "tensor")),
-  (r".*(?<!/qkv)(?<!/mlp_in)/bias|.*/scale", ()),
+  (r".*(?<!/qkv)(?<!/mlp_in)/bias|.*/scale|class_embed", ()),
 )
 T5: Rules = (
   *_TEXT,
@@ -150,8 +156,8 @@ def for_model(config: Any) -> Rules:
   """Returns the rules for the parameters of a model's config."""
   if config.name in ("autoencoder", "vq"):
     return AUTOENCODER
-  if config.name in ("clip", "t5"):
-    return CLIP if config.name == "clip" else T5
+  if config.name in ("clip", "clip_vision", "t5"):
+    return T5 if config.name == "t5" else CLIP
   if config.name == "coupling":
     return COUPLING
   if config.name == "flux":

@@ -15,12 +15,14 @@ import ml_collections
 from flowjax import errors, models, schema
 from flowjax.data import config as data_config
 from flowjax.flow import losses
+from flowjax.models import image_encoder as embeddings
+from flowjax.models import layout as layouts
 from flowjax.models import lora as adapters
 from flowjax.models import text as encoders
 from flowjax.parallel import mesh as meshes
+from flowjax.train import aspects, flows, latents, methods, metrics, tasks
 from flowjax.train import checkpoint as checkpoints
 from flowjax.train import ema as averages
-from flowjax.train import flows, latents, methods, metrics
 from flowjax.train import optim as optimizers
 from flowjax.train import reconstruction as autoencoding
 
@@ -68,9 +70,12 @@ class Experiment:
   model: Any = None
   data: data_config.DataConfig = _group(data_config.DataConfig)
   encoded: latents.EncodedConfig = _group(latents.EncodedConfig)
+  task: tasks.TaskConfig = _group(tasks.TaskConfig)
   flow: flows.FlowConfig = _group(flows.FlowConfig)
   lora: adapters.LoraConfig = _group(adapters.LoraConfig)
   text: encoders.TextConfig = _group(encoders.TextConfig)
+  layout: layouts.LayoutConfig = _group(layouts.LayoutConfig)
+  embedding: embeddings.EmbeddingConfig = _group(embeddings.EmbeddingConfig)
   optim: optimizers.OptimConfig = _group(optimizers.OptimConfig)
   ema: averages.EmaConfig = _group(averages.EmaConfig)
   mesh: meshes.MeshConfig = _group(meshes.MeshConfig)
@@ -103,6 +108,8 @@ class Experiment:
         raise ValueError(
           f"model.{key} = {ours} and data.{key} = {theirs} must be the same."
         )
+    aspects.check(self.model, self.data)
+    aspects.check_canvas(self.model, self.data, self.flow, self.task)
     if self.is_autoencoder:
       self._check_autoencoder()
       return
@@ -111,7 +118,10 @@ class Experiment:
         "reconstruction is for autoencoders and would be without effect on a "
         f"model {self.model.name!r}; leave it as it is by default."
       )
+    self._check_task()
     self._check_text()
+    self._check_layout()
+    self._check_told()
     self._check_objective()
     self._check_sampling()
     self._check_channels()
@@ -151,15 +161,28 @@ class Experiment:
       return autoencoding.validation_loss(self.reconstruction, network)
     return self.flow.validation_loss(network)
 
+  def require_context(self) -> None:
+    """Refuses a network that reads channels which nothing here makes."""
+    read = getattr(self.model, "context_channels", 0)
+    if read and self.task.name == "none":
+      raise errors.UserError(
+        f"config.model.context_channels = {read}, and config.task.name = "
+        "'none' makes no context: set config.task.name='inpainting' or "
+        "'super_resolution', as the network was trained for."
+      )
+
   def _check_autoencoder(self):
     """Refuses what an autoencoder would not heed."""
     with errors.naming("config.reconstruction"):
       self.reconstruction.check(self.model)
     for name, kind in (
+      ("task", tasks.TaskConfig),
       ("flow", flows.FlowConfig),
       ("sample", methods.SampleConfig),
       ("lora", adapters.LoraConfig),
       ("text", encoders.TextConfig),
+      ("layout", layouts.LayoutConfig),
+      ("embedding", embeddings.EmbeddingConfig),
     ):
       if getattr(self, name) != kind():
         raise ValueError(
@@ -171,6 +194,19 @@ class Experiment:
         f"data.pair_source = {self.data.pair_source!r} is for flows between "
         "images; an autoencoder has one image at a time."
       )
+
+  def _check_task(self):
+    """Refuses a task that this model or this flow cannot be told."""
+    if self.task.name != "none" and self.data.pair_source is not None:
+      raise ValueError(
+        f"task.name = {self.task.name!r} and data.pair_source = "
+        f"{self.data.pair_source!r}: a flow between images has its other image "
+        "at t = 1, and a task tells it beside one that flows from noise. Leave "
+        "out one of them."
+      )
+    with errors.naming("config.task"):
+      sizes = (self.model.image_size, *self.data.buckets)
+      self.task.check(self.model, sizes)
 
   def _check_text(self):
     """Refuses an encoder of other captions than those of the data."""
@@ -194,6 +230,43 @@ class Experiment:
           f"{wanted}."
         )
 
+  def _check_layout(self):
+    """Refuses an encoder of other layouts than those of the data."""
+    for key, wanted, of in (
+      ("classes", len(self.data.box_names), "data.box_names"),
+      ("boxes", self.data.boxes or self.layout.boxes, "data.boxes"),
+    ):
+      if getattr(self.layout, key) != wanted:
+        raise ValueError(
+          f"layout.{key} = {getattr(self.layout, key)}, and {of} makes "
+          f"{wanted}: set config.layout.{key}={wanted}."
+        )
+
+  def _check_told(self):
+    """Refuses an encoder of what the task does not tell, and none for it."""
+    for name, key, told in (
+      ("layout", "layout.classes", self.layout.classes),
+      ("variation", "embedding.size", self.embedding.size),
+    ):
+      if bool(told) != (self.task.name == name):
+        raise ValueError(
+          f"task.name = {self.task.name!r} and {key} = {told}: the task "
+          f"{name!r} needs that above 0, and any other 0."
+        )
+    if self.embedding.size and self.data.tokenizer:
+      raise ValueError(
+        f"embedding.size = {self.embedding.size} and data.tokenizer = "
+        f"{self.data.tokenizer!r}: a network is told an image or a caption; "
+        "leave one out."
+      )
+    if self.embedding.size and self.embedding.depth:
+      for side in self.model.image_size:
+        if side % self.embedding.patch_size:
+          raise ValueError(
+            f"embedding.patch_size = {self.embedding.patch_size} does not "
+            f"divide {side}, a side of model.image_size."
+          )
+
   def _check_sampling(self):
     """Refuses a way to sample that this flow or this model does not allow."""
     tokens, coupling = flows.tokens_of(self.model), self.flow.coupling.name
@@ -209,6 +282,12 @@ class Experiment:
         "that only x_t of noise drawn apart from the data has; after the "
         f"coupling {coupling!r}{' with its sigma' if spread else ''} follow "
         "the ODE, as 'heun' does."
+      )
+    scale = self.sample.guidance.scale
+    if models.told(self.model) == "nothing" and scale != 1.0:
+      raise ValueError(
+        f"sample.guidance.scale = {scale}: a network of num_classes = 0 is "
+        "told nothing, and there is no condition to guide towards: set 1.0."
       )
     told = self.sample.guidance.name == "distilled"
     if told and not getattr(self.model, "guidance_embed", False):

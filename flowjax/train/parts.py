@@ -14,7 +14,14 @@ from flowjax import errors, models
 from flowjax.models import adversary, lora, perceptual
 from flowjax.parallel import host, rules
 from flowjax.parallel import mesh as meshes
-from flowjax.train import experiment, freezing, manifest, optim, running
+from flowjax.train import (
+  aspects,
+  experiment,
+  freezing,
+  manifest,
+  optim,
+  running,
+)
 from flowjax.train import perceptual as weights_of_lpips
 from flowjax.train import state as states
 
@@ -139,24 +146,31 @@ def build(
       network = models.with_text_encoder(
         network, config.text, (token_BL[0], mask_BL[0])
       )
+  if config.layout.classes:
+    with errors.naming("config.layout"):
+      network = models.with_layout_encoder(network, config.layout)
+  if config.embedding.size:
+    with errors.naming("config.embedding"):
+      network = models.with_image_encoder(network, config.embedding)
   if config.flow.uncertainty:
     network = models.with_uncertainty(network)
   with errors.naming("config.lora" if config.lora.rank else "config.model"):
     abstract_params = jax.eval_shape(network.init, jax.random.key(0))
   with errors.naming("config.model"):
     with meshes.use(mesh):
-      _trace(network, abstract_params, part)
+      for size in aspects.sizes(config.data):
+        _trace(network, abstract_params, part, size)
   with errors.naming("config.optim.freeze"):
     frozen = freezing.names(_patterns(config), abstract_params)
   trained, _ = freezing.split(abstract_params, frozen)
   with errors.naming("config.optim.weight_decay_rules"):
     optimizer = optim.build(config.optim, config.steps, trained)
   shapes = jax.eval_shape(
-    lambda: states.initial(network.init, optimizer, config.seed, frozen)
+    lambda params: states.begin(params, optimizer, frozen), abstract_params
   )
   table = rules.for_model(config.model)
-  if config.text.vocabulary:
-    table = (*rules.TEXT_ENCODER, *table)
+  if config.text.vocabulary or config.layout.classes or config.embedding.size:
+    table = (*rules.ENCODER, *table)
   if config.lora.rank:
     factors = lora.factors(config.lora, abstract_params)
     table = (*rules.of_factors(table, factors), *table)
@@ -210,12 +224,16 @@ def _patterns(config: experiment.Experiment) -> tuple[str, ...]:
   return (*config.optim.freeze, rf"(?!{lora.GROUP}/).*")
 
 
-def _trace(network: models.Network, params: Any, batch: int) -> None:
+def _trace(
+  network: models.Network, params: Any, batch: int, size: aspects.Size
+) -> None:
   """Finds what the network cannot do on this mesh; nothing is computed."""
-  config = network.config
-  size = (batch, *config.image_size, config.channels)
   cond = jax.eval_shape(lambda: network.example(batch))
-  x = jax.ShapeDtypeStruct(size, jnp.float32)
+  for key in ("context", "original"):  # As large as the image.
+    if key in cond:
+      shape = (batch, *size, cond[key].shape[-1])
+      cond[key] = jax.ShapeDtypeStruct(shape, cond[key].dtype)
+  x = jax.ShapeDtypeStruct((batch, *size, network.config.channels), jnp.float32)
   if network.forward is not None:
     jax.eval_shape(network.forward, params, x, cond)
     return

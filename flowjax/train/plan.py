@@ -14,7 +14,7 @@ import jax
 from flowjax import errors
 from flowjax.parallel import collectives, roofline, topology
 from flowjax.parallel import mesh as meshes
-from flowjax.train import experiment, loop, memory, parts, traffic
+from flowjax.train import aspects, experiment, loop, memory, parts, traffic
 
 # What of the state is counted leaf by leaf.
 STATE = ("parameters", "average", "optimizer")
@@ -107,6 +107,7 @@ def modelled(
 
   `fused` says whether attention is one kernel; by default, as "auto" chooses.
   """
+  config = aspects.largest(config)
   shape = _shape(config, where)
   found = _outline(config, where)
   if fused is None:
@@ -148,6 +149,7 @@ def compiled(
   Returns the program beside the plan, or None where it does not fit: a compiler
   that says so gives no program, and the rest is modelled.
   """
+  config = aspects.largest(config)
   model = config.model
   if config.mesh.slices == -1:  # GPUs that are but described do not say it.
     mesh = dataclasses.replace(config.mesh, slices=where.domains)
@@ -176,7 +178,7 @@ def compiled(
       guess,
       source="compiled",
       bytes_per_device=_bytes_of(error, guess),
-      notes=(*notes, told),
+      notes=(*guess.notes, *notes, told),
     ), None
   stats = program.memory_analysis()
   inputs, temporaries = stats.argument_size_in_bytes, stats.temp_size_in_bytes
@@ -242,7 +244,7 @@ def _plan(
     float(found.built.flops * batch),
     done,
     step,
-    notes,
+    (*notes, *([aspects.said(config.data)] if config.data.buckets else [])),
   )
 
 

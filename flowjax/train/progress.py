@@ -67,6 +67,10 @@ class Progress:
   def __exit__(self, *_):
     self._display.close()
 
+  def say(self, what: str) -> None:
+    """Shows what is being done before the next step."""
+    self._display.show(self._last, what, always=True)
+
   def update(self, step: int, loss: float) -> None:
     """Takes note that `step` is done, with its loss."""
     now = self._clock()

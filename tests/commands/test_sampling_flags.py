@@ -320,8 +320,8 @@ def test_a_run_of_texts_is_no_worse_run_of_labels(monkeypatch):
 
 
 def test_why_samples_in_training_stopped_is_logged(monkeypatch, caplog):
-  def draw(params, cond, *, seed, stopped):
-    del params, seed
+  def draw(params, cond, *, seed, stopped, count):
+    del params, seed, count
     stopped("dopri5 stopped at t = 0.4")
     return np.zeros((len(cond), 8, 8, 1))
 

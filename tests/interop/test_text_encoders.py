@@ -220,7 +220,7 @@ def change(folder, **changes):
   "name, spoil, text",
   [
     ("t5", lambda f: change(f, feed_forward_proj="relu"), "only T5 v1.1"),
-    ("clip", lambda f: change(f, model_type="clip"), "'clip' is no text enc"),
+    ("clip", lambda f: change(f, model_type="clip"), "'clip' is no enc"),
     ("clip", lambda f: change(f, hidden_act="relu"), "activation='relu'"),
     ("clip", lambda f: change(f, hidden_size=40), "mis-shaped .*token_emb"),
     ("clip", lambda f: change(f, num_hidden_layers=1), "unmapped .*layers.1"),

@@ -14,10 +14,12 @@ from flowjax.models import conditions
 
 READS_TEXT = types.SimpleNamespace(
   num_classes=0,
+  context_channels=0,
   label_tokens=2,
   text_tokens=3,
   text_width=4,
   pooled_width=5,
+  size_conditioning=False,
   condition_dropout=0.3,
 )
 READS_LABELS = types.SimpleNamespace(**{**vars(READS_TEXT), "num_classes": 7})

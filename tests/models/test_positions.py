@@ -127,3 +127,44 @@ def test_positions_are_rounded_with_the_sum_alone():
   x_BTD = jnp.full((2, 3, 4), 258.0, jnp.bfloat16)
   y_BTD = positions.added(x_BTD, np.full((3, 4), 0.999, np.float32))
   assert y_BTD.dtype == jnp.bfloat16 and np.all(y_BTD == 258.0)
+
+
+@pytest.mark.parametrize("size", [(8, 12), (4, 16), (14, 6), (10, 10)])
+def test_every_aspect_has_the_places_that_diffusers_cuts_out(size):
+  embeddings = pytest.importorskip("diffusers.models.embeddings")
+  side, base, patch, width = 10, 6, 2, 16
+  made = embeddings.PatchEmbed(
+    height=base * patch,
+    width=base * patch,
+    patch_size=patch,
+    embed_dim=width,
+    pos_embed_max_size=side,
+  )
+  rows, columns = size[0] // patch, size[1] // patch
+  ours = positions.sincos2d_centre(rows, columns, width, side, base / side)
+  theirs = made.cropped_pos_embed(*size)[0].numpy()
+  np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(4, 4), (2, 8), (8, 3)])
+def test_aspects_stand_where_the_paper_on_sd3_has_them(rows, columns):
+  """At ((p - (h_max - s) / 2) 256 / S), the centre of p = 0 .. h_max - 1."""
+  patch, pixels, largest, width = 16, 64, 8, 8
+  side = pixels // patch
+  scale, offset = 256 / pixels, (largest - side) / 2
+  ours = positions.sincos2d_centre(
+    rows, columns, width, largest, scale, offset
+  ).reshape(rows, columns, width)
+  every = (np.arange(largest) - (largest - side) / 2) * 256 / pixels
+
+  def centre(count):
+    first = (largest - count) // 2
+    return every[first : first + count]
+
+  # The first of the waves is that of the place itself.
+  for row, place in enumerate(centre(rows)):
+    np.testing.assert_allclose(
+      ours[row, :, width // 2], np.sin(place), atol=1e-6
+    )
+  for column, place in enumerate(centre(columns)):
+    np.testing.assert_allclose(ours[:, column, 0], np.sin(place), atol=1e-6)

@@ -45,10 +45,10 @@ DRIVER = """
 import json, os, pathlib, signal, sys, zlib
 from flowjax import __main__ as door
 from flowjax.parallel import distributed, placing
-from flowjax.train import loop
+from flowjax.train import session
 
 notes = pathlib.Path(os.environ["NOTES"])
-put_part, look = placing.put_part, loop._Session._look
+put_part, look = placing.put_part, session.Session._look
 
 def noted(mesh, count):
   place, rows = put_part(mesh, count), placing.rows(mesh, count).tolist()
@@ -71,7 +71,7 @@ def signalled(self, number, state):
       os.kill(os.getpid(), kind)
   return look(self, number, state)
 
-placing.put_part, loop._Session._look = noted, signalled
+placing.put_part, session.Session._look = noted, signalled
 words, groups = sys.argv[1:], [[]]
 for word in words:
   groups.append([]) if word == "+" else groups[-1].append(word)

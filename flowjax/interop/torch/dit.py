@@ -34,6 +34,7 @@ class Config:
 
   image_size: tuple[int, int]
   channels: int
+  context_channels: int
   out_channels: int | None
   patch_size: int
   width: int
@@ -82,9 +83,11 @@ class DiT(nn.Module):
     super().__init__()
     patch, width = config.patch_size**2, config.width
     self.config, self.flow = config, FLOW
-    self.patch_embed = nn.Linear(patch * config.channels, width)
+    channels_in = config.channels + config.context_channels
+    self.patch_embed = nn.Linear(patch * channels_in, width)
     self.time_embed = TimeEmbed(config)
-    # The last row stands for no label at all.
+    # The last row stands for no label at all, and where there are none it is
+    # the only one.
     self.label_embed = nn.Embedding(config.num_classes + 1, width)
     if config.position == "learned":
       height, breadth = config.image_size
@@ -97,8 +100,14 @@ class DiT(nn.Module):
     self,
     x_BCHW: torch.Tensor,
     t_B: torch.Tensor,
-    label_B: torch.Tensor,
+    label_B: torch.Tensor | None = None,
+    context_BCHW: torch.Tensor | None = None,
   ) -> torch.Tensor:
+    if label_B is None:
+      size = (len(x_BCHW),)
+      label_B = torch.full(size, self.config.num_classes, device=x_BCHW.device)
+    if context_BCHW is not None:
+      x_BCHW = torch.cat([x_BCHW, context_BCHW], dim=1)
     patch = self.config.patch_size
     dtype = self.patch_embed.weight.dtype
     rows, columns = (size // patch for size in x_BCHW.shape[-2:])
@@ -310,6 +319,7 @@ def sample(
   model: DiT,
   label_B: torch.Tensor,
   *,
+  context_BCHW: torch.Tensor | None = None,
   steps: int = 50,
   solver: str = "heun",
   guidance: float = 1.0,
@@ -322,7 +332,8 @@ def sample(
 
   `solver` is "euler" or "heun". `guidance` above 1 follows the labels more
   closely, for t in `interval`; `shift` above 1 spends more of the steps near
-  noise, by t <- s t / (s t + 1 - t) (arXiv:2403.03206, eq. 23).
+  noise, by t <- s t / (s t + 1 - t) (arXiv:2403.03206, eq. 23). The context is
+  what a network with `context_channels` is shown beside the image.
   """
   if model.flow != FLOW:
     raise ValueError(
@@ -340,7 +351,9 @@ def sample(
     noise_BCHW = torch.randn(size, generator=generator)
   x_BCHW = noise_BCHW.to(device, torch.float32)
 
-  velocity = guided(model, label_B, guidance, interval)
+  if context_BCHW is not None:
+    context_BCHW = context_BCHW.to(device, torch.float32)
+  velocity = guided(model, label_B, context_BCHW, guidance, interval)
   times = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64)
   times = (shift * times / (shift * times + (1.0 - times))).float()
   for t, t_next in itertools.pairwise(times):
@@ -352,20 +365,24 @@ def sample(
   return x_BCHW
 
 
-def guided(model, label_B, scale: float, interval: tuple[float, float]):
+def guided(
+  model, label_B, context_BCHW, scale: float, interval: tuple[float, float]
+):
   """Returns velocity(x, t) = v_null + scale (v - v_null) for t in `interval`.
 
   Classifier-free guidance (arXiv:2207.12598); elsewhere the velocity is v.
   """
   null_B = torch.full_like(label_B, model.config.num_classes)
-  both_B = torch.cat([label_B, null_B])
+  both_B, both_BCHW = torch.cat([label_B, null_B]), context_BCHW
+  if context_BCHW is not None:
+    both_BCHW = torch.cat([context_BCHW, context_BCHW])
 
   def velocity(x_BCHW, t):
     t_B = t.to(x_BCHW.device).expand(len(x_BCHW))
     if scale == 1.0 or not interval[0] <= t <= interval[1]:
-      return model(x_BCHW, t_B, label_B)
+      return model(x_BCHW, t_B, label_B, context_BCHW)
     twice = torch.cat([x_BCHW, x_BCHW]), torch.cat([t_B, t_B])
-    v_BCHW, null_BCHW = model(*twice, both_B).chunk(2)
+    v_BCHW, null_BCHW = model(*twice, both_B, both_BCHW).chunk(2)
     return null_BCHW + scale * (v_BCHW - null_BCHW)
 
   return velocity
@@ -400,9 +417,13 @@ def main():
   parser.add_argument("--seed", type=int, default=0)
   flags = parser.parse_args()
   model = load(pathlib.Path(__file__).parent)
+  if model.config.context_channels:
+    parser.error("this network is shown an image beside: call sample()")
   if model.config.channels not in (1, 3):
     parser.error("these samples are latents: call sample() and decode them")
   labels = torch.tensor([int(label) for label in flags.labels.split(",")])
+  if not model.config.num_classes:
+    labels = torch.zeros_like(labels)  # So many, of no class.
   x_BCHW = sample(
     model,
     labels,

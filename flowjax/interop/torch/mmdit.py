@@ -41,6 +41,7 @@ class Config:
 
   image_size: tuple[int, int]
   channels: int
+  context_channels: int
   out_channels: int | None
   patch_size: int
   depth: int
@@ -96,7 +97,8 @@ class MMDiT(nn.Module):
     super().__init__()
     patch, width = config.patch_size**2, config.width
     self.config, self.flow = config, FLOW
-    self.patch_embed = nn.Linear(patch * config.channels, width)
+    channels_in = config.channels + config.context_channels
+    self.patch_embed = nn.Linear(patch * channels_in, width)
     self.text_embed = nn.Linear(config.text_width, width)
     self.time_embed = TimeEmbed(width, config.timestep_scale)
     self.pooled_embed = Embed(config.pooled_width, width)
@@ -118,6 +120,8 @@ class MMDiT(nn.Module):
   ) -> torch.Tensor:
     patch, dtype = self.config.patch_size, self.patch_embed.weight.dtype
     rows, columns = (size // patch for size in x_BCHW.shape[-2:])
+    if self.config.context_channels:
+      x_BCHW = torch.cat([x_BCHW, cond["context"]], dim=1)
     if self.config.num_classes:
       cond = self.label_embed(cond["label"])
     x_BTD = self.patch_embed(patchify(x_BCHW.to(dtype), patch))
@@ -505,6 +509,8 @@ def main():
   model = load(pathlib.Path(__file__).parent)
   if not model.config.num_classes:
     parser.error("this network reads texts: encode some and call sample()")
+  if model.config.context_channels:
+    parser.error("this network is shown an image beside: call sample()")
   if model.config.channels not in (1, 3):
     parser.error("these samples are latents: call sample() and decode them")
   labels = torch.tensor([int(label) for label in flags.labels.split(",")])
