@@ -14,8 +14,9 @@ def get_config():
   """Returns the config."""
   config = experiment.defaults("mmdit")
   config.steps = 1000
-  config.task.name = "variation"
-  config.embedding.update(size=6, tokens=4, depth=2, width=64, heads=4)
+  # In noise an encoder sees what digits have in common, not each by heart.
+  config.task.update(name="variation", noise=0.4)
+  config.embedding.update(size=8, tokens=4, depth=2, width=64, heads=4)
   config.model.update(
     image_size=(8, 8),
     channels=1,

@@ -6,6 +6,8 @@ devices its collectives can wait for each other for ever.
 
 import atexit
 import collections
+import dataclasses
+import functools
 import gc
 import os
 import shutil
@@ -14,12 +16,12 @@ import tempfile
 from importlib import metadata
 
 # Many tests, and the commands that they start, compile the same programs: the
-# first process makes a place where all of them find what one has compiled, if
-# that took longer than it takes to write and to find it.
+# first process makes a place where all of them find what one has compiled,
+# however little that was.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   _cache = tempfile.mkdtemp(prefix="flowjax-tests-")
   os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
-  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
   os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
   atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 
@@ -32,6 +34,8 @@ sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["NPROC"] = "16"
 os.environ["JAX_PLATFORMS"] = "cpu"
+# No program is asked from which lines of Python its operations are.
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 # The tests are small and compile much: unoptimised programs halve their time,
 # and the older code generator, which jaxlib had before 0.11, halves it again.
 # Whole programs, not 32 parts of each: the other core has its own tests.
@@ -56,6 +60,50 @@ gc.set_threshold(50_000, 20, 50)
 def _what_is_old_stays():
   """Keeps the collector from searching all that earlier modules left."""
   gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def traced_once():
+  """Gives equal runs of a module what was traced and compiled for the first.
+
+  For modules of many runs that do not change what is traced.
+  """
+  from flowjax.train import loop, parts
+
+  def of(config):
+    """Returns all of a config that programs depend on."""
+    return tuple(
+      getattr(config, field.name)
+      for field in dataclasses.fields(config)
+      if field.name not in ("log", "checkpoint", "sample")
+    )
+
+  made: dict = {}
+
+  def once(make):
+    @functools.wraps(make)
+    def found(run):
+      key = (make.__name__, of(run.experiment), run.mesh)
+      if key not in made:
+        made[key] = make(run)
+      return made[key]
+
+    return found
+
+  build = parts.build
+
+  def built(config, devices=None):
+    key = ("build", of(config), devices and tuple(devices))
+    if key not in made:
+      made[key] = build(config, devices)
+    return dataclasses.replace(made[key], experiment=config)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(parts, "build", built)
+    patch.setattr(loop, "jit_step", once(loop.jit_step))
+    initial = once(parts.Parts.lower_initial)
+    patch.setattr(parts.Parts, "lower_initial", initial)
+    yield
 
 
 def pytest_addoption(parser):

@@ -137,8 +137,10 @@ def conditions(
   """Returns so many conditions: labels, all in turn, or texts held out.
 
   With a task they are those of held-out images, of which it is told; `labels`
-  stand in for theirs.
+  stand in for theirs. Of a network that is told nothing they are empty.
   """
+  if models.told(run.network.config) == "nothing":
+    return context(run, count)
   if reads_text(run.network):
     return held_out(run, count)[1]
   told = {}
@@ -229,4 +231,5 @@ def reads_context(network: models.Network) -> bool:
 
 def reads_text(network: models.Network) -> bool:
   """Whether the network is told a text or its tokens, and not a label."""
-  return "label" not in jax.eval_shape(lambda: network.example(1))
+  told = jax.eval_shape(lambda: network.example(1))
+  return "label" not in told and bool(told.keys() - {"context"})

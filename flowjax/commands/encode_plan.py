@@ -76,6 +76,9 @@ def plan(
   fields += found
   if "label" in blank:
     fields.append(records.Field("label", "int32"))
+  for name, dtype_of in (("boxes", "float32"), ("box_mask", "uint8")):
+    if name in blank:
+      fields.append(records.Field(name, dtype_of, blank[name].shape))
   if config.originals:
     known = _first_sound(source)
     fields += [

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from flowjax import errors
+from flowjax import errors, models
 from flowjax.commands import drawing, restored
 from flowjax.train import aspects
 
@@ -70,6 +70,8 @@ def _told(captions: list[str], found: restored.Restored) -> dict[str, Any]:
     + (
       "it was trained on embedded texts, give --embeddings."
       if drawing.reads_text(found.run.network)
+      else "it is told nothing."
+      if models.told(found.config.model) == "nothing"
       else "it is told labels, as by --labels=3,1,4."
     )
   )
@@ -85,7 +87,8 @@ def texts(path: pathlib.Path, found: restored.Restored) -> dict[str, Any]:
   flag = f"--embeddings={path}"
   if not drawing.reads_text(found.run.network):
     raise errors.UserError(
-      f"{flag} are texts, and this network is told labels: --labels=3,1,4."
+      f"{flag} are texts, and this network reads none: it is told labels, as "
+      "--labels=3,1,4, or nothing."
     )
   if drawing.reads_captions(found.run.network):
     raise errors.UserError(

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flowjax import errors
+from flowjax import errors, models
 from flowjax.commands import configs, drawing, flags
 from flowjax.evaluate import sampling
 from flowjax.models import lora as adapters
@@ -222,12 +222,14 @@ def _kind(found: Restored) -> dict[str, Any]:
     "path": {"name": flow.path.name, **flows.options(flow.path)},
     "prediction": flow.prediction,
     "sigma_data": flow.sigma_data,
-    "condition": "texts" if texts else "labels",
+    "condition": models.told(model),
     "text_width": model.text_width if texts else None,
     "pooled_width": model.pooled_width if texts else None,
     "num_classes": model.num_classes,
     "image_size": model.image_size,
     "channels": model.channels,
+    "context_channels": model.context_channels,
+    "task": found.config.task.name,
   }
 
 

@@ -168,7 +168,11 @@ def _samples(built: parts.Parts, directory: pathlib.Path):
       logging.warning("Samples of step %d: %s", int(state.step), reason)
 
     images = draw(
-      states.averaged(state), cond, seed=config.seed, stopped=stopped
+      states.averaged(state),
+      cond,
+      seed=config.seed,
+      stopped=stopped,
+      count=count,
     )
     grid = pictures.sheet(images, named, beside=beside)
     _save(grid, directory, state)

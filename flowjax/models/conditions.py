@@ -115,6 +115,11 @@ def _read(config, cond):
   return text_BLE, pooled_BP, None
 
 
+def reads_text(config: Any) -> bool:
+  """Says whether a network of no classes reads a text, or is told nothing."""
+  return hasattr(config, "text_width")
+
+
 def text_length(config: Any) -> int:
   """Returns how many tokens of text the network is counted with."""
   return config.label_tokens if config.num_classes else config.text_tokens
@@ -122,9 +127,10 @@ def text_length(config: Any) -> int:
 
 def example(config: Any, batch: int = 1) -> Cond:
   """Returns a condition of zeros, of the shapes that the network takes."""
+  told: Cond = {}
   if config.num_classes:
     told = {"label": jnp.zeros(batch, jnp.int32)}
-  else:
+  elif reads_text(config):
     told = {
       "text": jnp.zeros((batch, config.text_tokens, config.text_width)),
       "pooled": jnp.zeros((batch, config.pooled_width)),
@@ -156,10 +162,12 @@ def unconditional(config: Any, cond: Cond) -> Cond:
 
   That is the last label; or the text of cond["negative"], where there is one;
   or else a text of zeros, all seen, so that nothing of the text is left, not
-  even its length.
+  even its length. A network that is told nothing gets `cond` as it is.
   """
   if config.num_classes:
     return {**cond, "label": jnp.full_like(cond["label"], config.num_classes)}
+  if not reads_text(config):
+    return cond
   if "negative" in cond:
     return {**cond, **cond["negative"]}
   empty = {key: jnp.zeros_like(cond[key]) for key in ("text", "pooled")}

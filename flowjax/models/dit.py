@@ -43,9 +43,9 @@ class DiTConfig:
   cond["context"], read beside the image. `timestep_scale` multiplies t in
   [0, 1] before its sinusoid, whose frequencies `frequency_shift` moves:
   diffusers' DiT has 1. `mlp_norm_epsilon` is that of the norm before the MLP,
-  which diffusers makes 1e-5 unless told. With `size_conditioning` the network
-  is told size and crop of an image, cond["size_crop"]. `remat` is a key of
-  `blocks.REMAT`.
+  which diffusers makes 1e-5 unless told. With `num_classes` 0 the network is
+  told no label. With `size_conditioning` it is told size and crop of an image,
+  cond["size_crop"]. `remat` is a key of `blocks.REMAT`.
   """
 
   name: str = "dit"
@@ -84,7 +84,7 @@ class DiTConfig:
     )
     checks.positive(
       self,
-      "channels patch_size width depth heads mlp_ratio rope_theta num_classes "
+      "channels patch_size width depth heads mlp_ratio rope_theta "
       "timestep_scale channels_out mlp_norm_epsilon",
     )
     checks.patches(self.image_size, self.patch_size)
@@ -208,13 +208,12 @@ class DiT(nn.Module):
     time_BD = layers.TimeEmbed(
       config.width, config.frequency_shift, name="time_embed"
     )(config.timestep_scale * t_B.astype(jnp.float32))
-    # The last row of the table stands for no label.
+    # The last row of the table, or its only one, stands for no label.
     labels = layers.Table(
       config.num_classes + 1, config.width, name="label_embed"
     )()
-    label_BD = products.rows(
-      labels, cond["label"], called="label_embed/embedding"
-    )
+    label_B = _label(config, t_B, cond)
+    label_BD = products.rows(labels, label_B, called="label_embed/embedding")
     sum_BD = time_BD + label_BD
     if config.size_conditioning:
       sum_BD += conditions.PooledEmbed(config.width, name="size_embed")(
@@ -290,9 +289,10 @@ def apply(
 ) -> jax.Array:
   """Returns the velocity at (x, t) given cond["label"], in float32.
 
-  cond has "context" [B, H, W, K] as well, of K = `context_channels`, if any;
-  "size_crop" [B, 6] where the network is told sizes; and "grid" [B, 2], rows
-  and columns, where x holds patches one under the other.
+  Of labels a network of no classes reads none. cond has "context" [B, H, W, K]
+  as well, of K = `context_channels`, if any; "size_crop" [B, 6] where the
+  network is told sizes; and "grid" [B, 2], rows and columns, where x holds
+  patches one under the other.
 
   With an rng, each label is dropped with probability `label_dropout`. In the
   blocks `identity` a token attends to itself alone.
@@ -312,10 +312,19 @@ unconditional = conditions.unconditional
 example = conditions.example
 
 
+def _label(config: DiTConfig, t_B: jax.Array, cond) -> jax.Array:
+  """Returns the row of the table that each example has."""
+  if not config.num_classes:
+    return jnp.zeros(t_B.shape, jnp.int32)
+  return cond["label"]
+
+
 def dropped(
   config: DiTConfig, cond: dict[str, jax.Array], rng: jax.Array
 ) -> dict[str, jax.Array]:
   """Returns `cond` without some labels, each with `label_dropout`."""
+  if not config.num_classes:
+    return cond
   label_B = cond["label"]
   drop_B = jax.random.bernoulli(rng, config.label_dropout, label_B.shape)
   return {**cond, "label": jnp.where(drop_B, config.num_classes, label_B)}
@@ -377,6 +386,11 @@ def flops(config: DiTConfig) -> int:
 
 
 def _check_ranges(config: DiTConfig) -> None:
+  if config.num_classes < 0:
+    raise ValueError(
+      f"num_classes={config.num_classes} must be positive, or 0 for a network "
+      "that is told nothing."
+    )
   if not config.frequency_shift < layers.TIME_FREQUENCIES // 2:
     raise ValueError(
       f"frequency_shift={config.frequency_shift} must be below "
@@ -423,10 +437,13 @@ def _check_inputs(config: DiTConfig, x_BHWC, t_B, cond) -> None:
       f"patches, not {grid[0]}x{grid[1]}. Use images of "
       f"{config.image_size[0]}x{config.image_size[1]}, or another position."
     )
+  checks.per_example(batch, t=t_B)
+  conditions.check_sizes(config, cond, batch)
+  if not config.num_classes:
+    return
   if "label" not in cond:
     raise ValueError(
       "The network takes cond={'label': [B] integers}, got the keys "
       f"{sorted(cond)}."
     )
-  checks.per_example(batch, t=t_B, label=cond["label"])
-  conditions.check_sizes(config, cond, batch)
+  checks.per_example(batch, label=cond["label"])

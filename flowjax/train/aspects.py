@@ -32,9 +32,7 @@ def sizes(data: data_config.DataConfig) -> tuple[Size, ...]:
   return data.buckets or (data.image_size,)
 
 
-def check(
-  model: Any, data: data_config.DataConfig, task: tasks.TaskConfig
-) -> None:
+def check(model: Any, data: data_config.DataConfig) -> None:
   """Raises UserError for a bucket whose images a model cannot take."""
   if not data.buckets:
     return
@@ -52,7 +50,7 @@ def check(
     )
   for bucket in data.buckets:
     with errors.naming(f"config.data.buckets: {bucket[0]}x{bucket[1]}"):
-      task.check_model(sized(model, bucket))
+      sized(model, bucket)
 
 
 def check_canvas(

@@ -65,17 +65,19 @@ def train(
   UserError before any work for what cannot be trained.
   """
   source = sources.open(config.data, "train")
+  nothing = models.told(config.model) == "nothing"
   sources.check(
     source,
     batch_size=config.data.batch_size,
-    # Who is told an image has no use for what is said of it.
+    # Who is told nothing, or an image, has no use for what is said of it.
     num_classes=None
-    if config.embedding.size
-    else getattr(config.model, "num_classes", None),
+    if nothing or config.embedding.size
+    else config.model.num_classes,
     channels=config.model.channels,
     image_size=config.model.image_size,
     text_width=getattr(config.model, "text_width", None),
     pooled_width=getattr(config.model, "pooled_width", None),
+    embedding=0 if config.embedding.depth else config.embedding.size,
   )
   aspects.check_sizes(config.model, source)
   config.require_context()

@@ -166,7 +166,7 @@ def build(
   with errors.naming("config.optim.weight_decay_rules"):
     optimizer = optim.build(config.optim, config.steps, trained)
   shapes = jax.eval_shape(
-    lambda: states.initial(network.init, optimizer, config.seed, frozen)
+    lambda params: states.begin(params, optimizer, frozen), abstract_params
   )
   table = rules.for_model(config.model)
   if config.text.vocabulary or config.layout.classes or config.embedding.size:

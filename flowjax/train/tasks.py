@@ -15,7 +15,7 @@ made small are the latents themselves: no autoencoder is needed to train.
 # stroke, 2 row and column.
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -47,7 +47,8 @@ class TaskConfig:
   which noise of a standard deviation uniform in [0, `noise`] was added, which
   is told too (cascaded diffusion, arXiv:2106.15282, section 4.2).
   layout: what is in which box, by `config.layout` and `config.data.boxes`.
-  variation: the image itself, through the few numbers of `config.embedding`.
+  variation: the image itself, through the few numbers of `config.embedding`;
+  an encoder that is learned sees it in noise of the standard deviation `noise`.
   """
 
   name: str = "none"
@@ -104,8 +105,8 @@ class TaskConfig:
     first = TASKS[self.name].first
     return context_BHWK[..., first : first + of_image]
 
-  def check_model(self, model: Any) -> None:
-    """Raises ValueError for a network that this task cannot be told."""
+  def check(self, model: Any, sizes: Sequence[tuple[int, int]]) -> None:
+    """Raises ValueError for a network, and sizes of images, it is not for."""
     if self.name == "none":
       return
     wanted = self.channels(model.channels)
@@ -121,44 +122,47 @@ class TaskConfig:
         f"{model.channels} of the image, and model.context_channels = {found}: "
         f"set config.model.context_channels={wanted}."
       )
-    TASKS[self.name].check(self, model)
+    for size in sizes:
+      TASKS[self.name].check(self, size)
 
 
 def inpainting_context(
-  image_BHWC: jax.Array, mask_BHW1: jax.Array
+  image_BHWC: jax.typing.ArrayLike, mask_BHW1: jax.typing.ArrayLike
 ) -> jax.Array:
   """Returns the mask, then the image with zeros where the mask is 1.
 
   Where it is 1 is to be drawn anew. The order of latent diffusion's and SD3's
   networks for inpainting; theirs encode the image after it was masked.
   """
-  mask_BHW1 = mask_BHW1.astype(image_BHWC.dtype)
+  image_BHWC = jnp.asarray(image_BHWC)
+  mask_BHW1 = jnp.asarray(mask_BHW1, image_BHWC.dtype)
   masked_BHWC = jnp.where(mask_BHW1 > 0.5, 0.0, image_BHWC)
   return jnp.concatenate([mask_BHW1, masked_BHWC], axis=-1)
 
 
 def super_resolution_context(
-  low_BhwC: jax.Array,
+  low_BhwC: jax.typing.ArrayLike,
   size: tuple[int, int],
-  level_B: jax.Array | None = None,
+  level_B: jax.typing.ArrayLike | None = None,
 ) -> jax.Array:
   """Returns a small image at the `size` of what is drawn, by bilinear steps.
 
   With `level_B`, the standard deviation of noise that was added to it, that is
   the last channel: 0 for an image as it is.
   """
+  low_BhwC = jnp.asarray(low_BhwC)
   batch, _, _, channels = low_BhwC.shape
   up_BHWC = jax.image.resize(low_BhwC, (batch, *size, channels), "bilinear")
   if level_B is None:
     return up_BHWC
-  level_BHW1 = jnp.broadcast_to(
-    level_B.astype(up_BHWC.dtype)[:, None, None, None], (batch, *size, 1)
-  )
+  level_B111 = jnp.asarray(level_B, up_BHWC.dtype)[:, None, None, None]
+  level_BHW1 = jnp.broadcast_to(level_B111, (batch, *size, 1))
   return jnp.concatenate([up_BHWC, level_BHW1], axis=-1)
 
 
-def lowered(image_BHWC: jax.Array, factor: int) -> jax.Array:
+def lowered(image_BHWC: jax.typing.ArrayLike, factor: int) -> jax.Array:
   """Returns the means of squares of `factor` x `factor` pixels."""
+  image_BHWC = jnp.asarray(image_BHWC)
   batch, height, width, channels = image_BHWC.shape
   parts = image_BHWC.reshape(
     batch, height // factor, factor, width // factor, factor, channels
@@ -242,7 +246,7 @@ class Task:
   """How a task is told: by so many channels, and by what it adds to a batch.
 
   `channels(config, of_image)`; `add(config, batch, rng)` is pure; and
-  `check(config, model)` raises ValueError for a network that it is not for.
+  `check(config, size)` raises ValueError for images that it is not for.
   Among the channels an image begins at the `first`.
   """
 
@@ -250,7 +254,9 @@ class Task:
   add: Callable[[TaskConfig, Batch, jax.Array], dict[str, Any]] = (
     lambda config, batch, rng: dict(batch)
   )
-  check: Callable[[TaskConfig, Any], None] = lambda config, model: None
+  check: Callable[[TaskConfig, tuple[int, int]], None] = lambda config, size: (
+    None
+  )
   first: int = 0
 
 
@@ -275,22 +281,26 @@ def _add_low(config: TaskConfig, batch: Batch, rng: jax.Array):
   return {**batch, "context": context_BHWK}
 
 
-def _check_factor(config: TaskConfig, model: Any) -> None:
-  if any(side % config.factor for side in model.image_size):
+def _check_factor(config: TaskConfig, size: tuple[int, int]) -> None:
+  if any(side % config.factor for side in size):
     raise ValueError(
-      f"factor = {config.factor} does not divide model.image_size = "
-      f"{model.image_size}: take one that does."
+      f"factor = {config.factor} does not divide images of {size[0]}x{size[1]}:"
+      " take one that does."
     )
 
 
 def _add_original(config: TaskConfig, batch: Batch, rng: jax.Array):
-  del config, rng
+  image_BHWC = batch["image"]
   # What else is said of an image would have to be said of its variations.
   rest = {key: batch[key] for key in batch if key not in _SAID}
-  there_B = jnp.ones(len(batch["image"]), bool)
+  there_B = jnp.ones(len(image_BHWC), bool)
   if "embedding" in batch:
     rest["embedding_mask"] = there_B
-  return {**rest, "original": batch["image"], "original_mask": there_B}
+  original_BHWC = image_BHWC
+  if config.noise:
+    noise_BHWC = jax.random.normal(rng, image_BHWC.shape, image_BHWC.dtype)
+    original_BHWC = image_BHWC + config.noise * noise_BHWC
+  return {**rest, "original": original_BHWC, "original_mask": there_B}
 
 
 TASKS: dict[str, Task] = {

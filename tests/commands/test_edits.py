@@ -164,3 +164,47 @@ def test_a_normalizing_flow_has_no_way_to_start_on(sample, write, capsys):
   image = write("image.png", steps_of((8, 8)))
   assert sample(f"--init-image={image}", config=NF) == 2
   assert "no way on which to start" in capsys.readouterr().err
+
+
+INPAINTING = [
+  "--config.task.name=inpainting",
+  "--config.model.context_channels=2",
+]
+SUPER = [
+  "--config.task.name=super_resolution",
+  "--config.task.factor=2",
+  "--config.task.noise=0.1",
+  "--config.model.context_channels=2",
+]
+
+
+def test_a_network_for_inpainting_is_told_mask_and_image(sample, write):
+  image = write("image.png", steps_of((8, 8)))
+  mask_HW = np.zeros((8, 8))
+  mask_HW[:, 4:] = 255
+  mask = write("mask.png", mask_HW)
+  found = sample(f"--init-image={image}", f"--mask={mask}", keys=INPAINTING)
+  pixels = steps_of((8, 8)).astype(np.uint8) / np.float32(127.5) - 1
+  np.testing.assert_array_equal(found[0, :, :4, 0], pixels[:, :4])
+  args = types.SimpleNamespace(init_image=[image], mask=[mask], strength=None)
+  made = edits.read(args, untrained(DIT, *INPAINTING), None)
+  told = made.told(2)["context"]
+  np.testing.assert_array_equal(told[1, ..., 0], mask_HW / 255)
+  wanted = np.where(mask_HW > 0, 0.0, pixels)
+  np.testing.assert_array_equal(told[1, ..., 1], wanted)
+
+
+def test_a_network_for_super_resolution_is_told_the_small_image(
+  sample, write, capsys
+):
+  image = write("image.png", np.full((4, 4), 255))
+  args = types.SimpleNamespace(init_image=[image], mask=None, strength=None)
+  made = edits.read(args, untrained(DIT, *SUPER), None)
+  told = made.told(1)["context"]
+  assert told.shape == (1, 8, 8, 2)
+  np.testing.assert_allclose(told[..., 0], 1.0)
+  np.testing.assert_array_equal(told[..., 1], 0.0)
+  assert made.turns(1) == {}
+  assert sample(f"--init-image={image}", "--num=2", keys=SUPER).shape[0] == 2
+  assert sample(f"--init-image={image}", "--strength=1", keys=SUPER) == 2
+  assert "this network makes --init-image larger" in capsys.readouterr().err

@@ -320,13 +320,14 @@ def test_a_run_of_texts_is_no_worse_run_of_labels(monkeypatch):
 
 
 def test_why_samples_in_training_stopped_is_logged(monkeypatch, caplog):
-  def draw(params, cond, *, seed, stopped):
-    del params, seed
+  def draw(params, cond, *, seed, stopped, count):
+    del params, seed, count
     stopped("dopri5 stopped at t = 0.4")
     return np.zeros((len(cond), 8, 8, 1))
 
   monkeypatch.setattr(train.drawing, "build", lambda *args: draw)
   monkeypatch.setattr(train.drawing, "conditions", lambda run, count: [0])
+  monkeypatch.setattr(train.drawing, "beside", lambda run, cond: [])
   monkeypatch.setattr(train.drawing, "captions", lambda run, count: [])
   monkeypatch.setattr(jax, "process_index", lambda: 1)
   monkeypatch.setattr(train.states, "averaged", lambda state: None)

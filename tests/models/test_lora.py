@@ -67,7 +67,9 @@ def names(tree):
 def test_they_add_their_product_and_b_learns_before_a(name):
   bare, net, params = network(name)
   inputs = draw(net)
-  fresh = lora.init(EVERY, base(params), jax.random.key(0))
+  fresh = jax.jit(functools.partial(lora.init, EVERY))(
+    base(params), jax.random.key(0)
+  )
 
   def loss(factors):
     v_BHWC = net.apply({**params, lora.GROUP: factors}, *inputs)

@@ -63,7 +63,7 @@ def images(count):
 
 def test_padding_is_not_read_and_the_order_of_tokens_is():
   params = network("mmdit")[2][text.GROUP]
-  encode = functools.partial(text.apply, ENCODER, params)
+  encode = jax.jit(functools.partial(text.apply, ENCODER, params))
   cond = told([2, 3], [3, 2])
   text_BLE, pooled_BP = encode(cond["token"], cond["token_mask"])
   assert text_BLE.shape == (2, TOKENS, WIDTH) and pooled_BP.shape == (2, WIDTH)
@@ -79,8 +79,8 @@ def test_the_network_is_told_what_the_encoder_says(name):
   bare, net, params = network(name)
   x_BHWC, t_B = images(2)
   cond = told([2, 3], [4])
-  text_BLE, pooled_BP = text.apply(
-    ENCODER, params[text.GROUP], cond["token"], cond["token_mask"]
+  text_BLE, pooled_BP = jax.jit(functools.partial(text.apply, ENCODER))(
+    params[text.GROUP], cond["token"], cond["token_mask"]
   )
   own = {key: params[key] for key in params if key != text.GROUP}
   wanted = {
@@ -89,11 +89,11 @@ def test_the_network_is_told_what_the_encoder_says(name):
     "text_mask": cond["token_mask"],
   }
   np.testing.assert_array_equal(
-    net.apply(params, x_BHWC, t_B, cond),
-    bare.apply(own, x_BHWC, t_B, wanted),
+    jax.jit(net.apply)(params, x_BHWC, t_B, cond),
+    jax.jit(bare.apply)(own, x_BHWC, t_B, wanted),
   )
   assert net.own(params).keys() == own.keys()
-  found = net.told(params, {**cond, "negative": told([2], [2])})
+  found = jax.jit(net.told)(params, {**cond, "negative": told([2], [2])})
   assert found.keys() == {*wanted, "negative"}
   assert found["negative"].keys() == wanted.keys()
 
@@ -108,7 +108,7 @@ def test_a_gradient_reaches_every_parameter_of_the_encoder(name):
       jnp.square(net.apply(params, x_BHWC, t_B, told([2, 3], [4, 5, 6])))
     )
 
-  grads = jax.grad(loss)(params)
+  grads = jax.jit(jax.grad(loss))(params)
   assert text.GROUP in grads
   for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
     assert np.abs(leaf).max() > 0.0, jax.tree_util.keystr(path)
@@ -124,7 +124,7 @@ def test_without_a_condition_the_caption_is_empty():
   np.testing.assert_array_equal(away["token"], negative["token"])
   # In training some lose their caption, each by itself, and no others.
   many = told(*[[2, 3]] * 64)
-  dropped = net.dropped(many, jax.random.key(0))
+  dropped = jax.jit(net.dropped)(many, jax.random.key(0))
   lost_B = np.asarray(dropped["token"][:, 0] == 1)
   assert 16 < lost_B.sum() < 48
   np.testing.assert_array_equal(
@@ -132,9 +132,10 @@ def test_without_a_condition_the_caption_is_empty():
   )
   x_BHWC, t_B = images(64)
   rng = jax.random.key(0)
+  apply = jax.jit(net.apply)
   np.testing.assert_allclose(
-    net.apply(params, x_BHWC, t_B, many, rng),
-    net.apply(params, x_BHWC, t_B, dropped),
+    apply(params, x_BHWC, t_B, many, rng),
+    apply(params, x_BHWC, t_B, dropped),
     atol=1e-6,
   )
 
@@ -142,7 +143,7 @@ def test_without_a_condition_the_caption_is_empty():
 def test_a_network_without_some_blocks_is_told_the_same():
   _, net, params = network("mmdit")
   x_BHWC, t_B = images(2)
-  shallow = models.without_layers(net, [0])
+  shallow = jax.jit(models.without_layers(net, [0]))
   one, other = (
     shallow(params, x_BHWC, t_B, told(row, row)) for row in ([2], [3])
   )

@@ -178,7 +178,7 @@ MMDIT = mmdit.MMDiTConfig(
 )
 def test_a_bucket_that_a_model_cannot_take_is_refused(model, reason):
   with pytest.raises(errors.UserError, match=f"config.data.buckets.*{reason}"):
-    aspects.check(model, TINY.data, TINY.task)
+    aspects.check(model, TINY.data)
 
 
 def test_the_figures_are_those_of_the_largest_bucket():

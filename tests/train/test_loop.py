@@ -18,6 +18,8 @@ from flowjax.models import dit
 from flowjax.parallel import mesh as meshes
 from flowjax.train import checkpoint, experiment, loop, optim, parts
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 TINY = experiment.Experiment(
   steps=7,
   model=dit.DiTConfig(
