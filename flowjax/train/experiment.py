@@ -244,6 +244,15 @@ class Experiment:
 
   def _check_told(self):
     """Refuses an encoder of what the task does not tell, and none for it."""
+    told_by_data = models.told(self.model)
+    if self.embedding.size:
+      told_by_data = "nothing"
+    if self.data.images_alone and told_by_data != "nothing":
+      raise ValueError(
+        f"data.images_alone = True leaves out the {told_by_data} that this "
+        "network is told: set it to False, or take a DiT of "
+        "model.num_classes = 0, which is told nothing."
+      )
     for name, key, told in (
       ("layout", "layout.classes", self.layout.classes),
       ("variation", "embedding.size", self.embedding.size),
