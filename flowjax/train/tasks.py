@@ -141,40 +141,42 @@ class TaskConfig:
 
 
 def inpainting_context(
-  image_BHWC: jax.Array, mask_BHW1: jax.Array
+  image_BHWC: jax.typing.ArrayLike, mask_BHW1: jax.typing.ArrayLike
 ) -> jax.Array:
   """Returns the mask, then the image with zeros where the mask is 1.
 
   Where it is 1 is to be drawn anew. The order of latent diffusion's and SD3's
   networks for inpainting; theirs encode the image after it was masked.
   """
-  mask_BHW1 = mask_BHW1.astype(image_BHWC.dtype)
+  image_BHWC = jnp.asarray(image_BHWC)
+  mask_BHW1 = jnp.asarray(mask_BHW1, image_BHWC.dtype)
   masked_BHWC = jnp.where(mask_BHW1 > 0.5, 0.0, image_BHWC)
   return jnp.concatenate([mask_BHW1, masked_BHWC], axis=-1)
 
 
 def super_resolution_context(
-  low_BhwC: jax.Array,
+  low_BhwC: jax.typing.ArrayLike,
   size: tuple[int, int],
-  level_B: jax.Array | None = None,
+  level_B: jax.typing.ArrayLike | None = None,
 ) -> jax.Array:
   """Returns a small image at the `size` of what is drawn, by bilinear steps.
 
   With `level_B`, the standard deviation of noise that was added to it, that is
   the last channel: 0 for an image as it is.
   """
+  low_BhwC = jnp.asarray(low_BhwC)
   batch, _, _, channels = low_BhwC.shape
   up_BHWC = jax.image.resize(low_BhwC, (batch, *size, channels), "bilinear")
   if level_B is None:
     return up_BHWC
-  level_BHW1 = jnp.broadcast_to(
-    level_B.astype(up_BHWC.dtype)[:, None, None, None], (batch, *size, 1)
-  )
+  level_B111 = jnp.asarray(level_B, up_BHWC.dtype)[:, None, None, None]
+  level_BHW1 = jnp.broadcast_to(level_B111, (batch, *size, 1))
   return jnp.concatenate([up_BHWC, level_BHW1], axis=-1)
 
 
-def lowered(image_BHWC: jax.Array, factor: int) -> jax.Array:
+def lowered(image_BHWC: jax.typing.ArrayLike, factor: int) -> jax.Array:
   """Returns the means of squares of `factor` x `factor` pixels."""
+  image_BHWC = jnp.asarray(image_BHWC)
   batch, height, width, channels = image_BHWC.shape
   parts = image_BHWC.reshape(
     batch, height // factor, factor, width // factor, factor, channels

@@ -156,6 +156,21 @@ def test_shares_are_as_the_counts_and_the_cycle_is_a_permutation(counts):
       assert own == list(range(cycle * share, (cycle + 1) * share))
 
 
+def test_shares_are_rounded_by_largest_remainder():
+  # Of 160 turns 74.67, 53.33 and 32.
+  assert order.shares((7, 5, 3)) == (75, 53, 32)
+
+
+def test_no_two_buckets_have_one_order():
+  source, streams = divided(20, 20, 20), collections.defaultdict(list)
+  for batch in batches(source, config_of(), 90):
+    rows = {part.shape[:2]: part.row_N.tolist() for part in source.parts}
+    size = batch["image"].shape[1:3]
+    streams[size] += map(rows[size].index, batch["label"].tolist())
+  firsts = {tuple(stream[:40]) for stream in streams.values()}
+  assert len(firsts) == 3
+
+
 def test_the_turns_outlive_a_version():
   """A checkpoint continues an order: these numbers may never change."""
   owners = [order.turn(0, (2, 3, 1), step)[0] for step in range(12)]
