@@ -15,7 +15,7 @@ def get_config():
   config = experiment.defaults("mmdit")
   config.steps = 1000
   # So an encoder sees what digits have in common, and not each by heart.
-  config.task.update(name="variation", noise=0.3, moved=0.1)
+  config.task.update(name="variation", noise=0.4)
   config.embedding.update(size=8, tokens=4, depth=2, width=64, heads=4)
   config.model.update(
     image_size=(8, 8),
