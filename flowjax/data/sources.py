@@ -107,18 +107,21 @@ def open(config: config_lib.DataConfig, split: str) -> Source:
       f"{schema.closest(kind, KINDS)}"
     )
   module = importlib.import_module(f"flowjax.data.{kind}")
-  if config.boxes:
-    layouts = importlib.import_module("flowjax.data.layouts")
-    return layouts.opened(module.open, config, split)
-  source = module.open(config, split)
+  read = config
+  if config.boxes:  # Which move with what is cut out of an original.
+    read = dataclasses.replace(config, originals=True)
+  source = module.open(read, split)
   if not config.buckets:
     return _told(source, config)
-  divided = _buckets().divide(source, config, split)
+  divided = _buckets().divide(source, read, split)
   return divided.each(lambda part: _told(part, config))
 
 
 def _told(source: Any, config: config_lib.DataConfig) -> Source:
-  """Returns a source with the captions and tokens that a config asks for."""
+  """Returns a source with the captions, tokens or boxes that are asked for."""
+  if config.boxes:
+    layouts = importlib.import_module("flowjax.data.layouts")
+    return layouts.boxed(source, config)
   if config.images_alone:
     alone = importlib.import_module("flowjax.data.alone")
     return alone.alone(source)
