@@ -156,6 +156,7 @@ def boxed(source: Any, config: config_lib.DataConfig) -> Any:
   """Returns a source with boxes; raises UserError for one that has none."""
   found = sources.blank(source)
   if "boxes" in found:
+    _check_stored(source, found["boxes"], config)
     return source
   layout = of(config)
   if "caption" not in found or layout is None:
@@ -165,6 +166,21 @@ def boxed(source: Any, config: config_lib.DataConfig) -> Any:
       "and a metadata.jsonl."
     )
   return Boxed(source, layout, config.originals)
+
+
+def _check_stored(
+  source: Any, box_N5: np.ndarray, config: config_lib.DataConfig
+) -> None:
+  """Refuses boxes that were encoded as others than a config reads."""
+  names = config.box_names
+  if hasattr(source, "encoded"):
+    names = tuple(source.encoded.about["data"]["box_names"])
+  if len(box_N5) != config.boxes or names != config.box_names:
+    raise errors.UserError(
+      f"{source.name} has {len(box_N5)} boxes an image, of {len(names)} names, "
+      f"and config.data.boxes={config.boxes} and box_names are of "
+      f"{len(config.box_names)}: set both as they were when it was encoded."
+    )
 
 
 def cut(
