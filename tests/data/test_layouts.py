@@ -163,3 +163,21 @@ def test_a_layout_is_what_its_arrays_say():
   boxes = [("dog", 0.0, 0.25, 0.5, 1.0), ("cat", 0.5, 0.5, 0.75, 0.625)]
   found = layout.arrays(boxes)
   assert layout.boxes(found["boxes"], found["box_mask"]) == boxes
+
+
+def test_boxes_are_of_their_bucket():
+  wide = dataclasses.replace(SCENES, buckets=((32, 32), (32, 64)))
+  for part in sources.open(wide, "train").parts:
+    record = part[1]
+    assert record["image"].shape == part.shape
+    height, width = part.shape[:2]
+    ink_HW = (record["image"].max(axis=-1) + 1.0) / 2.0
+    for (_, *sides), there in zip(
+      record["boxes"], record["box_mask"], strict=True
+    ):
+      if there:
+        whole = np.array([height, width, height, width])
+        top, left, bottom, right = np.round(sides * whole).astype(int)
+        assert ink_HW[top:bottom, left:right].max() > 0.5
+        ink_HW[top:bottom, left:right] = 0.0
+    assert ink_HW.max() < scenes.INKED
