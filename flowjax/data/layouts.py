@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -123,16 +123,14 @@ class Boxed:
 
   @property
   def blank(self) -> dict[str, np.ndarray]:
-    record = sources.blank(self.source)
-    image = {key: record[key] for key in record if key != "caption"}
-    return {**image, **self.layout.blank}
+    return {**self._image(sources.blank(self.source)), **self.layout.blank}
 
   def __len__(self) -> int:
     return len(self.source)
 
   def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-    record = dict(self.source[i])
-    caption = record.pop("caption")
+    record = self.source[i]
+    caption = record["caption"]
     try:
       boxes = parse(json.loads(caption)) if caption else []
       self.layout.check(boxes)
@@ -140,9 +138,13 @@ class Boxed:
       raise sources.Corrupt(f"Record {i} of {self.name}: {error}") from error
     if "crop" in record:
       boxes = cut(boxes, record["size"], record["crop"], self.shape[:2])
-    if not self.originals:
-      record = {k: record[k] for k in record if k not in ("size", "crop")}
-    return {**record, **self.layout.arrays(self.layout.largest(boxes))}
+    kept = self.layout.arrays(self.layout.largest(boxes))
+    return {**self._image(record), **kept}
+
+  def _image(self, record: sources.Record) -> sources.Record:
+    """Returns what a record has beside its boxes."""
+    spare = ("caption",) if self.originals else ("caption", "size", "crop")
+    return {key: record[key] for key in record if key not in spare}
 
   def draw(self, seed: int, position_B: np.ndarray) -> np.ndarray:
     return sources.draw(self.source, seed, position_B)
@@ -151,13 +153,8 @@ class Boxed:
     return {**self.source.fingerprint(), "boxes": self.layout.fingerprint()}
 
 
-def opened(
-  open_source: Callable[[config_lib.DataConfig, str], Any],
-  config: config_lib.DataConfig,
-  split: str,
-) -> Any:
+def boxed(source: Any, config: config_lib.DataConfig) -> Any:
   """Returns a source with boxes; raises UserError for one that has none."""
-  source = open_source(dataclasses.replace(config, originals=True), split)
   found = sources.blank(source)
   if "boxes" in found:
     return source

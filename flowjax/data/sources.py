@@ -107,10 +107,9 @@ def open(config: config_lib.DataConfig, split: str) -> Source:
       f"{schema.closest(kind, KINDS)}"
     )
   module = importlib.import_module(f"flowjax.data.{kind}")
-  if config.boxes:
-    layouts = importlib.import_module("flowjax.data.layouts")
-    return layouts.opened(module.open, config, split)
-  source = module.open(config, split)
+  # Boxes move with what is cut out, of which originals tell.
+  originals = config.originals or config.boxes > 0
+  source = module.open(dataclasses.replace(config, originals=originals), split)
   if not config.buckets:
     return _told(source, config)
   divided = _buckets().divide(source, config, split)
@@ -118,7 +117,10 @@ def open(config: config_lib.DataConfig, split: str) -> Source:
 
 
 def _told(source: Any, config: config_lib.DataConfig) -> Source:
-  """Returns a source with the captions and tokens that a config asks for."""
+  """Returns a source with the boxes, captions or tokens that are asked for."""
+  if config.boxes:
+    layouts = importlib.import_module("flowjax.data.layouts")
+    return layouts.boxed(source, config)
   if config.images_alone:
     alone = importlib.import_module("flowjax.data.alone")
     return alone.alone(source)
