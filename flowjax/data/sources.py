@@ -217,8 +217,9 @@ def check(
       "channels of config.data and config.model the same."
     )
   empty = blank(source)
-  if embedding and np.shape(empty.get("embedding")) != (embedding,):
-    found = np.shape(empty["embedding"]) if "embedding" in empty else "none"
+  shape = np.shape(empty["embedding"]) if "embedding" in empty else ()
+  if embedding and shape != (embedding,):
+    found = shape or "none"
     raise errors.UserError(
       f"{source.name} should have an embedding of {embedding} numbers with "
       f"each image, and has {found}: `flowjax encode` writes one by the "
