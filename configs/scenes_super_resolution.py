@@ -4,6 +4,10 @@
 
 The network is told the means of squares of 4x4 pixels, 8x8 of them, and the
 caption, which says what digits are there.
+
+2 CPU cores, 281 seconds of CPU time. `flowjax evaluate` then finds 27.1 dB,
+beside 20.4 dB of the bilinear image that the network is told, and 85% of the
+digits in held-out scenes, beside 36%.
 """
 
 from flowjax.data import scenes

@@ -35,6 +35,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PAGES = (
   "README.md",
   "docs/autoencoders.md",
+  "docs/editing.md",
   "docs/encode.md",
   "docs/flow.md",
   "docs/house.md",

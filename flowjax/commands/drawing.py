@@ -199,7 +199,7 @@ def told_of(
   """
   run.experiment.require_context()
   key = jax.random.key(run.experiment.seed)
-  made = jax.jit(run.experiment.task.add)(batch, key)
+  made = jax.jit(run.experiment.task.drawn().add)(batch, key)
   told = jax.eval_shape(lambda: run.network.example(1)).keys()
   keys = [key for key in (*told, "text_mask") if key in made]
   return {key: np.asarray(made[key]) for key in keys}

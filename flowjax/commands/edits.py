@@ -6,6 +6,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from flowjax import errors
@@ -131,8 +132,9 @@ def read(
   if found.config.data.pair_source is not None:
     return Edits(images_NHWC, sources=True)
   if small:
-    low = tasks.lowered(images_NHWC, task.factor) if parts else images_NHWC
-    level_N = np.zeros(len(low), np.float32) if task.noise else None
+    low = jnp.asarray(images_NHWC)
+    low = tasks.lowered(low, task.factor) if parts else low
+    level_N = jnp.zeros(len(low)) if task.noise else None
     made = tasks.super_resolution_context(low, (height, width), level_N)
     return Edits(images_NHWC, context=np.asarray(made))
   masks, strength = None, args.strength or STRENGTH
@@ -142,7 +144,8 @@ def read(
   context = None
   if task.name == "inpainting":
     anew = np.ones((*images_NHWC.shape[:3], 1)) if masks is None else masks
-    context = np.asarray(tasks.inpainting_context(images_NHWC, anew))
+    made = tasks.inpainting_context(*map(jnp.asarray, (images_NHWC, anew)))
+    context = np.asarray(made)
   return Edits(images_NHWC, masks, strength, context=context)
 
 

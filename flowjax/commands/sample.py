@@ -285,8 +285,8 @@ def _in_turn(rows: np.ndarray, count: int) -> np.ndarray:
 def _cond(
   args, found, texts: dict | None, count: int, edit: edits.Edits | None
 ) -> dict[str, Any]:
-  shown = edit is not None and edit.context is not None
-  context = edit.told(count) if shown else drawing.context(found.run, count)
+  of_edit = edit.told(count) if edit else {}
+  context = of_edit or drawing.context(found.run, count)
   if texts is not None:
     return {
       **jax.tree.map(lambda leaf: _in_turn(leaf, count), texts),
@@ -311,11 +311,12 @@ def _cond(
       raise type(error)(
         f"{error} Or say what is to be drawn, by --prompt or --embeddings."
       ) from error
-  labels = restored.parse_labels(
-    args.labels, count, found.config.model.num_classes
-  )
-  if shown:
-    return {**context, "label": labels.astype(np.int32)}
+  classes, labels = found.config.model.num_classes, None
+  if args.labels or of_edit:  # Else those of what is held out.
+    labels = restored.parse_labels(args.labels, count, classes)
+    labels = labels.astype(np.int32)
+  if of_edit:
+    return {**context, "label": labels}
   return drawing.conditions(found.run, count, labels)
 
 

@@ -121,7 +121,7 @@ def held_out(
     seed=config.seed,
     put=placing.put_part(built.mesh, size),
     together=functools.partial(_ahead, built, source, size)
-    if ahead and config.data.buckets
+    if ahead and config.data.buckets and not config.data.padded_patch
     else distributed.together,
   )
 

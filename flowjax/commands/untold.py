@@ -32,7 +32,8 @@ def translation(
     found.config.data, images_alone=False, pair_source=None
   )
 
-  def opened(source: str, split: str) -> Labelled:
+  def opened(source: str | None, split: str) -> Labelled:
+    assert source is not None
     named = dataclasses.replace(data, source=source)
     return sources.all_of(sources.open(named, split))
 

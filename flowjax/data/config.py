@@ -83,11 +83,12 @@ class DataConfig:
       )
     self._check_tokenizer()
     self._check_buckets()
-    told = self.tokenizer or self.templates or self.captions
+    told = self.tokenizer or self.templates or self.captions or self.boxes
     if self.images_alone and told:
       raise ValueError(
-        "images_alone leaves captions out, and tokenizer, templates and "
-        "captions=True are for them: leave out one or the other."
+        "images_alone leaves out what is said of images, and tokenizer, "
+        "templates, captions=True and boxes are for that: leave out one or the "
+        "other."
       )
     if self.on_no_caption not in ON_NO_CAPTION:
       raise ValueError(

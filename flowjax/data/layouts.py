@@ -62,7 +62,7 @@ class Layout:
       row[:] = self._classes[name], *sides
     return {"boxes": box_N5, "box_mask": np.arange(self.most) < len(boxes)}
 
-  def boxes(self, box_N5: np.ndarray, mask_N: np.ndarray) -> list[tuple]:
+  def boxes(self, box_N5: np.ndarray, mask_N: np.ndarray) -> list[Box]:
     """Returns what `arrays` was given."""
     return [
       (self.names[int(number)], *map(float, sides))

@@ -217,12 +217,11 @@ def check(
       "channels of config.data and config.model the same."
     )
   empty = blank(source)
-  shape = np.shape(empty["embedding"]) if "embedding" in empty else ()
-  if embedding and shape != (embedding,):
-    found = shape or "none"
+  found = np.shape(empty["embedding"]) if "embedding" in empty else None
+  if embedding and found != (embedding,):
     raise errors.UserError(
       f"{source.name} should have an embedding of {embedding} numbers with "
-      f"each image, and has {found}: `flowjax encode` writes one by the "
+      f"each image, and has {found or 'none'}: `flowjax encode` writes one by the "
       "image_encoder of a pipeline. Set config.embedding.size to what it has, "
       "or learn one by config.embedding.depth=2."
     )

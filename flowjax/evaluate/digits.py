@@ -87,8 +87,8 @@ class Digits:
     """
     stored_NHWC = self._sound(samples_NHWC)
     predicted_N = self.classifier.predict(stored_NHWC)
-    share_K = np.bincount(predicted_N, minlength=self.classes)
-    share_K = share_K[share_K > 0] / len(predicted_N)
+    count_K = np.bincount(predicted_N, minlength=self.classes)
+    share_K = count_K[count_K > 0] / len(predicted_N)
     return {
       "classes": float(np.exp(-np.sum(share_K * np.log(share_K)))),
       "frechet": distances.frechet(

@@ -113,10 +113,10 @@ def largest(config: Any) -> Any:
 def said(data: data_config.DataConfig) -> str:
   """Returns how many programs there are, and of which the figures are."""
   height, width = max(sizes(data), key=math.prod)
-  return (
-    f"{len(data.buckets)} programs, one for each bucket; these figures are of "
-    f"the largest, {height}x{width}"
-  )
+  programs = f"{len(data.buckets)} programs, one for each bucket"
+  if data.padded_patch:
+    programs = f"one program for {len(data.buckets)} buckets, on canvases"
+  return f"{programs}; these figures are of the largest, {height}x{width}"
 
 
 def is_told_sizes(model: Any) -> bool:

@@ -184,6 +184,9 @@ def compiled(
   if len(kinds) == 1:
     return distributed.together(jit_step(run))
   sharding = meshes.batch_sharding(run.mesh)
+  for batch in kinds:  # What is counted is counted before the step.
+    for key, _ in sessions.COUNTED.values():
+      batch.pop(key, None)
   batches = (programs.abstract(batch, sharding) for batch in kinds)
   return programs.ahead(
     jit_step(run), [(run.abstract, batch) for batch in batches], told

@@ -147,6 +147,7 @@ def _hash_all(arrays: list[jax.Array]) -> jax.Array:
   return jnp.stack([_hash(array) for array in arrays])
 
 
+@jax.jit  # Moments and averages have the shapes of their parameters.
 def _hash(array: jax.Array) -> jax.Array:
   words = _words(array)
   # The index is built from iotas, not by a reshape: those follow a sharding.

@@ -14,6 +14,8 @@ from flowjax.interop import vae
 from flowjax.models import autoencoder, vq
 from flowjax.train import experiment, parts
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 SMALL = [
   "--config.steps=3",
   "--config.optim.warmup_steps=1",

@@ -10,6 +10,8 @@ import pytest
 
 from flowjax import __main__ as door
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 SMALL = [
   f"--config={CONFIGS}/digits_dit.py",

@@ -17,6 +17,8 @@ from flowjax.interop import mmdit as layouts
 from flowjax.models import dit, flux, mmdit
 from flowjax.train import checkpoint
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 # The network of a file is that of --config.
 CONFIG = [

@@ -15,6 +15,8 @@ from flowjax.interop import folder_export, lora
 from flowjax.models import dit
 from flowjax.models import lora as adapters
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 CONFIG = [
   f"--config={pathlib.Path(__file__).parents[2]}/configs/digits_dit.py",
   "--config.steps=2",

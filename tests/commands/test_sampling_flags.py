@@ -327,6 +327,7 @@ def test_why_samples_in_training_stopped_is_logged(monkeypatch, caplog):
 
   monkeypatch.setattr(train.drawing, "build", lambda *args: draw)
   monkeypatch.setattr(train.drawing, "conditions", lambda run, count: [0])
+  monkeypatch.setattr(train.drawing, "beside", lambda run, cond: [])
   monkeypatch.setattr(train.drawing, "captions", lambda run, count: [])
   monkeypatch.setattr(jax, "process_index", lambda: 1)
   monkeypatch.setattr(train.states, "averaged", lambda state: None)

@@ -44,15 +44,23 @@ def untrained(*words):
 
 
 def test_sample_shows_held_out_images_and_what_is_told(tmp_path, monkeypatch):
-  found = untrained()
+  plain, told = untrained(), []
+
+  def draw(images, cond):
+    told.append(cond)
+    return -images
+
+  found = drawing_by(plain, draw)
   monkeypatch.setattr(restored, "open", lambda *args, **options: found)
   out = tmp_path / "grid.png"
-  assert not door.main(
-    ["sample", "--workdir=run", f"--out={out}", "--num=3", "--labels=1,2,3"]
-  )
+  words = ["sample", "--workdir=run", f"--out={out}", "--num=3"]
+  assert not door.main([*words, "--labels=7"]) and not door.main(words)
   sheet = np.asarray(PIL.Image.open(out))
   images, cond = drawing.held_out(found.run, 3)
   assert sorted(cond) == ["context", "label"]
+  for each, label_N in zip(told, ([7, 7, 7], cond["label"]), strict=True):
+    np.testing.assert_array_equal(each["label"], label_N)
+    np.testing.assert_array_equal(each["context"], cond["context"])
   # Three images of 8x8 and a gap of white between, each pixel of 4x4.
   first = sheet[2:34, 2:114].reshape(8, 4, 28, 4, 3)[:, 0, :, 0, 0]
   shown = (first / 127.5 - 1.0)[..., None]
@@ -60,29 +68,32 @@ def test_sample_shows_held_out_images_and_what_is_told(tmp_path, monkeypatch):
   np.testing.assert_allclose(
     shown[:, 9:17], cond["context"][0, ..., 1:], atol=0.01
   )
+  np.testing.assert_allclose(shown[:, 18:26], -images[0], atol=0.01)
   assert (first[:, [8, 17, 26, 27]] == 255).all()
 
 
-def test_labels_stand_in_for_those_of_the_images():
-  run = untrained().run
-  images, cond = drawing.held_out(run, 4)
-  own = drawing.conditions(run, 4)
-  other = drawing.conditions(run, 4, np.array([7, 7, 7, 7]))
-  np.testing.assert_array_equal(own["label"], cond["label"])
-  np.testing.assert_array_equal(other["label"], 7)
-  for each in (own, other):
-    np.testing.assert_array_equal(each["context"], cond["context"])
+def test_sample_draws_by_the_network_of_a_task():
+  found = untrained()
+  cond = drawing.conditions(found.run, 2)
+  one = found.draw(cond, seed=0)
+  other = found.draw({**cond, "context": -cond["context"]}, seed=0)
+  assert one.shape == (2, 8, 8, 1) and np.abs(one - other).max() > 1e-3
 
 
-def scores(found, drawn_of, monkeypatch, tmp_path):
-  """Returns the report of a run that draws `drawn_of(images, cond)`."""
-  images, _ = drawing.held_out(found.run, 12)
+def drawing_by(found, draw, directory=pathlib.Path("run")):
+  """Returns the run as one that draws `draw(images, cond)`, and no network."""
 
   class Drawn(restored.Restored):
     def draw(self, cond, **options):
-      return drawn_of(images, cond)
+      images, _ = drawing.held_out(found.run, len(cond["label"]))
+      return draw(images, cond)
 
-  found = Drawn(tmp_path, found.run, 0, found.params, {})
+  return Drawn(directory, found.run, 0, found.params, {})
+
+
+def scores(found, draw, monkeypatch, directory):
+  """Returns the report of a run that draws `draw(images, cond)`."""
+  found = drawing_by(found, draw, directory)
   monkeypatch.setattr(tasked, "_judge", lambda *args: None)
   args = types.SimpleNamespace(num=12, seed=0)
   return tasked.evaluate(found, found.config.sample, args)

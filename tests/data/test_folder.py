@@ -213,7 +213,7 @@ def test_images_alone_need_neither_labels_nor_captions(tmp_path):
     source, batch_size=2, num_classes=None, channels=3, image_size=(8, 8)
   )
   for told in ({"captions": True}, {"tokenizer": "bytes"}):
-    with pytest.raises(ValueError, match="images_alone leaves captions out"):
+    with pytest.raises(ValueError, match="images_alone leaves out what is"):
       config_of(tmp_path, images_alone=True, **told)
 
 

@@ -14,6 +14,7 @@ import pytest
 from flowjax import models
 from flowjax.data import canvas
 from flowjax.models import dit, flux, mmdit, positions
+from flowjax.parallel import mesh as meshes
 
 SIZES = ((8, 8), (4, 12), (12, 4))
 TOKENS = 16
@@ -94,3 +95,28 @@ def test_a_grid_without_its_canvas_is_refused():
   x_BHWC, t_B = np.zeros((1, 8, 8, 1), np.float32), np.zeros(1, np.float32)
   with pytest.raises(ValueError, match=r"grid has shape \(1, 2\) .* 2 wide"):
     net.apply({}, x_BHWC, t_B, {"label": label, "grid": np.ones((1, 2))})
+
+
+@pytest.mark.slow
+def test_canvases_on_a_mesh_that_shares_their_tokens():
+  """Of 15 tokens each device has 8, one of them of no image at all."""
+  config, rng = CONFIGS["flux"], np.random.default_rng(1)
+  net = models.build(config)
+  shapes = jax.eval_shape(net.init, jax.random.key(0))
+  params = jax.tree.map(
+    lambda leaf: 0.3 * rng.standard_normal(leaf.shape, np.float32), shapes
+  )
+  grid_B2 = np.array([(3, 5), (4, 3), (2, 6), (5, 3)], np.int32)
+  x = rng.standard_normal((4, 30, 2, 1), np.float32)
+  cond = {"label": np.arange(4, dtype=np.int32) % 3, "grid": grid_B2}
+  batch = x, rng.random(4, np.float32), cond
+  wanted = jax.jit(net.apply)(params, *batch)
+  mesh = meshes.build(meshes.MeshConfig(data=2, fsdp=2, context=2))
+  placed = jax.device_put(batch, meshes.batch_sharding(mesh))
+  # jit would answer with the program that it traced without a mesh.
+  other = jax.jit(lambda params, *batch: net.apply(params, *batch))
+  with meshes.use(mesh):
+    found = other(jax.device_put(params, meshes.replicated(mesh)), *placed)
+  for row, (rows, columns) in enumerate(grid_B2):
+    real = rows * columns * 2
+    np.testing.assert_allclose(found[row, :real], wanted[row, :real], atol=2e-5)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from flowjax import errors, models
-from flowjax.commands import train
+from flowjax.commands import restored, train
 from flowjax.data import buckets, canvas, loader, sources
 from flowjax.data import config as data_config
 from flowjax.data import digits as digits_source
@@ -71,9 +71,9 @@ class Images:
 
   @property
   def blank(self):
-    two = np.zeros(2, np.int32)
-    image = np.zeros(self.shape, np.float32)
-    return {"image": image, "label": np.int32(0), "size": two, "crop": two}
+    image, two = np.zeros(self.shape, np.float32), np.zeros(2, np.int32)
+    none = {"label": np.int32(0), "truncated": np.int32(0)}
+    return {"image": image, "size": two, "crop": two, **none}
 
   def __getitem__(self, i):
     image = np.random.default_rng(i).uniform(-1, 1, self.shape)
@@ -314,3 +314,13 @@ def test_who_is_told_sizes_is_not_exported(format):
   model = _over(TINY.model, size_conditioning=True)
   with pytest.raises(errors.UserError, match=f"size_conditioning=.*{format}"):
     formats.layout(model, format)
+
+
+def test_every_aspect_of_training_can_be_drawn():
+  drawn = restored._resized(TINY, (4, 16))
+  assert drawn.model.image_size == drawn.data.image_size == (4, 16)
+  assert drawn.data.buckets == BUCKETS
+  with pytest.raises(errors.UserError, match=r"\(8x8, 4x16, 12x4\)"):
+    restored._resized(TINY, (8, 16))
+  wide = _over(TINY, model=_over(MMDIT, position="rope2d"))
+  assert restored._resized(wide, (8, 16)).data.buckets == ()

@@ -25,6 +25,8 @@ from flowjax.train import (
 from flowjax.train import state as states
 from flowjax.train import step as steps
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 EXPERIMENT = experiment.Experiment(
   steps=3,
   model=dit.DiTConfig(

@@ -22,6 +22,8 @@ from flowjax.parallel import mesh as meshes
 from flowjax.parallel import placing
 from flowjax.train import experiment, latents, loop
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 SHAPE = (4, 4, 2)
 TEXTS = embeddings.Texts(
   4,

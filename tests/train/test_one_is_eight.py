@@ -52,21 +52,21 @@ MESHES = [
 STEPS = 10
 
 
-def _experiment(name, mesh, **options):
+def _experiment(name, mesh, count=8, **options):
   return experiment.Experiment(
     model=MODELS[name],
-    data=data_config.DataConfig(batch_size=32),
+    data=data_config.DataConfig(batch_size=count),
     mesh=meshes.MeshConfig(**mesh),
     # The first moment after the first step is then the gradient, halved.
     optim=optim.OptimConfig(learning_rate=1e-3, beta1=0.5, **options),
   )
 
 
-def _batch(step):
+def _batch(step, count):
   rng = np.random.default_rng(step)
   return {
-    "image": rng.standard_normal((32, 8, 8, 1), np.float32),
-    "label": rng.integers(10, size=32, dtype=np.int32),
+    "image": rng.standard_normal((count, 8, 8, 1), np.float32),
+    "label": rng.integers(10, size=count, dtype=np.int32),
   }
 
 
@@ -85,7 +85,8 @@ def _run(name, mesh, devices, **options):
   with meshes.use(run.mesh):
     step, put = loop.jit_step(run), placing.put_whole(run.mesh)
     for i in range(STEPS):
-      state, values = step(state, put(_batch(i)))
+      batch = put(_batch(i, run.experiment.data.batch_size))
+      state, values = step(state, batch)
       losses.append(float(values["loss"]))
       if not gradients:
         moments = manifest.named_leaves(state.opt_state[1].mu)
@@ -155,12 +156,12 @@ def test_a_state_is_born_divided(name):
   assert share + layer < whole / 6
 
 
-def _draws(mesh, devices, accumulate=1):
+def _draws(mesh, devices):
   """Returns what training draws for each example, seen by a network of zeros.
 
   Times, the loss, which is that of the noise, and the labels that are left.
   """
-  config = _experiment("dit", mesh, accumulate=accumulate)
+  config = _experiment("dit", mesh, count=32)
   run = parts.build(config, devices)
   seen = {}
 
@@ -175,8 +176,13 @@ def _draws(mesh, devices, accumulate=1):
     return metrics["t"], seen.pop("label"), metrics["loss_by_example"]
 
   with meshes.use(run.mesh):
-    batch = placing.put_whole(run.mesh)(_batch(0))
+    batch = placing.put_whole(run.mesh)(_batch(0, 32))
     return jax.device_get(jax.jit(draw)(batch))
+
+
+@pytest.fixture(name="drawn_alone", scope="module")
+def _drawn_alone():
+  return _draws({}, jax.devices()[:1])
 
 
 @pytest.mark.parametrize(
@@ -190,12 +196,13 @@ def _draws(mesh, devices, accumulate=1):
   ],
   ids=str,
 )
-def test_what_is_drawn_for_an_example_does_not_depend_on_the_mesh(mesh):
+def test_what_is_drawn_for_an_example_does_not_depend_on_the_mesh(
+  mesh, drawn_alone
+):
   time, label, loss = _draws(mesh, jax.devices()[: math.prod(mesh.values())])
-  alone = _draws({}, jax.devices()[:1])
-  np.testing.assert_array_equal(time, alone[0])
-  np.testing.assert_array_equal(label, alone[1])
-  np.testing.assert_allclose(loss, alone[2], rtol=1e-6)
+  np.testing.assert_array_equal(time, drawn_alone[0])
+  np.testing.assert_array_equal(label, drawn_alone[1])
+  np.testing.assert_allclose(loss, drawn_alone[2], rtol=1e-6)
   assert (label == 10).any() and len(set(time)) == 32
 
 
@@ -204,8 +211,9 @@ def test_what_is_drawn_for_an_example_does_not_depend_on_the_mesh(mesh):
   "mesh", [dict(data=8), dict(data=2, fsdp=2, tensor=2)], ids=str
 )
 def test_an_accumulated_batch_trains_as_on_one_device(mesh):
-  found = _run("dit", mesh, jax.devices(), accumulate=4)
-  _same(found, _alone("dit", accumulate=4))
+  options = dict(count=32, accumulate=4)
+  found = _run("dit", mesh, jax.devices(), **options)
+  _same(found, _alone("dit", **options))
 
 
 @pytest.mark.slow

@@ -28,6 +28,8 @@ from flowjax.train import (
 from flowjax.train import state as states
 from flowjax.train import step as steps
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 SMALL = dict(
   image_size=(8, 8), channels=1, widths=(8,), depth=1, groups=4,
   latent_channels=2, middle_attention=False,
