@@ -129,8 +129,8 @@ class Boxed:
     return len(self.source)
 
   def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-    record = dict(self.source[i])
-    caption = record.pop("caption")
+    record = self.source[i]
+    caption = record["caption"]
     try:
       boxes = parse(json.loads(caption)) if caption else []
       self.layout.check(boxes)

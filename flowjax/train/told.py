@@ -2,12 +2,26 @@
 
 from typing import Any
 
+from flowjax import models
+
 
 def check(config: Any) -> None:
   """Raises ValueError for parts of an experiment that tell it other things."""
+  _check_alone(config)
   _check_text(config)
   _check_layout(config)
   _check_task(config)
+
+
+def _check_alone(config: Any) -> None:
+  """Refuses to leave out what the network is told of images by their source."""
+  told = "nothing" if config.embedding.size else models.told(config.model)
+  if config.data.images_alone and told != "nothing":
+    raise ValueError(
+      f"data.images_alone = True leaves out the {told} that this network is "
+      "told: set it to False, or take a DiT of model.num_classes = 0, which is "
+      "told nothing."
+    )
 
 
 def _check_text(config: Any) -> None:
