@@ -221,9 +221,9 @@ def check(
   if embedding and found != (embedding,):
     raise errors.UserError(
       f"{source.name} should have an embedding of {embedding} numbers with "
-      f"each image, and has {found or 'none'}: `flowjax encode` writes one by the "
-      "image_encoder of a pipeline. Set config.embedding.size to what it has, "
-      "or learn one by config.embedding.depth=2."
+      f"each image, and has {found or 'none'}: `flowjax encode` writes one by "
+      "the image_encoder of a pipeline. Set config.embedding.size to what it "
+      "has, or learn one by config.embedding.depth=2."
     )
   for key, wide in (("text", text_width), ("pooled", pooled_width)):
     if wide and key in empty and empty[key].shape[-1] != wide:
