@@ -74,12 +74,13 @@ def outline(config: experiment.Experiment, device: Any = None) -> Outline:
 @functools.lru_cache(maxsize=32)
 def _outline(config: experiment.Experiment, device: Any) -> Outline:
   built = parts.build(config, [device])
-  network = built.network
-  free = network
-  if getattr(config.model, "remat", "none") != "none":
-    free = models.build(dataclasses.replace(config.model, remat="none"))
   with meshes.use(built.mesh):
-    return Outline(built, _arithmetic(built), _kept(network), _kept(free))
+    kept = free = _kept(built.network)
+    if getattr(config.model, "remat", "none") != "none":
+      free = _kept(
+        models.build(dataclasses.replace(config.model, remat="none"))
+      )
+    return Outline(built, _arithmetic(built), kept, free)
 
 
 def _arithmetic(built: parts.Parts) -> flops.Count:

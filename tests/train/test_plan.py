@@ -16,6 +16,8 @@ from flowjax.parallel import mesh as meshes
 from flowjax.parallel import topology
 from flowjax.train import experiment, memory, parts, plan, search
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 POD = topology.parse("v5p:2x2x2")
 KEYS = {
   "fits", "bytes_per_device", "hbm_bytes", "collectives", "flops_per_step",
