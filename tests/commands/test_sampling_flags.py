@@ -15,6 +15,8 @@ from flowjax.commands import configs, restored, sample, train
 from flowjax.models import dit
 from flowjax.train import parts
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 DIT = [
   "--config.model.patch_size=4",

@@ -18,6 +18,8 @@ from flowjax.models import coupling, dit, mmdit
 from flowjax.parallel import programs
 from flowjax.train import aspects, checkpoint, experiment, loop, optim, parts
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 EPOCH = loader.epoch_batches
 BUCKETS = ((8, 8), (4, 16), (12, 4))
 

@@ -13,6 +13,8 @@ from flowjax import errors
 from flowjax.flow import losses
 from flowjax.train import experiment, tasks
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 INPAINTING = tasks.TaskConfig("inpainting", hole=(0.1, 0.5), whole=0.0)
 LOWERED = tasks.TaskConfig("super_resolution", factor=2)
 
