@@ -26,6 +26,7 @@ import measure
 
 WORDS = "a photograph of a red house by the lake, early in the morning".split()
 SOURCES = ("folder", "captions", "webdataset", "hf", "mixture")
+FILES = ("folder", "buckets")  # Of millions; the second in aspect buckets.
 GROUP = 100  # Rows of a group of parquet.
 FOLDERS = 1000
 
@@ -170,12 +171,12 @@ def prepare(
   """
   import numpy as np
 
-  from flowjax.data import index, listing, shards, sources
+  from flowjax.data import index, listing, shards, sizes, sources
 
   config = millions_of(folder, kind)
   each, cpu = count // folders, time.process_time()
   root = folder / kind
-  if kind == "folder":
+  if kind in FILES:
     for i in range(folders):
       path = root / f"part{i:04d}"
       path.mkdir(parents=True)
@@ -186,7 +187,15 @@ def prepare(
     def told(path):
       return real(path) if pathlib.Path(path) == root else Told(each)
 
-    with mock.patch.object(listing.os, "scandir", told):
+    def measured(root, found):
+      del root
+      side_N = np.resize(np.arange(300, 900, 7, np.uint32), len(found))
+      return sizes.Sizes(side_N, side_N[::-1])
+
+    with (
+      mock.patch.object(listing.os, "scandir", told),
+      mock.patch.object(listing, "_sizes", measured),
+    ):
       sources.open(config, "train")
     used = time.process_time() - cpu
     return {"list_cpu_seconds": used, "list_peak_bytes": memory()["VmHWM"]}
@@ -238,14 +247,19 @@ class Entry:
 
 def millions_of(folder: pathlib.Path, kind: str):
   """Returns the config of the source whose index is large."""
-  place = "webdataset/*.tar" if kind == "webdataset" else kind
+  from flowjax.data import buckets
+
+  place = f"folder:{folder}/{kind}"
+  if kind == "webdataset":
+    place = f"webdataset:{folder}/webdataset/*.tar"
   return config_of(
     folder,
-    kind,
+    "folder",
     64,
-    source=f"{kind}:{folder}/{place}",
+    source=place,
     index_dir=str(folder / "kept"),
     captions=True,
+    buckets=buckets.of_area(64 * 64, 8) if kind == "buckets" else (),
   )
 
 
@@ -253,17 +267,21 @@ def begin(folder: pathlib.Path, kind: str, count: int) -> dict[str, Any]:
   """Opens the index of `count` records, and reads the first batch."""
   import numpy as np
 
-  from flowjax.data import loader, sources
+  from flowjax.data import buckets, loader, sources
 
   config = millions_of(folder, kind)
   before, cpu = memory(), time.process_time()
   began = time.perf_counter()
   source = sources.open(config, "train")
   opened = time.perf_counter() - began
-  if kind == "folder":  # Only now: files that are new make a listing old.
-    rows = np.arange(config.batch_size)
-    for i in sources.draw(source, config.shuffle_seed, rows):
-      path = folder / kind / source.file(int(i))
+  if kind in FILES:  # Only now: files that are new make a listing old.
+    part, seed, whole = source, config.shuffle_seed, source
+    if isinstance(source, buckets.Bucketed):
+      part, seed, _ = source.turn(seed, 0)
+      whole = part.whole
+    drawn = sources.draw(part, seed, np.arange(config.batch_size))
+    for i in part.row_N[drawn] if part is not whole else drawn:
+      path = folder / kind / whole.file(int(i))
       path.write_bytes(jpeg(np.random.default_rng(0), 64))
       path.with_suffix(".txt").write_text("a caption")
   began = time.perf_counter()
@@ -333,7 +351,7 @@ def main() -> None:
     for _, kind in itertools.product(range(flags.rounds), SOURCES):
       config = config_of(folder, kind, flags.size)
       result["sources"][kind].append(read(config, each, flags.seconds))
-  for kind in ("folder", "webdataset") if flags.millions else ():
+  for kind in (*FILES, "webdataset") if flags.millions else ():
     with tempfile.TemporaryDirectory(dir=flags.folder) as name:
       made = start(flags, "prepare", kind, name)
       result["millions"][kind] = made | start(flags, "begin", kind, name)

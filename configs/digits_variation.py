@@ -14,8 +14,9 @@ def get_config():
   """Returns the config."""
   config = experiment.defaults("mmdit")
   config.steps = 1000
-  config.task.name = "variation"
-  config.embedding.update(size=6, tokens=4, depth=2, width=64, heads=4)
+  # So an encoder sees what digits have in common, and not each by heart.
+  config.task.update(name="variation", noise=0.3, moved=0.1)
+  config.embedding.update(size=8, tokens=4, depth=2, width=64, heads=4)
   config.model.update(
     image_size=(8, 8),
     channels=1,
@@ -34,7 +35,7 @@ def get_config():
   )
   config.ema.decay = 0.995
   config.sample.steps = 25
-  config.sample.guidance.scale = 1.5
+  config.sample.guidance.scale = 2.0
   config.log.update(
     metrics_every=10, validation_every=100, samples_every=500, sample_count=50
   )

@@ -16,13 +16,19 @@ FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 VARIANTS = {
   "digits_dit.py": [""],
   "digits_nf.py": ["", ":additive"],
+  "digits_unconditional.py": [""],
+  "digits_pairs.py": [""],
   "digits_autoencoder.py": ["", ":vq", ":vq_ema"],
   "imagenet_autoencoder.py": [
     f":{kind}_f{2**level}" for kind in ("kl", "vq") for level in range(6)
   ],
   "digits_mmdit.py": ["", ":sd3.5"],
   "digits_flux.py": [""],
+  "digits_inpainting.py": [""],
   "scenes_mmdit.py": ["", ":flux"],
+  "scenes_layout.py": [""],
+  "digits_variation.py": [""],
+  "scenes_super_resolution.py": [""],
   "sd3.py": [":medium", ":3.5_medium", ":3.5_large"],
   "flux_dev.py": [""],
   "flux_schnell.py": [""],

@@ -35,6 +35,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PAGES = (
   "README.md",
   "docs/autoencoders.md",
+  "docs/editing.md",
   "docs/encode.md",
   "docs/flow.md",
   "docs/house.md",
@@ -42,6 +43,7 @@ PAGES = (
   "docs/launch.md",
   "docs/parallel.md",
   "docs/scaling.md",
+  "docs/tasks.md",
 )
 DIGITS = str(ROOT / "configs/digits_dit.py")
 TEXT = (ROOT / "docs/flow.md").read_text()

@@ -80,7 +80,7 @@ def _measure(name, found, judge, counts, args) -> comparison.Run:
   method = dataclasses.replace(
     found.config.sample, guidance=methods.GuidanceConfig()
   )
-  labels = np.arange(args.num) % found.config.model.num_classes
+  labels = np.arange(args.num) % max(1, found.config.model.num_classes)
   spent, distances = [], []
   images = np.zeros((0,))
   wanted = counts if found.run.network.inverse is None else counts[-1:]
@@ -107,7 +107,7 @@ def _measure(name, found, judge, counts, args) -> comparison.Run:
 def _draw(found, method, labels, args, done) -> np.ndarray:
   draw = drawing.build(found.run, method, found.config.data.batch_size)
   cond = drawing.conditions(found.run, len(labels), labels)
-  return draw(found.params, cond, seed=args.seed, done=done)
+  return draw(found.params, cond, seed=args.seed, done=done, count=len(labels))
 
 
 def _costing(

@@ -12,7 +12,7 @@ from flowjax.data import buckets, sources
 from flowjax.evaluate import sampling
 from flowjax.parallel import distributed, placing
 from flowjax.parallel import mesh as meshes
-from flowjax.train import flows, latents, loop, methods, parts
+from flowjax.train import aspects, flows, latents, loop, methods, parts
 
 Draw = collections.abc.Callable[..., np.ndarray]
 
@@ -74,6 +74,9 @@ def build(
       chosen = [origin[i % len(origin)] for i in range(count)]
       starts = np.stack([record["source"] for record in chosen])
     cond = latents.with_negative(run.experiment.data, cond)
+    if aspects.is_told_sizes(model) and "size_crop" not in cond:
+      count = len(jax.tree.leaves(cond)[0])
+      cond = {**cond, "size_crop": aspects.whole(drawn_size(run), count)}
     with meshes.use(run.mesh), loop.out_of_memory_advice():
       return sampling.draw(
         sampler,
@@ -90,6 +93,13 @@ def build(
       )
 
   return draw
+
+
+def drawn_size(run: parts.Parts) -> tuple[int, int]:
+  """Returns height and width of the images that are drawn, in pixels."""
+  height, width = run.experiment.model.image_size
+  scale = aspects.pixels(run.experiment.data)
+  return scale * height, scale * width
 
 
 def reconstructor(
@@ -127,8 +137,10 @@ def conditions(
   """Returns so many conditions: labels, all in turn, or texts held out.
 
   With a task they are those of held-out images, of which it is told; `labels`
-  stand in for theirs.
+  stand in for theirs. Of a network that is told nothing they are empty.
   """
+  if models.told(run.network.config) == "nothing":
+    return context(run, count)
   if reads_text(run.network):
     return held_out(run, count)[1]
   told = {}
@@ -187,7 +199,7 @@ def told_of(
   """
   run.experiment.require_context()
   key = jax.random.key(run.experiment.seed)
-  made = jax.jit(run.experiment.task.add)(batch, key)
+  made = jax.jit(run.experiment.task.drawn().add)(batch, key)
   told = jax.eval_shape(lambda: run.network.example(1)).keys()
   keys = [key for key in (*told, "text_mask") if key in made]
   return {key: np.asarray(made[key]) for key in keys}
@@ -219,4 +231,5 @@ def reads_context(network: models.Network) -> bool:
 
 def reads_text(network: models.Network) -> bool:
   """Whether the network is told a text or its tokens, and not a label."""
-  return "label" not in jax.eval_shape(lambda: network.example(1))
+  told = jax.eval_shape(lambda: network.example(1))
+  return "label" not in told and bool(told.keys() - {"context"})

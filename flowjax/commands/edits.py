@@ -6,12 +6,14 @@ import dataclasses
 import pathlib
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from flowjax import errors
 from flowjax.commands import flags, restored
 from flowjax.data import images
 from flowjax.interop import frozen, pipelines
+from flowjax.train import tasks
 
 # Without --strength: what is coarse stays, but where a mask says what does.
 STRENGTH = 0.6
@@ -23,13 +25,21 @@ class Edits:
 
   `masks` are 1 there and 0 where an image is kept, one for each image. Below a
   `strength` of 1 sampling starts from the images. Of a flow between images they
-  are `sources`, where t = 1.
+  are `sources`, where t = 1. The `context` is what a network for inpainting or
+  super-resolution is told of them.
   """
 
   images: np.ndarray
   masks: np.ndarray | None = None
   strength: float = 1.0
   sources: bool = False
+  context: np.ndarray | None = None
+
+  def told(self, count: int) -> dict[str, np.ndarray]:
+    """Returns what a network with a context is told, of images in turn."""
+    if self.context is None:
+      return {}
+    return {"context": self.context[np.arange(count) % len(self.images)]}
 
   def turns(self, count: int) -> dict[str, Any]:
     """Returns the options of `Restored.draw` for so many images, in turn."""
@@ -98,25 +108,20 @@ def read(
   """Reads --init-image and --mask for a network; None where none is given."""
   if not args.init_image:
     return None
-  if found.run.network.inverse is not None:
-    raise errors.UserError(
-      f"--init-image={args.init_image[0]}: a normalizing flow maps noise to "
-      "images at once, and there is no way on which to start from an image. "
-      "Leave it out, or take --start."
-    )
-  between = found.config.data.pair_source is not None
-  for name in ("strength", "mask"):
-    if between and getattr(args, name) is not None:
-      raise errors.UserError(
-        f"--{name}: of this flow between images --init-image is where it "
-        "starts, not a part of the way, and all of it becomes another. Leave "
-        f"out --{name}."
-      )
-  height, width = found.config.model.image_size
+  _check_network(args, found)
+  task = found.config.task
+  small = task.name == "super_resolution"
   factor = pipelines.factor(parts.folder) if parts else 1
-  channels = 3 if parts else found.config.model.channels
+  # Of latents it is these that are made small, as in training.
+  shrunk = task.factor if small and not parts else 1
+  height, width = found.config.model.image_size
   reader = images.Reader(
-    (height * factor, width * factor, channels), found.config.data.max_pixels
+    (
+      height * factor // shrunk,
+      width * factor // shrunk,
+      3 if parts else found.config.model.channels,
+    ),
+    found.config.data.max_pixels,
   )
   pairs = [_read(reader, path, "--init-image") for path in args.init_image]
   images_NHWC = np.stack([image_HWC for image_HWC, _ in pairs])
@@ -124,16 +129,43 @@ def read(
     # Singly, as they are made: a large one needs much memory.
     mean = [parts.encode(image_HWC[None])[0] for image_HWC in images_NHWC]
     images_NHWC = np.concatenate(mean)
-  if between:
+  if found.config.data.pair_source is not None:
     return Edits(images_NHWC, sources=True)
-  masks = None
+  if small:
+    low = jnp.asarray(images_NHWC)
+    low = tasks.lowered(low, task.factor) if parts else low
+    level_N = jnp.zeros(len(low)) if task.noise else None
+    made = tasks.super_resolution_context(low, (height, width), level_N)
+    return Edits(images_NHWC, context=np.asarray(made))
+  masks, strength = None, args.strength or STRENGTH
   if args.mask:
-    sizes = [size for _, size in pairs]
-    masks = _masks(args, reader, sizes, factor)
-  strength = args.strength
-  if strength is None:
-    strength = STRENGTH if masks is None else 1.0
-  return Edits(images_NHWC, masks, strength)
+    masks = _masks(args, reader, [size for _, size in pairs], factor)
+    strength = args.strength or 1.0
+  context = None
+  if task.name == "inpainting":
+    anew = np.ones((*images_NHWC.shape[:3], 1)) if masks is None else masks
+    made = tasks.inpainting_context(*map(jnp.asarray, (images_NHWC, anew)))
+    context = np.asarray(made)
+  return Edits(images_NHWC, masks, strength, context=context)
+
+
+def _check_network(args, found: restored.Restored) -> None:
+  """Refuses flags that this network has no use for."""
+  if found.run.network.inverse is not None:
+    raise errors.UserError(
+      f"--init-image={args.init_image[0]}: a normalizing flow maps noise to "
+      "images at once, and there is no way on which to start from an image. "
+      "Leave it out, or take --start."
+    )
+  if found.config.data.pair_source is not None:
+    what = "of this flow between images --init-image is where it starts"
+  elif found.config.task.name == "super_resolution":
+    what = "this network makes --init-image larger, and is told all of it"
+  else:
+    return
+  for name in ("strength", "mask"):
+    if getattr(args, name) is not None:
+      raise errors.UserError(f"--{name}: {what}. Leave out --{name}.")
 
 
 def _read(

@@ -17,7 +17,7 @@ from flowjax.data import config as data_config
 # What of config.data changes neither the records nor their order.
 _FREE = (
   "batch_size", "shuffle_seed", "workers", "flip", "prefetch", "data_dir",
-  "on_corrupt", "index_dir", "tokenizer", "tokens", "words",
+  "on_corrupt", "index_dir", "tokenizer", "tokens", "words", "padded_patch",
 )  # fmt: skip
 # What a source may tell of an original, [2] each: its height and width, and
 # where, from the top and from the left, it was cut.
@@ -76,6 +76,9 @@ def plan(
   fields += found
   if "label" in blank:
     fields.append(records.Field("label", "int32"))
+  for name, dtype_of in (("boxes", "float32"), ("box_mask", "uint8")):
+    if name in blank:
+      fields.append(records.Field(name, dtype_of, blank[name].shape))
   if config.originals:
     known = _first_sound(source)
     fields += [

@@ -3,15 +3,17 @@
 Writes `report.json` into the workdir. For digits also `samples.png`: how many
 samples a classifier of real digits recognises, the Fréchet distance in its
 features beside that of real digits among themselves, and how near samples
-come to the training images. For scenes also `samples.png`, and how much of the
-captions a detector, fitted on real scenes, finds in pictures: of combinations
-that training saw and never saw, without guidance, and of other captions; or, of
-a run on layouts, whether in each box is what was asked for, and how well the
-boxes around the ink cover those of the layout. Of a run that fills in or makes
-larger, instead: how far from held-out images it draws what it was told of them,
-and what a judge sees in its pictures (docs/tasks.md). For
-any source: the validation loss. Of an autoencoder: PSNR and losses of held-out
-images, and `reconstructions.png`.
+come to the training images; of a network that is told nothing also of how many
+classes they are; of a flow from some digits to others, how many end as one of
+those, and below its originals what each became. For scenes also `samples.png`,
+and how much of the captions a detector, fitted on real scenes, finds in
+pictures: of combinations that training saw and never saw, without guidance, and
+of other captions; or, of a run on layouts, whether in each box is what was
+asked for, and how well the boxes around the ink cover those of the layout. Of a
+run that fills in or makes larger, instead: how far from held-out images it
+draws what it was told of them, and what a judge sees in its pictures
+(docs/tasks.md). For any source: the validation loss. Of an autoencoder: PSNR
+and losses of held-out images, and `reconstructions.png`.
 
 example:
   flowjax evaluate --workdir=runs/digits
@@ -21,7 +23,7 @@ import dataclasses
 
 import numpy as np
 
-from flowjax import errors
+from flowjax import errors, models
 from flowjax.commands import (
   drawing,
   export,
@@ -31,6 +33,7 @@ from flowjax.commands import (
   restored,
   tasked,
   train,
+  untold,
   variations,
 )
 from flowjax.data import sources
@@ -95,10 +98,16 @@ def run(args) -> None:
     report |= _bits(found, likelihood)
   if found.config.task.name in tasked.SCORES:
     report |= tasked.evaluate(found, method, args)
+  elif untold.between_digits(found.config.data):
+    report |= untold.translation(found, method, args)
   elif found.config.data.source == "digits":
-    splits = [sources.open(found.config.data, s) for s in sources.SPLITS]
+    # The judge reads labels, whatever the network is told.
+    data = dataclasses.replace(found.config.data, images_alone=False)
+    splits = [sources.open(data, s) for s in sources.SPLITS]
     both = [sources.all_of(split) for split in splits]
     scored = variations.evaluate if found.config.embedding.size else _digits
+    if models.told(found.config.model) == "nothing":
+      scored = untold.evaluate
     report |= scored(found, method, args, *both)
   elif found.config.data.source == "scenes":
     told = placement if found.config.layout.classes else obedience

@@ -101,7 +101,14 @@ def run(args) -> None:
       "the run of an autoencoder: leave it out, and put the folder in the "
       "place of the pipeline's vae/."
     )
-  if args.format == "diffusers" and not args.pipeline:
+  told = getattr(found.config.model, "context_channels", 0)
+  if told and args.pipeline:
+    raise errors.UserError(
+      f"--pipeline={args.pipeline}: its class shows its transformer the image "
+      f"alone, and this one reads {told} channels beside it. Leave it out: the "
+      "export is the transformer, for a pipeline that makes these channels."
+    )
+  if args.format == "diffusers" and not args.pipeline and not told:
     args.pipeline = pipeline.folder(args.workdir, found.config)
   if args.verify and args.format == "diffusers":
     content = diffusers_configs.write(found.config.model)

@@ -63,6 +63,16 @@ def pixels(text: str) -> tuple[int, int]:
   return int(found.group(1)), int(found.group(2))
 
 
+def offset(text: str) -> tuple[int, int]:
+  """Reads how far from the top and from the left, such as 64,0."""
+  found = re.fullmatch(r"(\d+),(\d+)", text)
+  if not found:
+    raise argparse.ArgumentTypeError(
+      f"{text!r} must be pixels from the top and from the left, such as 64,0"
+    )
+  return int(found.group(1)), int(found.group(2))
+
+
 def seed(text: str) -> int:
   """Reads a seed: 0, 1, ... below 2^32."""
   if not text.isdecimal() or int(text) >= 2**32:

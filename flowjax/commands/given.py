@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from flowjax import errors
+from flowjax import errors, models
 from flowjax.commands import drawing, restored
+from flowjax.train import aspects
 
 # No caption is longer, in characters.
 LONGEST = 10_000
@@ -69,6 +70,8 @@ def _told(captions: list[str], found: restored.Restored) -> dict[str, Any]:
     + (
       "it was trained on embedded texts, give --embeddings."
       if drawing.reads_text(found.run.network)
+      else "it is told nothing."
+      if models.told(found.config.model) == "nothing"
       else "it is told labels, as by --labels=3,1,4."
     )
   )
@@ -84,7 +87,8 @@ def texts(path: pathlib.Path, found: restored.Restored) -> dict[str, Any]:
   flag = f"--embeddings={path}"
   if not drawing.reads_text(found.run.network):
     raise errors.UserError(
-      f"{flag} are texts, and this network is told labels: --labels=3,1,4."
+      f"{flag} are texts, and this network reads none: it is told labels, as "
+      "--labels=3,1,4, or nothing."
     )
   if drawing.reads_captions(found.run.network):
     raise errors.UserError(
@@ -122,6 +126,24 @@ def start(path: pathlib.Path, found: restored.Restored) -> np.ndarray:
       f"{_shown(shape)}."
     )
   return _numbers(f"--start={path}", array, shape)
+
+
+def sizes(args, found: restored.Restored, count: int) -> dict[str, Any]:
+  """Returns what --original-size and --crop tell the network, if it is told.
+
+  By default that nothing was cut off an original of the size that is drawn.
+  """
+  if aspects.is_told_sizes(found.config.model):
+    size = drawing.drawn_size(found.run)
+    crop = args.crop or (0, 0)
+    told = aspects.whole(size, count, args.original_size, crop)
+    return {"size_crop": told}
+  if args.original_size or args.crop:
+    raise errors.UserError(
+      "--original-size and --crop are for a network that is told sizes "
+      f"(config.model.size_conditioning); that of {found.directory} is not."
+    )
+  return {}
 
 
 def _check_names(flag: str, arrays: dict[str, np.ndarray]) -> None:

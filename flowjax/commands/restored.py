@@ -8,12 +8,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from flowjax import errors
+from flowjax import errors, models
 from flowjax.commands import configs, drawing, flags
 from flowjax.evaluate import sampling
 from flowjax.models import lora as adapters
 from flowjax.parallel import mesh as meshes
 from flowjax.train import (
+  aspects,
   checkpoint,
   experiment,
   flows,
@@ -104,6 +105,10 @@ def open(
   Raises UserError if there is no checkpoint, CheckpointError if none is sound.
   """
   config = workdir.read_config(directory)
+  # What is looked at is an image, and no canvas.
+  config = dataclasses.replace(
+    config, data=dataclasses.replace(config.data, padded_patch=0)
+  )
   if image_size is not None:
     config = _resized(config, image_size)
   model = config.model
@@ -158,16 +163,22 @@ def _resized(
   config: experiment.Experiment, image_size: tuple[int, int]
 ) -> experiment.Experiment:
   """Returns the config with images of another size."""
-  if config.model.name not in ("mmdit", "flux"):
+  trained = aspects.sizes(config.data)
+  if image_size not in trained and config.model.name not in ("mmdit", "flux"):
+    sizes = ", ".join(f"{height}x{width}" for height, width in trained)
     raise errors.UserError(
-      f"--size: a network {config.model.name!r} draws images of the size that "
-      "it was trained on; an MM-DiT and a FLUX draw any."
+      f"--size={image_size[0]}x{image_size[1]}: a network "
+      f"{config.model.name!r} draws images of the size that it was trained on "
+      f"({sizes}); an MM-DiT and a FLUX draw any."
     )
   with errors.naming("--size"):
-    model, data = (
-      dataclasses.replace(group, image_size=image_size)
-      for group in (config.model, config.data)
+    data = dataclasses.replace(
+      config.data,
+      image_size=image_size,
+      # Of another aspect what is held out is cut to it.
+      buckets=config.data.buckets if image_size in trained else (),
     )
+    model = aspects.sized(config.model, image_size)
     return dataclasses.replace(config, model=model, data=data)
 
 
@@ -211,12 +222,14 @@ def _kind(found: Restored) -> dict[str, Any]:
     "path": {"name": flow.path.name, **flows.options(flow.path)},
     "prediction": flow.prediction,
     "sigma_data": flow.sigma_data,
-    "condition": "texts" if texts else "labels",
+    "condition": models.told(model),
     "text_width": model.text_width if texts else None,
     "pooled_width": model.pooled_width if texts else None,
     "num_classes": model.num_classes,
     "image_size": model.image_size,
     "channels": model.channels,
+    "context_channels": model.context_channels,
+    "task": found.config.task.name,
   }
 
 

@@ -36,7 +36,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flowjax import errors
+from flowjax import errors, models
 from flowjax.commands import (
   drawing,
   edits,
@@ -94,6 +94,19 @@ def add_flags(parser) -> None:
     type=flags.pixels,
     help="height and width of the images, as 1024x768; default: those of "
     "training",
+  )
+  parser.add_argument(
+    "--original-size",
+    dest="original_size",
+    type=flags.pixels,
+    help="what a network that is told sizes hears of the original: small is "
+    "blurred; default: the size of the images",
+  )
+  parser.add_argument(
+    "--crop",
+    type=flags.offset,
+    help="what it hears of how far from the top and the left it was cut, as "
+    "64,0; default: 0,0",
   )
   parser.add_argument(
     "--latents",
@@ -166,7 +179,8 @@ def run(args) -> None:
     raise errors.UserError(
       "--worse has no effect at guidance scale 1; set --guidance above it."
     )
-  cond = _cond(args, found, texts, count)
+  cond = _cond(args, found, texts, count, edit)
+  cond |= given.sizes(args, found, count)
   originals = None
   if args.invert:
     originals, own = drawing.held_out(found.run, count)
@@ -181,13 +195,14 @@ def run(args) -> None:
       method=method,
       scales=_scales(args.guidance, count),
       worse=worse,
+      count=count,
       **_begun(start, edit, count),
     )
   if originals is not None:
     _print_difference(
       images - originals, args.guidance or (method.guidance.scale,)
     )
-  beside = drawing.beside(found.run, cond)
+  beside = drawing.beside(found.run, cond) if edit is None else []
   if parts and not args.latents:
     images = pipeline.pictures(parts, images, tiled=args.tiles)
     beside = [pipeline.pictures(parts, each) for each in beside]
@@ -267,10 +282,23 @@ def _in_turn(rows: np.ndarray, count: int) -> np.ndarray:
   return rows[np.arange(count) % len(rows)]
 
 
-def _cond(args, found, texts: dict | None, count: int) -> dict[str, Any]:
+def _cond(
+  args, found, texts: dict | None, count: int, edit: edits.Edits | None
+) -> dict[str, Any]:
+  of_edit = edit.told(count) if edit else {}
+  context = of_edit or drawing.context(found.run, count)
   if texts is not None:
-    told = jax.tree.map(lambda leaf: _in_turn(leaf, count), texts)
-    return {**told, **drawing.context(found.run, count)}
+    return {
+      **jax.tree.map(lambda leaf: _in_turn(leaf, count), texts),
+      **context,
+    }
+  if models.told(found.config.model) == "nothing":
+    if args.labels:
+      raise errors.UserError(
+        f"--labels={args.labels}: this network is told nothing, and draws what "
+        "all its images have in common. Leave it out."
+      )
+    return context
   if drawing.reads_text(found.run.network):
     if args.labels:
       raise errors.UserError(
@@ -278,14 +306,17 @@ def _cond(args, found, texts: dict | None, count: int) -> dict[str, Any]:
         "--prompt or --embeddings, or nothing for those that are held out."
       )
     try:
-      return drawing.conditions(found.run, count)
+      return {**drawing.conditions(found.run, count), **context}
     except errors.UserError as error:
       raise type(error)(
         f"{error} Or say what is to be drawn, by --prompt or --embeddings."
       ) from error
-  labels = restored.parse_labels(
-    args.labels, count, found.config.model.num_classes
-  )
+  classes, labels = found.config.model.num_classes, None
+  if args.labels or of_edit:  # Else those of what is held out.
+    labels = restored.parse_labels(args.labels, count, classes)
+    labels = labels.astype(np.int32)
+  if of_edit:
+    return {**context, "label": labels}
   return drawing.conditions(found.run, count, labels)
 
 
@@ -295,7 +326,14 @@ def _inverted(
   cond: dict[str, Any],
   images: np.ndarray,
 ) -> np.ndarray:
-  starts = found.draw(cond, seed=0, method=method, inverse=True, starts=images)
+  starts = found.draw(
+    cond,
+    seed=0,
+    method=method,
+    inverse=True,
+    starts=images,
+    count=len(images),
+  )
   print(
     f"{len(images)} held-out images as noise: mean {starts.mean():.3f}, "
     f"standard deviation {starts.std():.3f}"

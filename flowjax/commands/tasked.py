@@ -5,7 +5,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
 from flowjax.commands import drawing, obedience, restored
@@ -82,9 +81,7 @@ def _super_resolution(
   """
 
   def low(images_NHWC):
-    return np.asarray(
-      tasks.lowered(jax.numpy.asarray(images_NHWC), task.factor)
-    )
+    return np.asarray(tasks.lowered(images_NHWC, task.factor))
 
   bilinear = task.shown(told, images.shape[-1])
   return {

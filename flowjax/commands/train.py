@@ -18,12 +18,12 @@ import numpy as np
 
 from flowjax import schema
 from flowjax.commands import configs, drawing, encode, flags
-from flowjax.data import loader, sources
+from flowjax.data import canvas, loader, sources
 from flowjax.evaluate import pictures, validation
 from flowjax.flow import losses
 from flowjax.parallel import compiler_flags, distributed, placing, programs
 from flowjax.parallel import mesh as meshes
-from flowjax.train import latents, loop, parts, session
+from flowjax.train import aspects, latents, loop, parts, session
 from flowjax.train import state as states
 
 
@@ -105,19 +105,23 @@ def held_out(
   """
   config = built.experiment
   loss = config.task.prepared(loss)
+  loss = aspects.prepared(config.model, config.data, loss)
   loss = latents.evaluation(config.encoded, config.data, loss)
   source = sources.open(config.data, "held_out")
   size = meshes.padded(min(config.data.batch_size, len(source)), built.mesh)
   rows = placing.rows(built.mesh, size)
   return validation.Validation(
     loss,
-    lambda: loader.epoch_batches(
-      source, size, rows=rows, on_corrupt=config.data.on_corrupt
+    lambda: (
+      canvas.of(batch, config.data)
+      for batch in loader.epoch_batches(
+        source, size, rows=rows, on_corrupt=config.data.on_corrupt
+      )
     ),
     seed=config.seed,
     put=placing.put_part(built.mesh, size),
     together=functools.partial(_ahead, built, source, size)
-    if ahead and config.data.buckets
+    if ahead and config.data.buckets and not config.data.padded_patch
     else distributed.together,
   )
 
@@ -164,7 +168,11 @@ def _samples(built: parts.Parts, directory: pathlib.Path):
       logging.warning("Samples of step %d: %s", int(state.step), reason)
 
     images = draw(
-      states.averaged(state), cond, seed=config.seed, stopped=stopped
+      states.averaged(state),
+      cond,
+      seed=config.seed,
+      stopped=stopped,
+      count=count,
     )
     grid = pictures.sheet(images, named, beside=beside)
     _save(grid, directory, state)

@@ -9,7 +9,6 @@ batch of any bucket costs about the same. A batch is of one bucket.
 import bisect
 import dataclasses
 import functools
-import hashlib
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ import numpy as np
 
 from flowjax import errors
 from flowjax.data import config as config_lib
-from flowjax.data import order, pairs, sources
+from flowjax.data import order, pairs, rows, sources
 
 Size = tuple[int, int]  # Height and width, as everywhere here.
 
@@ -93,74 +92,6 @@ def merged(
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
-  """Some records of a source, cut to one size.
-
-  The source can be `cut(image_size)`, which gives the same records cut so.
-  """
-
-  whole: Any
-  image_size: Size
-  row_N: np.ndarray  # Ascending, in 32 bits: each worker has its own.
-
-  @functools.cached_property
-  def source(self) -> Any:
-    return self.whole.cut(self.image_size)
-
-  @property
-  def name(self) -> str:
-    return self.whole.name
-
-  @property
-  def class_names(self) -> tuple[str, ...]:
-    return self.whole.class_names
-
-  @property
-  def num_classes(self) -> int:
-    return self.whole.num_classes
-
-  @property
-  def shape(self) -> tuple[int, int, int]:
-    return self.source.shape
-
-  @property
-  def blank(self) -> sources.Record:
-    return sources.blank(self.source)
-
-  def __len__(self) -> int:
-    return len(self.row_N)
-
-  def __getitem__(self, i: int) -> sources.Record:
-    return self.source[int(self.row_N[i])]
-
-  def fingerprint(self) -> dict[str, Any]:
-    """Returns what the order of the records hangs on, as JSON can hold it."""
-    rows = hashlib.blake2b(np.ascontiguousarray(self.row_N, "<u4").data,
-      digest_size=8).hexdigest()  # fmt: skip
-    return {"of": self.whole.fingerprint(), "records": len(self), "rows": rows}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Gathered(Rows):
-  """The same, of a source that gives many records at once."""
-
-  def gather(self, records_B: np.ndarray) -> dict[str, np.ndarray]:
-    return self.source.gather(self.row_N[records_B].astype(np.int64))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Windowed(Rows):
-  """The same, of a source whose records are dealt out in windows of groups."""
-
-  @functools.cached_property
-  def _windows(self) -> Any:
-    return self.whole.windows.within(self.row_N)
-
-  def draw(self, seed: int, position_B: np.ndarray) -> np.ndarray:
-    return self._windows.draw(seed, position_B)
-
-
-@dataclasses.dataclass(frozen=True)
 class Bucketed:
   """A source in parts, one for each bucket that has records.
 
@@ -172,6 +103,7 @@ class Bucketed:
   name: str
   parts: tuple[Any, ...]
   shape: tuple[int, int, int]
+  shares: tuple[int, ...] = ()  # Of steps; by default, as it has records.
 
   @property
   def class_names(self) -> tuple[str, ...]:
@@ -204,7 +136,7 @@ class Bucketed:
 
   @functools.cached_property
   def _shares(self) -> tuple[int, ...]:
-    return order.shares([len(part) for part in self.parts])
+    return self.shares or order.shares([len(part) for part in self.parts])
 
   def __len__(self) -> int:
     return self._ends[-1]
@@ -227,9 +159,10 @@ class Bucketed:
 
   def fingerprint(self) -> dict[str, Any]:
     """Returns what the order of the records hangs on, as JSON can hold it."""
-    parts = {said(part.shape[:2]): part.fingerprint() for part in self.parts}
+    parts = {said(part.shape): part.fingerprint() for part in self.parts}
     of = [part.pop("of", None) for part in parts.values()]  # All the same.
-    return {"records": len(self), "of": of[0], "buckets": parts}
+    told: dict[str, Any] = {"records": len(self), "of": of[0], "buckets": parts}
+    return told | ({"shares": list(self.shares)} if self.shares else {})
 
 
 def parts_of(source: Any) -> tuple[Any, ...]:
@@ -269,17 +202,12 @@ def divide(source: Any, config: config_lib.DataConfig, split: str) -> Bucketed:
   into = merged(counts, buckets, fewest)
   _tell(source, split, buckets, counts, into, fewest)
   bucket_N = np.array(into, np.int16)[bucket_N]
-  kind = Rows
-  if hasattr(source, "gather"):
-    kind = _Gathered
-  elif hasattr(source, "windows"):
-    kind = _Windowed
-  rows = [
+  found = [
     np.flatnonzero(bucket_N == k).astype(np.uint32) for k in range(len(buckets))
   ]
   parts = tuple(
-    kind(source, size, row_N)
-    for size, row_N in zip(buckets, rows, strict=True)
+    rows.of(source, size, row_N)
+    for size, row_N in zip(buckets, found, strict=True)
     if len(row_N)
   )
   return Bucketed(source.name, parts, (*config.image_size, config.channels))

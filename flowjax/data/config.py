@@ -46,6 +46,9 @@ class DataConfig:
   # Texts rather than labels; None: whatever the source clearly has.
   captions: bool | None = None
   on_no_caption: str = "stop"
+  # Without labels and captions, which need not be there: for a network that is
+  # told nothing.
+  images_alone: bool = False
   templates: tuple[str, ...] = ()  # Make captions of labels: "a photo of a {}".
   # Columns of hf, features of tfds, keys of JSON; None: the usual or only one.
   image_key: str | None = None
@@ -56,6 +59,8 @@ class DataConfig:
   index_dir: str | None = None  # Where listings of files and shards are kept.
   # Records of images also say their "size", and the "crop" that was taken.
   originals: bool = False
+  # The side of a patch: images of all buckets are laid out alike, on canvases.
+  padded_patch: int = 0
   # At most so many boxes an image, of things by these names, and no caption.
   boxes: int = 0
   box_names: tuple[str, ...] = ()
@@ -78,6 +83,13 @@ class DataConfig:
       )
     self._check_tokenizer()
     self._check_buckets()
+    told = self.tokenizer or self.templates or self.captions or self.boxes
+    if self.images_alone and told:
+      raise ValueError(
+        "images_alone leaves out what is said of images, and tokenizer, "
+        "templates, captions=True and boxes are for that: leave out one or the "
+        "other."
+      )
     if self.on_no_caption not in ON_NO_CAPTION:
       raise ValueError(
         f"on_no_caption={self.on_no_caption!r} must be one of {ON_NO_CAPTION}: "

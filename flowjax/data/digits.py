@@ -66,6 +66,8 @@ def open(config: config_lib.DataConfig, split: str) -> Digits:
   image_NIJ, label_N = load()
   held_N = held_out(image_NIJ, label_N, config.held_out)
   keep_N = held_N if split == "held_out" else ~held_N
+  if wanted := config.source.partition(":")[2]:
+    keep_N = keep_N & np.isin(label_N, _classes(wanted))
   if not keep_N.any():
     raise errors.UserError(
       f"held_out={config.held_out} leaves the split {split!r} of digits empty: "
@@ -76,6 +78,17 @@ def open(config: config_lib.DataConfig, split: str) -> Digits:
   return Digits(
     image_NHWC, label_N[keep_N], hash_of(image_NIJ[keep_N], label_N[keep_N])
   )
+
+
+def _classes(text: str) -> list[int]:
+  """Reads the classes of a source such as digits:0,1,2."""
+  words = text.split(",")
+  if not all(len(word) == 1 and word in "0123456789" for word in words):
+    raise errors.UserError(
+      f"digits:{text} names classes that there are not: 0 to 9, with commas, "
+      "as digits:0,1,2."
+    )
+  return [int(word) for word in words]
 
 
 def held_out(

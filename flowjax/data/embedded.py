@@ -149,7 +149,7 @@ def _read(root: str, file: str) -> dict[str, np.ndarray]:
     zlib.error,
   ) as error:
     raise sources.Corrupt(f"{path} is corrupt: {error}.") from error
-  wanted = ("image", "text", "pooled")
+  wanted: tuple[str, ...] = ("image", "text", "pooled")
   if "embedding" in found and not {"text", "pooled"} & found.keys():
     wanted = ("image",)
   for key in wanted:

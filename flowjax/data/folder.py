@@ -29,10 +29,11 @@ class Folder:
 
   listing: listing.Listing
   row_N: np.ndarray  # Of the listing, in 32 bits: each worker has its own.
-  label_N: np.ndarray | None  # None: captions.
+  label_N: np.ndarray | None  # None: captions, or nothing.
   class_names: tuple[str, ...]
   read: images.Reader
   caption_key: str | None
+  alone: bool = False  # Of no image anything is said.
 
   @property
   def name(self) -> str:
@@ -67,6 +68,8 @@ class Folder:
   def __getitem__(self, i: int) -> sources.Record:
     path = self.listing.path(self.file(i))
     image = self.read.record(_content(path), path)
+    if self.alone:
+      return image
     if self.label_N is None:
       return {**image, "caption": self._caption(i, path)}
     return {**image, "label": self.label_N[i]}
@@ -99,11 +102,9 @@ class Folder:
 
   def fingerprint(self) -> dict[str, Any]:
     """Returns what the order of the records hangs on, as JSON can hold it."""
-    told = (
-      {"captions": True}
-      if self.label_N is None
-      else {"classes": list(self.class_names)}
-    )
+    told: dict[str, Any] = {"classes": list(self.class_names)}
+    if self.label_N is None:
+      told = {"captions": not self.alone}
     return {"records": len(self), **told, "hash": self._hash}
 
 
@@ -118,7 +119,9 @@ def open(config: config_lib.DataConfig, split: str) -> Folder:
   found = listing.open(root, read.endings, config)
   label_N: np.ndarray | None
   classes: tuple[str, ...]
-  if _is_captioned(found, config.captions):
+  if config.images_alone:
+    row_N, label_N, classes = _all_rows(found), None, ()
+  elif _is_captioned(found, config.captions):
     row_N, label_N, classes = _captioned_rows(found, config), None, ()
   else:
     row_N, label_N, classes = _labels(found, read.endings)
@@ -132,7 +135,23 @@ def open(config: config_lib.DataConfig, split: str) -> Folder:
     )
   if label_N is not None:
     label_N = label_N[split_N]
-  return Folder(found, row_N, label_N, classes, read, config.caption_key)
+  return Folder(
+    found,
+    row_N,
+    label_N,
+    classes,
+    read,
+    config.caption_key,
+    config.images_alone,
+  )
+
+
+def _all_rows(found: listing.Listing) -> np.ndarray:
+  """Returns the rows of all images, wherever they lie."""
+  count = len(found.names)
+  if not count:
+    raise errors.DataError(f"There are no images in {found.root!r}.")
+  return np.arange(count)
 
 
 def _is_captioned(found: listing.Listing, asked: bool | None) -> bool:
@@ -185,7 +204,8 @@ def _labels(
     raise errors.DataError(
       f"{top.images} images lie in {root!r} outside any class folder (the "
       f"first is {found.names[0]!r}), so they have no label: move each into a "
-      "folder named after its class, or give each a caption."
+      "folder named after its class, give each a caption, or set "
+      "config.data.images_alone=True for a network that is told nothing."
     )
   for directory in classes:
     if not directory.images:

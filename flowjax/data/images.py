@@ -60,6 +60,13 @@ class Reader:
       found |= original(content, self.shape[:2])
     return found
 
+  def blank(self) -> dict[str, np.ndarray]:
+    """Returns such a record of zeros."""
+    found: dict[str, np.ndarray] = {"image": np.zeros(self.shape, np.float32)}
+    if self.originals and self.endings is IMAGES:
+      found |= {key: np.zeros(2, np.int32) for key in ("size", "crop")}
+    return found
+
 
 def reader(config: config_lib.DataConfig) -> Reader:
   """Returns what reads the images of `config`; refuses to without Pillow."""

@@ -62,7 +62,7 @@ class Layout:
       row[:] = self._classes[name], *sides
     return {"boxes": box_N5, "box_mask": np.arange(self.most) < len(boxes)}
 
-  def boxes(self, box_N5: np.ndarray, mask_N: np.ndarray) -> list[tuple]:
+  def boxes(self, box_N5: np.ndarray, mask_N: np.ndarray) -> list[Box]:
     """Returns what `arrays` was given."""
     return [
       (self.names[int(number)], *map(float, sides))
@@ -81,7 +81,7 @@ def parse(content: Any) -> list[Box]:
   """
   if not isinstance(content, list):
     raise ValueError(f"boxes are a list, not {str(content)[:80]!r}.")
-  found = []
+  found: list[Box] = []
   for each in content:
     sides = each.get("box") if isinstance(each, dict) else None
     if not isinstance(sides, list) or not isinstance(each.get("class"), str):
@@ -185,7 +185,7 @@ def cut(
   scale = min(whole / part for whole, part in zip(size, shape, strict=True))
   stretch_2 = np.array(size) / scale / shape
   begin_2 = np.array(crop) / shape
-  found = []
+  found: list[Box] = []
   for name, *sides in boxes:
     moved_22 = np.reshape(sides, (2, 2)) * stretch_2 - begin_2
     middle_2 = moved_22.mean(axis=0)

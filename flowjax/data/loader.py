@@ -12,6 +12,7 @@ import numpy as np
 from flowjax import errors, schema
 from flowjax.data import (
   buckets,
+  canvas,
   order,
   pairs,
   prefetch,
@@ -117,6 +118,9 @@ class _Read:
   row_B: np.ndarray
 
   def __call__(self, step: int) -> Batch:
+    return canvas.of(self._batch(step), self.config)
+
+  def _batch(self, step: int) -> Batch:
     source, seed = self.source, self.config.shuffle_seed
     if isinstance(source, buckets.Bucketed):
       source, seed, step = source.turn(seed, step)

@@ -6,13 +6,14 @@ import dataclasses
 import fractions
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from flowjax import errors
+from flowjax.data import buckets, order, sources
 from flowjax.data import config as config_lib
-from flowjax.data import order, sources
 
 MOST_SLOTS = 2**20
 
@@ -103,13 +104,13 @@ class Mixture:
     return {"records": len(self), "sources": rows}
 
 
-def open(config: config_lib.DataConfig, split: str) -> Mixture:
-  """Opens the sources of `config.mixture`, which must be alike."""
-  if config.buckets:
-    raise errors.UserError(
-      "config.data.buckets and a mixture: the weights of its sources would not "
-      "be those within a bucket. Take one source, or set buckets=()."
-    )
+def open(
+  config: config_lib.DataConfig, split: str
+) -> Mixture | buckets.Bucketed:
+  """Opens the sources of `config.mixture`, which must be alike.
+
+  Of aspect buckets, each is a mixture of what the sources have in it.
+  """
   names = [name for name, _ in config.mixture]
   for name in names:
     if name == "mixture" or names.count(name) > 1:
@@ -127,7 +128,33 @@ def open(config: config_lib.DataConfig, split: str) -> Mixture:
     with errors.naming(f"config.data.mixture, {name!r}"):
       parts.append(sources.open(alone, split))
   _check_alike(parts)
-  return Mixture(tuple(parts), slots)
+  return (
+    _by_bucket(parts, slots) if config.buckets else Mixture(tuple(parts), slots)
+  )
+
+
+def _by_bucket(parts: Any, slots: tuple[int, ...]) -> buckets.Bucketed:
+  """Returns mixtures, one for each bucket, by the weights of the whole.
+
+  A source of N records, of which n are in the bucket, has n / N of its weight
+  there; the bucket has what its sources have in it.
+  """
+  found: dict[tuple, list] = {}
+  for whole, weight in zip(parts, slots, strict=True):
+    for part in whole.parts:
+      share = fractions.Fraction(weight * len(part), len(whole))
+      found.setdefault(part.shape, []).append((part, share))
+  mixed: list[Mixture] = []
+  weights: list[fractions.Fraction] = []
+  for each in found.values():
+    some = tuple(part for part, _ in each)
+    shares = [share for _, share in each]
+    mixed.append(Mixture(some, order.shares(_whole(shares))))
+    weights.append(sum(shares, fractions.Fraction()))
+  name = " + ".join(whole.name for whole in parts)
+  return buckets.Bucketed(
+    name, tuple(mixed), parts[0].shape, order.shares(_whole(weights))
+  )
 
 
 def slots_of(weights: tuple[float, ...]) -> tuple[int, ...]:
@@ -141,10 +168,7 @@ def slots_of(weights: tuple[float, ...]) -> tuple[int, ...]:
         f"config.data.mixture has the weight {weight}, which must be above 0: "
         "leave out a source that is not to be read."
       )
-  exact = [fractions.Fraction(repr(weight)) for weight in weights]
-  whole = math.lcm(*(weight.denominator for weight in exact))
-  counts = [int(weight * whole) for weight in exact]
-  counts = [count // math.gcd(*counts) for count in counts]
+  counts = _whole([fractions.Fraction(repr(weight)) for weight in weights])
   if sum(counts) > MOST_SLOTS:
     raise errors.UserError(
       f"config.data.mixture: the weights {weights} are as {counts}, which only "
@@ -153,6 +177,13 @@ def slots_of(weights: tuple[float, ...]) -> tuple[int, ...]:
       "0.667."
     )
   return tuple(counts)
+
+
+def _whole(exact: Sequence[fractions.Fraction]) -> list[int]:
+  """Returns the smallest whole numbers that are as these."""
+  common = math.lcm(*(number.denominator for number in exact))
+  counts = [int(number * common) for number in exact]
+  return [count // math.gcd(*counts) for count in counts]
 
 
 def _check_alike(parts: list[sources.Source]) -> None:

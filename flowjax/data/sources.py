@@ -17,7 +17,7 @@ Record = dict[str, Any]
 
 SPLITS = ("train", "held_out")
 KINDS = {
-  "digits": "digits",
+  "digits": "digits or digits:<classes>",
   "scenes": "scenes",
   "tfds": "tfds:<name>",
   "folder": "folder:<dir>",
@@ -35,7 +35,8 @@ class Source(Protocol):
   `source[i]` is {"image": float32 [H, W, C] in [-1, 1]} and
   - "label": int32, below `num_classes`, or
   - "caption": str, where `num_classes` is 0, or
-  - an embedded text, as data/embedded.py says; then there is a `blank` one too.
+  - an embedded text, as data/embedded.py says; then there is a `blank` one too;
+  - or nothing more, where `config.images_alone` leaves it out.
   Of latents it has "mean" and "log_variance" in place of "image".
 
   It is the same at every call, and i + k * len(source) is record i or another
@@ -94,11 +95,12 @@ def open(config: config_lib.DataConfig, split: str) -> Source:
         )
     return (_buckets().paired if config.buckets else pairs.paired)(*both)
   kind, _, place = config.source.partition(":")
-  if kind in KINDS and not place and "<" in KINDS[kind]:
+  wants = kind in KINDS and "<" in KINDS[kind] and kind != "digits"
+  if wants and not place:
     raise errors.UserError(
       f"The source {config.source!r} names nothing: it must be {KINDS[kind]}."
     )
-  if kind not in KINDS or bool(place) != ("<" in KINDS[kind]):
+  if kind not in KINDS or (place and "<" not in KINDS[kind]):
     known = ", ".join(KINDS.values())
     raise errors.UserError(
       f"Unknown source {config.source!r}: it must be one of {known}. "
@@ -117,6 +119,9 @@ def open(config: config_lib.DataConfig, split: str) -> Source:
 
 def _told(source: Any, config: config_lib.DataConfig) -> Source:
   """Returns a source with the captions and tokens that a config asks for."""
+  if config.images_alone:
+    alone = importlib.import_module("flowjax.data.alone")
+    return alone.alone(source)
   if config.templates and source.num_classes:
     texts = importlib.import_module("flowjax.data.texts")
     source = texts.Templated(source, config.templates)
@@ -144,9 +149,11 @@ def blank(source: Any) -> Record:
   image = np.zeros(source.shape, np.float32)
   if isinstance(source, pairs.Paired):
     return {**blank(source.first), "source": image}
+  # What reads files knows what else it tells of them.
+  found = source.read.blank() if hasattr(source, "read") else {"image": image}
   if not source.num_classes:
-    return {"image": image, "caption": ""}
-  return {"image": image, "label": np.int32(0)}
+    return {**found, "caption": ""}
+  return {**found, "label": np.int32(0)}
 
 
 def check(
@@ -158,17 +165,21 @@ def check(
   image_size: tuple[int, int],
   text_width: int | None = None,
   pooled_width: int | None = None,
+  embedding: int = 0,
 ) -> None:
   """Refuses a source that a model of these sizes cannot be trained on.
 
-  To one without `num_classes` labels and texts are nothing.
+  To one that is told nothing, whose `num_classes` is None, labels and texts
+  are nothing. One with an `embedding` is told so many numbers of each image,
+  which the source has.
   """
   if "caption" in blank(source):
-    reader = "an autoencoder passes them over"
+    reader = "a network that is told nothing passes them over"
     raise errors.UserError(
       f"{source.name} has captions, and nothing makes tokens of them: set "
       "config.data.tokenizer to 'bytes' or 'words', and "
       + ("config.text." if num_classes is not None else f"{reader}.")
+      + " config.data.images_alone=True leaves them out."
     )
   if num_classes is None:
     num_classes = source.num_classes
@@ -176,8 +187,8 @@ def check(
     kind = ("labels", "texts")[source.num_classes == 0]
     raise errors.UserError(
       f"{source.name} has {kind}, and config.model.num_classes={num_classes} "
-      "makes a model of the other kind: 0 reads texts, and anything above "
-      "labels, for which an MM-DiT or a FLUX learns a text."
+      "makes a model of the other kind: 0 reads texts, or nothing in a DiT, "
+      "and anything above labels, for which an MM-DiT or a FLUX learns a text."
     )
   if source.num_classes < num_classes:
     logging.warning(
@@ -203,8 +214,16 @@ def check(
       f"takes {image_size[0]}x{image_size[1]}x{channels}: make image_size and "
       "channels of config.data and config.model the same."
     )
+  empty = blank(source)
+  found = np.shape(empty["embedding"]) if "embedding" in empty else None
+  if embedding and found != (embedding,):
+    raise errors.UserError(
+      f"{source.name} should have an embedding of {embedding} numbers with "
+      f"each image, and has {found or 'none'}: `flowjax encode` writes one by the "
+      "image_encoder of a pipeline. Set config.embedding.size to what it has, "
+      "or learn one by config.embedding.depth=2."
+    )
   for key, wide in (("text", text_width), ("pooled", pooled_width)):
-    empty = blank(source)
     if wide and key in empty and empty[key].shape[-1] != wide:
       raise errors.UserError(
         f"{source.name}: {key!r} is {empty[key].shape[-1]} wide, and "

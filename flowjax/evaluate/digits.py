@@ -64,13 +64,7 @@ class Digits:
     self, samples_NHWC: np.ndarray, labels_N: np.ndarray
   ) -> dict[str, Any]:
     """Scores samples that were asked to be of the classes `labels_N`."""
-    if not np.all(np.isfinite(samples_NHWC)):
-      raise errors.NumericError(
-        "Some samples are not finite, so there is nothing to score: the "
-        "weights are broken, or the solver takes too few steps. Try more "
-        "steps, or an earlier checkpoint."
-      )
-    stored_NHWC = self.stored(samples_NHWC)
+    stored_NHWC = self._sound(samples_NHWC)
     right_N = self.classifier.predict(stored_NHWC) == labels_N
     by_class = {
       str(label): float(np.mean(right_N[labels_N == label]))
@@ -84,6 +78,61 @@ class Digits:
       ),
       "nearest_neighbour": self.nearest_neighbour(stored_NHWC),
     }
+
+  def spread(self, samples_NHWC: np.ndarray) -> dict[str, Any]:
+    """Scores samples that were asked to be of no class.
+
+    `classes` is exp(H) of the classes that they are recognised as, H their
+    entropy: the number of classes where all come equally often.
+    """
+    stored_NHWC = self._sound(samples_NHWC)
+    predicted_N = self.classifier.predict(stored_NHWC)
+    count_K = np.bincount(predicted_N, minlength=self.classes)
+    share_K = count_K[count_K > 0] / len(predicted_N)
+    return {
+      "classes": float(np.exp(-np.sum(share_K * np.log(share_K)))),
+      "frechet": distances.frechet(
+        self.classifier.features(stored_NHWC), self._held_out_features
+      ),
+      "nearest_neighbour": self.nearest_neighbour(stored_NHWC),
+    }
+
+  def translation(
+    self,
+    samples_NHWC: np.ndarray,
+    sources_NHWC: np.ndarray,
+    wanted_NHWC: np.ndarray,
+    labels_N: np.ndarray,
+  ) -> dict[str, float]:
+    """Scores images that were made of `sources`, as of a set of real ones.
+
+    `wanted` are held-out images of that set, with the labels of their classes:
+    how many samples are recognised as one of these, and the Fréchet distance to
+    them. Both are said of the sources, too. `moved` is how far a pixel went, in
+    the root mean square.
+    """
+    classes = np.unique(labels_N)
+    wanted = self.classifier.features(self.stored(wanted_NHWC))
+    found = {}
+    for name, images in (("samples", samples_NHWC), ("sources", sources_NHWC)):
+      stored = self._sound(images)
+      there_N = np.isin(self.classifier.predict(stored), classes)
+      found[f"{name}_recognised"] = float(np.mean(there_N))
+      found[f"{name}_frechet"] = distances.frechet(
+        self.classifier.features(stored), wanted
+      )
+    moved = np.square(np.asarray(samples_NHWC) - np.asarray(sources_NHWC))
+    return {**found, "moved": float(np.sqrt(np.mean(moved)))}
+
+  def _sound(self, samples_NHWC: np.ndarray) -> np.ndarray:
+    """Returns samples as they are scored; refuses what is not finite."""
+    if not np.all(np.isfinite(samples_NHWC)):
+      raise errors.NumericError(
+        "Some samples are not finite, so there is nothing to score: the "
+        "weights are broken, or the solver takes too few steps. Try more "
+        "steps, or an earlier checkpoint."
+      )
+    return self.stored(samples_NHWC)
 
   def nearest_neighbour(self, samples_NHWC: np.ndarray) -> dict[str, float]:
     """Says how near samples come to training images, beside held-out images.

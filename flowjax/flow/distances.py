@@ -1,7 +1,10 @@
 """Distances: how far a network's output is from its target, per example.
 
-A distance is `distance(value, target) -> loss_B`. The target is float32, and so
-is all that follows, whatever dtype the network ran in.
+A distance is `distance(value, target, region=None) -> loss_B`. The target is
+float32, and so is all that follows, whatever dtype the network ran in. A region
+is 1 where an example has values and 0 where it has none: it has their shape,
+but that its channels are 1, and dims may be 1 that are alike along it. The
+distance is then that of the values which are there.
 """
 
 # Shape suffixes: B batch. Values have any shape that starts with B and ends
@@ -16,14 +19,14 @@ import jax.numpy as jnp
 
 from flowjax.flow import names, paths
 
-Distance = Callable[[jax.Array, jax.Array], jax.Array]
+Distance = Callable[..., jax.Array]
 
 
 def l2() -> Distance:
   """Builds the mean of the squared residual."""
 
-  def distance(value, target):
-    return _mean(jnp.square(value - target))
+  def distance(value, target, region=None):
+    return _mean(jnp.square(value - target), region)
 
   return distance
 
@@ -50,9 +53,11 @@ def pseudo_huber(c: float = 1e-3, *, of: str = "elements") -> Distance:
     # Without the difference of nearly equal numbers: (a - c)(a + c) = r^2.
     return squared / (jnp.sqrt(squared + c**2) + c)
 
-  def distance(value, target):
+  def distance(value, target, region=None):
     squared = jnp.square(value - target)
-    return _mean(huber(squared)) if of == "elements" else huber(_mean(squared))
+    if of == "elements":
+      return _mean(huber(squared), region)
+    return huber(_mean(squared, region))
 
   return distance
 
@@ -74,10 +79,13 @@ def l2_cosine(scale: float = 1.0, *, floor: float = 1e-3) -> Distance:
     squared = jnp.sum(jnp.square(a), axis=-1, keepdims=True)
     return a * jax.lax.rsqrt(jnp.maximum(squared, floor**2))
 
-  def distance(value, target):
+  def distance(value, target, region=None):
     value = paths.wide(value)
-    cosine = jnp.sum(direction(value) * direction(target), axis=-1)
-    return l2()(value, target) + scale * (1.0 - _mean(cosine))
+    cosine = jnp.sum(
+      direction(value) * direction(target), axis=-1, keepdims=True
+    )
+    far = l2()(value, target, region)
+    return far + scale * (1.0 - _mean(cosine, region))
 
   return distance
 
@@ -98,5 +106,10 @@ def build(name: str, **options: Any) -> Distance:
   return names.choose("distance", DISTANCES, name, options)(**options)
 
 
-def _mean(a: jax.Array) -> jax.Array:
-  return jnp.mean(a, axis=tuple(range(1, a.ndim)))
+def _mean(a: jax.Array, region: jax.Array | None) -> jax.Array:
+  axes = tuple(range(1, a.ndim))
+  if region is None:
+    return jnp.mean(a, axis=axes)
+  # Chosen, not multiplied: where there is nothing, anything may be.
+  kept = jnp.mean(jnp.where(region > 0, a, 0.0), axis=axes)
+  return kept / jnp.mean(region, axis=axes)

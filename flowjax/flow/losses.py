@@ -1,7 +1,8 @@
 """Losses: factories that return loss(params, batch, rng) -> (scalar, metrics).
 
 A batch is a dict. "image" is what flows, "mask" says which examples are real
-(1) and which are padding (0), and all else is the condition of the network.
+(1) and which are padding (0), "region" the same of the pixels of each, and all
+else is the condition of the network.
 Noise is drawn for the global shape, so that neither the mesh nor the padding
 changes what an example receives.
 
@@ -91,7 +92,7 @@ def matching(
   def loss(params, batch, rng):
     t_B, drawn, rng_net = _draw(goal, sample_t, batch, rng)
     value = predict(params, drawn.x_t, t_B, drawn.cond, rng_net)
-    loss_B = objective.masked(measure(value, drawn.target), batch)
+    loss_B = objective.masked(measure(value, drawn.target, batch), batch)
     weighted_B = _weighted(weight, t_B, loss_B)
     metrics = {"t": t_B, "loss_by_example": loss_B}
     return objective.average(weighted_B, batch), metrics
@@ -122,7 +123,7 @@ def uncertain(
   def loss(params, batch, rng):
     t_B, drawn, rng_net = _draw(goal, sample_t, batch, rng)
     value, u_B = predict(params, drawn.x_t, t_B, drawn.cond, rng_net)
-    loss_B = objective.masked(measure(value, drawn.target), batch)
+    loss_B = objective.masked(measure(value, drawn.target, batch), batch)
     weighted_B = _weighted(weight, t_B, loss_B)
     if u_B.shape != loss_B.shape:
       raise ValueError(
@@ -167,7 +168,7 @@ def hybrid(
     i_B = posterior.index(t_B)
     both = predict(params, drawn.x_t, t_B, drawn.cond, rng_net)
     value, v = variance.split(both, drawn.x)
-    loss_B = objective.masked(measure(value, drawn.target), batch)
+    loss_B = objective.masked(measure(value, drawn.target, batch), batch)
     constant = jax.lax.stop_gradient(paths.wide(value))
     data = predictions.convert(
       path, prediction, "data", constant, drawn.x_t, t_B
@@ -205,7 +206,7 @@ def fixed_time(
       t_B = jnp.full(batch["image"].shape[:1], t)
       drawn = goal.draw(batch, t_B, rng_eps, rng_pair)
       value = predict(params, drawn.x_t, t_B, drawn.cond, None)
-      return objective.masked(measure(value, drawn.target), batch)
+      return objective.masked(measure(value, drawn.target, batch), batch)
 
     t_T = goal.inside(jnp.asarray(times, jnp.float32))
     count = len(times)
@@ -237,17 +238,19 @@ def _weighted(weight: Weight | None, t_B: jax.Array, loss_B: jax.Array):
   return loss_B if weight is None else weight(t_B) * loss_B
 
 
-def _measure(distance: str | distances.Distance) -> distances.Distance:
-  """Returns the distance, which broadcasts nothing."""
+def _measure(distance: str | distances.Distance):
+  """Returns the distance within a batch's region, which broadcasts nothing."""
   named = distances.build(distance) if isinstance(distance, str) else distance
 
-  def measure(value, target):
+  def measure(value, target, batch):
     if value.shape != target.shape:
       raise ValueError(
         f"The network returns {value.shape} where {target.shape} is to be "
         "predicted; one that also returns a variance is trained by `hybrid`, "
         "and elsewhere wrapped in `variance.predicted`."
       )
+    if "region" in batch:
+      return named(value, target, batch["region"])
     return named(value, target)
 
   return measure

@@ -14,6 +14,7 @@ from flowjax.flow import prediction as predictions
 
 Batch = Mapping[str, jax.Array]
 Condition = dict[str, jax.Array]
+NO_CONDITION = ("image", "mask", "region")
 
 
 class Drawn(NamedTuple):
@@ -65,7 +66,7 @@ class Objective:
     """Draws the noise, for the global shape, and what follows from it."""
     x = batch["image"]
     eps = jax.random.normal(rng_eps, x.shape, jnp.float32)
-    cond = {key: batch[key] for key in batch if key not in ("image", "mask")}
+    cond = {key: batch[key] for key in batch if key not in NO_CONDITION}
     rng_pair, rng_spread = jax.random.split(rng_pair)
     x, eps, cond = self.coupling(rng_pair, x, eps, cond, mask=batch.get("mask"))
     x_t = self.path.interpolate(x, eps, t_B)

@@ -230,8 +230,10 @@ class Method:
     count = editing.skipped(len(self.grid) - 1, strength)
     if not count:
       return self
+    solver: Any = self.solver
     return dataclasses.replace(
       self,
+      solver=solver.begun() if hasattr(solver, "begun") else solver,
       grid=self.grid[count:],
       still_steps=max(0, self.still_steps - count),
       begun=True,

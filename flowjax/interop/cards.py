@@ -121,6 +121,8 @@ def _predicts(flow: dict[str, str]) -> str:
 def _told(config: Any) -> str:
   if config.num_classes:
     return f"one of {config.num_classes} labels"
+  if config.name == "dit":
+    return "nothing"
   told = f"texts encoded to [L, {config.text_width}] and"
   told += f" [{config.pooled_width}]"
   if getattr(config, "guidance_embed", False):

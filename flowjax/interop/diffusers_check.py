@@ -180,10 +180,12 @@ def _texts(
 
 
 def _run_dit(theirs, config, x_BHWC, t_B, cond):
+  # Without labels the table has one row, which stands for none.
+  label_B = cond.get("label", torch_export.require_torch().zeros(len(t_B)))
   out_BCHW = theirs(
     x_BHWC.permute(0, 3, 1, 2),
     timestep=config.timestep_scale * t_B,
-    class_labels=cond["label"].long(),
+    class_labels=label_B.long(),
   ).sample
   return out_BCHW.permute(0, 2, 3, 1)
 

@@ -42,6 +42,16 @@ COMPUTED = (
 )
 
 
+def require_place(config: Any, format: str) -> None:
+  """Raises UserError for a network that is told what a format does not know."""
+  if getattr(config, "size_conditioning", False):
+    raise errors.UserError(
+      f"size_conditioning=True: a network that is told sizes of images has "
+      f"weights for which the format {format!r} has no place. Train it without "
+      "to export it."
+    )
+
+
 def layout(config: Any, format: str) -> tables.Table:
   """Returns the table from a network's parameters to the keys of a format.
 
@@ -53,6 +63,7 @@ def layout(config: Any, format: str) -> tables.Table:
       f"A network of the kind {config.name!r} has no format {format!r}. "
       f"{schema.closest(format, names)}"
     )
+  require_place(config, format)
   find = getattr(NETWORKS[config.name], f"{format}_layout")
   # Only our own torch has a place for what a network learned of its labels.
   return find(config if format == "torch" else without_labels(config))

@@ -22,6 +22,7 @@ from flowjax.interop import (
   dit,
   files,
   flux,
+  formats,
   mmdit,
   safetensors,
   tables,
@@ -146,9 +147,9 @@ def verify(
     told = {key: torch.from_numpy(np.array(cond[key])) for key in cond}
     if "context" in told:
       told["context"] = told["context"].permute(0, 3, 1, 2)
-    words = [told]
+    words: list[Any] = [told]
     if config.name == "dit":
-      words = [told[key] for key in ("label", "context") if key in told]
+      words = [told.get("label"), told.get("context")]
     with torch.no_grad():
       out_BCHW = theirs(x_BCHW, torch.from_numpy(t_B), *words)
     out_BHWC = out_BCHW.permute(0, 2, 3, 1).numpy()
@@ -209,6 +210,7 @@ def _table(config: Any) -> tables.Table:
       f"A network of the kind {config.name!r} cannot be exported for PyTorch; "
       f"those that can: {', '.join(_LAYOUTS)}."
     )
+  formats.require_place(config, "torch")
   return _LAYOUTS[config.name](config)
 
 

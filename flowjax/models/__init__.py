@@ -14,6 +14,7 @@ from flowjax.models import (
   autoencoder,
   beside,
   blocks,
+  conditions,
   convolutions,
   coupling,
   dit,
@@ -145,6 +146,13 @@ def _degradable(network: Network, layers, way: str) -> Any:
       f"blocks {tuple(layers)}: this network has the blocks 0 to {depth - 1}."
     )
   return module
+
+
+def told(config: Any) -> str:
+  """Says what a network of this config is told: labels, texts or nothing."""
+  if getattr(config, "num_classes", 0):
+    return "labels"
+  return "texts" if conditions.reads_text(config) else "nothing"
 
 
 def build(config: Any) -> Network:

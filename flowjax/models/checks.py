@@ -79,6 +79,25 @@ def image(config: Any, x_BHWC: jax.Array) -> tuple[int, tuple[int, ...]]:
   return batch, tuple(image_size)
 
 
+def canvas(
+  config: Any, x_BHWC: jax.Array, cond: collections.abc.Mapping[str, Any]
+) -> bool:
+  """Returns whether images are patches one under the other, by cond["grid"].
+
+  Raises ValueError for a grid without them.
+  """
+  if "grid" not in cond:
+    return False
+  batch, _, width, _ = x_BHWC.shape
+  if width != config.patch_size or cond["grid"].shape != (batch, 2):
+    raise ValueError(
+      f"grid has shape {cond['grid'].shape} beside x of {x_BHWC.shape}: "
+      f"cond['grid'] is [{batch}, 2], rows and columns of each image, where x "
+      f"holds their patches one under the other, {config.patch_size} wide."
+    )
+  return True
+
+
 def per_example(batch: int, **values: jax.Array) -> None:
   """Raises ValueError unless each value is one number per image."""
   for name, value in values.items():

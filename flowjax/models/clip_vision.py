@@ -136,7 +136,7 @@ def shown(config: ClipVisionConfig, x_BHWC: jax.Array) -> jax.Array:
   top, left = ((size - side) // 2 for size in sides)
   x_BHWC = x_BHWC[:, top : top + side, left : left + side]
   mean_111C, deviation_111C = (
-    np.float32(each)[None, None, None] for each in (MEAN, DEVIATION)
+    np.array(each, np.float32)[None, None, None] for each in (MEAN, DEVIATION)
   )
   return (x_BHWC - mean_111C) / deviation_111C
 

@@ -7,7 +7,7 @@ may be told an image beside the one that flows: its context.
 
 # Shape suffixes: B batch, L text tokens, E width of the text, P width of the
 # pooled text, D width, K labels and the one that stands for none; H height, W
-# width, C channels of an image and of its context.
+# width, C channels of an image and of its context; S numbers of a size.
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +24,9 @@ Cond = dict[str, Any]
 # The keys in which a condition differs from its unconditional one.
 _TEXT = ("text", "pooled", "text_mask")
 CONTEXT = "context"
+# Of an image: height and width of its original, how far from the top and from
+# the left it was cut, and height and width that it has, all in pixels.
+SIZES = 6
 
 
 class LabelEmbed(nn.Module):
@@ -63,14 +66,43 @@ class PooledEmbed(nn.Module):
     )
 
 
+def size_waves(size_crop_BS: jax.Array) -> jax.Array:
+  """Returns the sinusoids of sizes and crops, one after the other [B, S F].
+
+  SDXL tells its network so of images that were small, and of what was cut off
+  (arXiv:2307.01952, section 2.2); drawn with no crop, objects are centred.
+  """
+  waves = layers.sinusoid(size_crop_BS.reshape(-1), layers.TIME_FREQUENCIES)
+  return waves.reshape(size_crop_BS.shape[0], -1)
+
+
+def told_width(config: Any) -> int:
+  """Returns how wide that is which is told beside the text, as one vector."""
+  return config.pooled_width + size_width(config)
+
+
+def size_width(config: Any) -> int:
+  """Returns how many sinusoids of sizes a network is told."""
+  return SIZES * layers.TIME_FREQUENCIES if config.size_conditioning else 0
+
+
 def read(
   config: Any, cond: Cond
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
   """Returns text_BLE, pooled_BP and the mask [B, L] of real tokens, if any.
 
+  With `size_conditioning` the waves of sizes follow upon the pooled text.
   Called inside a network, which gets the parameters "label_embed" where its
   config has classes.
   """
+  text_BLE, pooled_BP, mask_BL = _read(config, cond)
+  if config.size_conditioning:
+    waves = size_waves(cond["size_crop"])
+    pooled_BP = jnp.concatenate([pooled_BP.astype(waves.dtype), waves], axis=-1)
+  return text_BLE, pooled_BP, mask_BL
+
+
+def _read(config, cond):
   if not config.num_classes:
     return cond["text"], cond["pooled"], cond.get("text_mask")
   text_BLE, pooled_BP = LabelEmbed(
@@ -83,6 +115,11 @@ def read(
   return text_BLE, pooled_BP, None
 
 
+def reads_text(config: Any) -> bool:
+  """Says whether a network of no classes reads a text, or is told nothing."""
+  return hasattr(config, "text_width")
+
+
 def text_length(config: Any) -> int:
   """Returns how many tokens of text the network is counted with."""
   return config.label_tokens if config.num_classes else config.text_tokens
@@ -90,9 +127,10 @@ def text_length(config: Any) -> int:
 
 def example(config: Any, batch: int = 1) -> Cond:
   """Returns a condition of zeros, of the shapes that the network takes."""
+  told: Cond = {}
   if config.num_classes:
     told = {"label": jnp.zeros(batch, jnp.int32)}
-  else:
+  elif reads_text(config):
     told = {
       "text": jnp.zeros((batch, config.text_tokens, config.text_width)),
       "pooled": jnp.zeros((batch, config.pooled_width)),
@@ -100,6 +138,8 @@ def example(config: Any, batch: int = 1) -> Cond:
   if config.context_channels:
     size = (batch, *config.image_size, config.context_channels)
     told[CONTEXT] = jnp.zeros(size)
+  if config.size_conditioning:
+    told["size_crop"] = jnp.zeros((batch, SIZES))
   return told
 
 
@@ -122,10 +162,12 @@ def unconditional(config: Any, cond: Cond) -> Cond:
 
   That is the last label; or the text of cond["negative"], where there is one;
   or else a text of zeros, all seen, so that nothing of the text is left, not
-  even its length.
+  even its length. A network that is told nothing gets `cond` as it is.
   """
   if config.num_classes:
     return {**cond, "label": jnp.full_like(cond["label"], config.num_classes)}
+  if not reads_text(config):
+    return cond
   if "negative" in cond:
     return {**cond, **cond["negative"]}
   empty = {key: jnp.zeros_like(cond[key]) for key in ("text", "pooled")}
@@ -177,8 +219,22 @@ def check_config(config: Any) -> None:
     )
 
 
+def check_sizes(config: Any, cond: Cond, batch: int) -> None:
+  """Raises ValueError unless a network is told sizes that is to be."""
+  if not config.size_conditioning:
+    return
+  if "size_crop" not in cond:
+    raise ValueError(
+      "The network is told sizes (size_conditioning=True), cond={'size_crop': "
+      "[B, 6]}: (height, width) of the original, (top, left) of the crop, "
+      f"(height, width) of the image; got the keys {sorted(cond)}."
+    )
+  _check_shape("size_crop", cond["size_crop"], (batch, SIZES))
+
+
 def check(config: Any, cond: Cond, batch: int) -> None:
   """Raises ValueError unless `cond` has the keys and shapes of the config."""
+  check_sizes(config, cond, batch)
   keys = ("label",) if config.num_classes else ("text", "pooled")
   if any(key not in cond for key in keys):
     takes = (

@@ -43,7 +43,9 @@ class DiTConfig:
   cond["context"], read beside the image. `timestep_scale` multiplies t in
   [0, 1] before its sinusoid, whose frequencies `frequency_shift` moves:
   diffusers' DiT has 1. `mlp_norm_epsilon` is that of the norm before the MLP,
-  which diffusers makes 1e-5 unless told. `remat` is a key of `blocks.REMAT`.
+  which diffusers makes 1e-5 unless told. With `num_classes` 0 the network is
+  told no label. With `size_conditioning` it is told size and crop of an image,
+  cond["size_crop"]. `remat` is a key of `blocks.REMAT`.
   """
 
   name: str = "dit"
@@ -64,6 +66,7 @@ class DiTConfig:
   qk_norm: bool = False
   num_classes: int = 1000
   label_dropout: float = 0.1
+  size_conditioning: bool = False
   timestep_scale: float = 1000.0
   frequency_shift: float = 0.0
   scan: bool = True
@@ -81,7 +84,7 @@ class DiTConfig:
     )
     checks.positive(
       self,
-      "channels patch_size width depth heads mlp_ratio rope_theta num_classes "
+      "channels patch_size width depth heads mlp_ratio rope_theta "
       "timestep_scale channels_out mlp_norm_epsilon",
     )
     checks.patches(self.image_size, self.patch_size)
@@ -185,7 +188,7 @@ class DiT(nn.Module):
   config: DiTConfig
 
   @nn.compact
-  def __call__(self, x_BHWC, t_B, label_B, identity_L=None):
+  def __call__(self, x_BHWC, t_B, cond, identity_L=None):
     config = self.config
     patch = config.patch_size
     rows, columns = (size // patch for size in x_BHWC.shape[1:3])
@@ -198,40 +201,55 @@ class DiT(nn.Module):
       tokens="tokens",
       name="patch_embed",
     )(x_BTP)
-    x_BTD, rope = self._place(x_BTD, rows, columns)
+    grid_B2 = cond.get("grid")
+    x_BTD, rope = self._place(x_BTD, rows, columns, grid_B2)
     x_BTD = axes.name(x_BTD, "batch", "tokens", "width")
 
     time_BD = layers.TimeEmbed(
       config.width, config.frequency_shift, name="time_embed"
     )(config.timestep_scale * t_B.astype(jnp.float32))
-    # The last row of the table stands for no label.
+    # The last row of the table, or its only one, stands for no label.
     labels = layers.Table(
       config.num_classes + 1, config.width, name="label_embed"
     )()
+    label_B = _label(config, t_B, cond)
     label_BD = products.rows(labels, label_B, called="label_embed/embedding")
-    c_BD = nn.silu(time_BD + label_BD)
+    sum_BD = time_BD + label_BD
+    if config.size_conditioning:
+      sum_BD += conditions.PooledEmbed(config.width, name="size_embed")(
+        conditions.size_waves(cond["size_crop"])
+      )
+    c_BD = nn.silu(sum_BD)
 
     x_BTD, _ = _stacked(config)(config, name="blocks")(
-      x_BTD, c_BD, rope, identity_L, sequences.seen(None, batch, tokens)
+      x_BTD,
+      c_BD,
+      rope,
+      identity_L,
+      sequences.seen(positions.inside(grid_B2, tokens), batch, tokens),
     )
     x_BTP = Final(
       patch * patch * config.channels_out, config.norm, name="final"
     )(x_BTD, c_BD)
     return patches.unpatchify(x_BTP[:, :tokens], rows, columns, patch)
 
-  def _place(self, x_BTD, rows, columns):
+  def _place(self, x_BTD, rows, columns, grid_B2):
     """Adds the position to each token, or returns how heads are to turn."""
-    config = self.config
+    config, tokens = self.config, rows * columns
     if config.position == "rope2d":
-      rope = positions.rope2d(
-        rows, columns, config.head_size, config.rope_theta
-      )
+      half, theta = config.head_size // 2, config.rope_theta
+      if grid_B2 is None:
+        rope = positions.rope2d(rows, columns, config.head_size, theta)
+      else:
+        rope = positions.rope_within(grid_B2, tokens, (half, half), theta)
       return x_BTD, sequences.even_rope(rope)
-    if config.position == "sincos2d":
+    if config.position == "learned":
+      table_TD = layers.Table(tokens, config.width, name="pos_embed")()
+    elif grid_B2 is None:
       table_TD = positions.sincos2d(rows, columns, config.width)
     else:
-      table_TD = layers.Table(rows * columns, config.width, name="pos_embed")()
-    return positions.added(x_BTD, sequences.even(table_TD, 0)), None
+      table_TD = positions.sincos2d_within(grid_B2, tokens, config.width)
+    return positions.added(x_BTD, sequences.even(table_TD, -2)), None
 
 
 def _stacked(config: DiTConfig):
@@ -255,8 +273,8 @@ def _stacked(config: DiTConfig):
 def init(config: DiTConfig, rng: jax.Array) -> dict[str, Any]:
   """Draws the parameters, float32."""
   x_BHWC = jnp.zeros((1, *config.image_size, config.channels_in))
-  t_B, label_B = jnp.zeros(1, jnp.float32), jnp.zeros(1, jnp.int32)
-  return DiT(blocks.anywhere(config)).init(rng, x_BHWC, t_B, label_B)["params"]
+  t_B, cond = jnp.zeros(1, jnp.float32), conditions.example(config)
+  return DiT(blocks.anywhere(config)).init(rng, x_BHWC, t_B, cond)["params"]
 
 
 def apply(
@@ -271,7 +289,10 @@ def apply(
 ) -> jax.Array:
   """Returns the velocity at (x, t) given cond["label"], in float32.
 
-  cond has "context" [B, H, W, K] as well, of K = `context_channels`, if any.
+  Of labels a network of no classes reads none. cond has "context" [B, H, W, K]
+  as well, of K = `context_channels`, if any; "size_crop" [B, 6] where the
+  network is told sizes; and "grid" [B, 2], rows and columns, where x holds
+  patches one under the other.
 
   With an rng, each label is dropped with probability `label_dropout`. In the
   blocks `identity` a token attends to itself alone.
@@ -283,9 +304,7 @@ def apply(
   if identity:
     identity_L = jnp.isin(jnp.arange(config.depth), jnp.array(identity))
   x_BHWC = conditions.with_context(config, x_BHWC, cond)
-  v_BHWC = DiT(config).apply(
-    {"params": params}, x_BHWC, t_B, cond["label"], identity_L
-  )
+  v_BHWC = DiT(config).apply({"params": params}, x_BHWC, t_B, cond, identity_L)
   return typing.cast(jax.Array, v_BHWC)
 
 
@@ -293,10 +312,19 @@ unconditional = conditions.unconditional
 example = conditions.example
 
 
+def _label(config: DiTConfig, t_B: jax.Array, cond) -> jax.Array:
+  """Returns the row of the table that each example has."""
+  if not config.num_classes:
+    return jnp.zeros(t_B.shape, jnp.int32)
+  return cond["label"]
+
+
 def dropped(
   config: DiTConfig, cond: dict[str, jax.Array], rng: jax.Array
 ) -> dict[str, jax.Array]:
   """Returns `cond` without some labels, each with `label_dropout`."""
+  if not config.num_classes:
+    return cond
   label_B = cond["label"]
   drop_B = jax.random.bernoulli(rng, config.label_dropout, label_B.shape)
   return {**cond, "label": jnp.where(drop_B, config.num_classes, label_B)}
@@ -352,10 +380,17 @@ def flops(config: DiTConfig) -> int:
   values = config.patch_size**2 * (config.channels_in + config.channels_out)
   ends = 2 * tokens * values * d + 2 * 2 * d * d
   time = 2 * (layers.TIME_FREQUENCIES * d + d * d)
+  sizes = 2 * (conditions.size_width(config) * d + d * d)
+  time += sizes if config.size_conditioning else 0
   return config.depth * block + ends + time
 
 
 def _check_ranges(config: DiTConfig) -> None:
+  if config.num_classes < 0:
+    raise ValueError(
+      f"num_classes={config.num_classes} must be positive, or 0 for a network "
+      "that is told nothing."
+    )
   if not config.frequency_shift < layers.TIME_FREQUENCIES // 2:
     raise ValueError(
       f"frequency_shift={config.frequency_shift} must be below "
@@ -394,6 +429,7 @@ def _check_heads(config: DiTConfig) -> None:
 
 def _check_inputs(config: DiTConfig, x_BHWC, t_B, cond) -> None:
   batch, image_size = checks.image(config, x_BHWC)
+  checks.canvas(config, x_BHWC, cond)
   grid = tuple(size // config.patch_size for size in image_size)
   if config.position == "learned" and grid != config.grid:
     raise ValueError(
@@ -401,9 +437,13 @@ def _check_inputs(config: DiTConfig, x_BHWC, t_B, cond) -> None:
       f"patches, not {grid[0]}x{grid[1]}. Use images of "
       f"{config.image_size[0]}x{config.image_size[1]}, or another position."
     )
+  checks.per_example(batch, t=t_B)
+  conditions.check_sizes(config, cond, batch)
+  if not config.num_classes:
+    return
   if "label" not in cond:
     raise ValueError(
       "The network takes cond={'label': [B] integers}, got the keys "
       f"{sorted(cond)}."
     )
-  checks.per_example(batch, t=t_B, label=cond["label"])
+  checks.per_example(batch, label=cond["label"])

@@ -51,7 +51,8 @@ class FluxConfig:
   told cond["guidance"], or `train_guidance` where that is not given.
   `context_channels` are those of cond["context"], read beside the image.
   `text_tokens` is the length that `flops` counts with; any is taken. With
-  `num_classes` the network reads labels, and learns a text for each.
+  `num_classes` the network reads labels, and learns a text for each. With
+  `size_conditioning` it is told size and crop of an image, cond["size_crop"].
   """
 
   name: str = "flux"
@@ -74,6 +75,7 @@ class FluxConfig:
   num_classes: int = 0
   label_tokens: int = 8
   condition_dropout: float = 0.1
+  size_conditioning: bool = False
   timestep_scale: float = 1000.0
   scan: bool = True
   remat: str = "none"
@@ -191,6 +193,7 @@ class Flux(nn.Module):
     dtype, patch = blocks.DTYPES[config.dtype], config.patch_size
     rows, columns = (size // patch for size in x_BHWC.shape[1:3])
     text_BLE, pooled_BP, text_mask_BL = conditions.read(config, cond)
+    grid_B2 = cond.get("grid")
 
     embed = functools.partial(
       layers.Dense, (config.width,), dtype=dtype, tokens="tokens"
@@ -206,11 +209,11 @@ class Flux(nn.Module):
     (batch, length), tokens = text_BLE.shape[:2], rows * columns
     masks = (
       sequences.seen(text_mask_BL, batch, length),
-      sequences.seen(None, batch, tokens),
+      sequences.seen(positions.inside(grid_B2, tokens), batch, tokens),
     )
     c_BD = nn.silu(self._condition(t_B, pooled_BP, cond))
 
-    ropes = _ropes(config, length, rows, columns)
+    ropes = _ropes(config, length, rows, columns, grid_B2)
     x_BSD = self._joined(streams, c_BD, ropes, masks)
     lengths = tuple(stream.shape[1] for stream in streams)
     single = _repeated(SingleBlock, config, config.single_depth)
@@ -266,16 +269,16 @@ def _repeated(block: Any, config: FluxConfig, depth: int):
   return joint.repeated(block, depth, scan=config.scan, remat=config.remat)
 
 
-def _ropes(config: FluxConfig, length: int, rows: int, columns: int):
+def _ropes(config: FluxConfig, length: int, rows: int, columns: int, grid_B2):
   """Returns how to turn text at the origin, and image at (0, row, column)."""
-  text_LA = np.zeros((length, 3))
-  image_TA = np.argwhere(np.ones((1, rows, columns)))
-  return tuple(
-    sequences.even_rope(
-      positions.rope_axes(place, config.rope_axes, config.rope_theta)
-    )
-    for place in (text_LA, image_TA)
-  )
+  way = config.rope_axes, config.rope_theta
+  text = positions.rope_axes(np.zeros((length, 3)), *way)
+  if grid_B2 is None:
+    image_TA = np.argwhere(np.ones((1, rows, columns)))
+    image: Any = positions.rope_axes(image_TA, *way)
+  else:
+    image = positions.rope_within(grid_B2, rows * columns, *way)
+  return sequences.even_rope(text), sequences.even_rope(image)
 
 
 def init(config: FluxConfig, rng: jax.Array) -> dict[str, Any]:
@@ -296,9 +299,11 @@ def apply(
   """Returns the velocity at (x, t) given cond, in float32.
 
   cond has "text" [B, L, E] and "pooled" [B, P], or "label" [B], and "context"
-  [B, H, W, K] of K = `context_channels`, if any; it may have "text_mask"
-  [B, L], "negative" and "guidance" [B]. With an rng, each example loses its
-  condition, but for the context, with probability `condition_dropout`.
+  [B, H, W, K] of K = `context_channels`, if any, and "size_crop" [B, 6] where
+  the network is told sizes; it may have "text_mask" [B, L], "negative" and
+  "guidance" [B], and has "grid" [B, 2], rows and columns, where x holds patches
+  one under the other. With an rng, each example loses its text or label with
+  probability `condition_dropout`.
   """
   _check_inputs(config, x_BHWC, t_B, cond)
   if rng is not None:
@@ -365,7 +370,7 @@ def flops(config: FluxConfig) -> int:
   values = config.patch_size**2 * (config.channels_in + config.channels)
   ends = 2 * d * (tokens * values + length * config.text_width + 2 * d)
   times = 2 if config.guidance_embed else 1
-  inputs = times * layers.TIME_FREQUENCIES + config.pooled_width
+  inputs = times * layers.TIME_FREQUENCIES + conditions.told_width(config)
   return double + single + ends + 2 * d * (inputs + (times + 1) * d)
 
 
@@ -387,6 +392,7 @@ def _check_heads(config: FluxConfig) -> None:
 
 def _check_inputs(config: FluxConfig, x_BHWC, t_B, cond) -> None:
   batch, _ = checks.image(config, x_BHWC)
+  checks.canvas(config, x_BHWC, cond)
   conditions.check(config, cond, batch)
   if "guidance" in cond and not config.guidance_embed:
     raise ValueError(

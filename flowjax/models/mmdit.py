@@ -54,8 +54,9 @@ class MMDiTConfig:
   `context_channels` are those of cond["context"], read beside the image.
   `text_tokens` is the length for which arithmetic is counted: any will do.
   With `num_classes` above 0 the network reads labels, and learns a text of
-  `label_tokens` for each. `timestep_scale` multiplies t in [0, 1] before its
-  sinusoid. `remat` is a key of `blocks.REMAT`.
+  `label_tokens` for each. With `size_conditioning` it is told size and crop of
+  an image, cond["size_crop"]. `timestep_scale` multiplies t in [0, 1] before
+  its sinusoid. `remat` is a key of `blocks.REMAT`.
   """
 
   name: str = "mmdit"
@@ -81,6 +82,7 @@ class MMDiTConfig:
   num_classes: int = 0
   label_tokens: int = 8
   condition_dropout: float = 0.1
+  size_conditioning: bool = False
   timestep_scale: float = 1000.0
   scan: bool = True
   remat: str = "none"
@@ -140,6 +142,7 @@ class MMDiT(nn.Module):
     patch = config.patch_size
     rows, columns = (size // patch for size in x_BHWC.shape[1:3])
     text_BLE, pooled_BP, text_mask_BL = conditions.read(config, cond)
+    grid_B2 = cond.get("grid")
 
     embed = functools.partial(
       layers.Dense,
@@ -149,7 +152,11 @@ class MMDiT(nn.Module):
     )
     x_BTP = sequences.even(patches.patchify(x_BHWC, patch))
     x_BTD, rope = _place(
-      config, embed(name="patch_embed")(x_BTP), rows, columns
+      config,
+      embed(name="patch_embed")(x_BTP),
+      rows,
+      columns,
+      grid_B2,
     )
     text_BLD = embed(name="text_embed")(sequences.even(text_BLE))
     (batch, length), tokens = text_BLE.shape[:2], rows * columns
@@ -159,7 +166,7 @@ class MMDiT(nn.Module):
     )
     masks = (
       sequences.seen(text_mask_BL, batch, length),
-      sequences.seen(None, batch, tokens),
+      sequences.seen(positions.inside(grid_B2, tokens), batch, tokens),
     )
 
     time_BD = layers.TimeEmbed(config.width, name="time_embed")(
@@ -179,20 +186,27 @@ class MMDiT(nn.Module):
     return patches.unpatchify(x_BTP[:, :tokens], rows, columns, patch)
 
 
-def _place(config: MMDiTConfig, x_BTD, rows: int, columns: int):
+def _place(config: MMDiTConfig, x_BTD, rows: int, columns: int, grid_B2):
   """Adds the position to each token, or returns how heads are to turn."""
+  tokens = rows * columns
   if config.position == "rope2d":
-    rope = positions.rope2d(rows, columns, config.head_size, config.rope_theta)
+    half, theta = config.head_size // 2, config.rope_theta
+    if grid_B2 is None:
+      rope: Any = positions.rope2d(rows, columns, config.head_size, theta)
+    else:
+      rope = positions.rope_within(grid_B2, tokens, (half, half), theta)
     return x_BTD, sequences.even_rope(rope)
-  table_TD = positions.sincos2d_centre(
-    rows,
-    columns,
+  table = (
     config.width,
     config.position_table,
     config.position_scale,
     config.position_offset,
   )
-  return positions.added(x_BTD, sequences.even(table_TD, 0)), None
+  if grid_B2 is None:
+    table_TD: Any = positions.sincos2d_centre(rows, columns, *table)
+  else:
+    table_TD = positions.sincos2d_centre_within(grid_B2, tokens, *table)
+  return positions.added(x_BTD, sequences.even(table_TD, -2)), None
 
 
 def _blocks(config: MMDiTConfig) -> list[nn.Module]:
@@ -243,8 +257,10 @@ def apply(
 
   cond has "text" [B, L, E], "pooled" [B, P] and, if some of the tokens are
   padding, "text_mask" [B, L], true where a token is real; or "label" [B]; and
-  "context" [B, H, W, K] of K = `context_channels`, if any. With an rng, each
-  condition, but for the context, is dropped with `condition_dropout`.
+  "context" [B, H, W, K] of K = `context_channels`, if any; "size_crop" [B, 6]
+  where it is told sizes; "grid" [B, 2], rows and columns, where x holds patches
+  one under the other. With an rng, each text or label is dropped with
+  `condition_dropout`.
   """
   _check_inputs(config, x_BHWC, t_B, cond)
   if rng is not None:
@@ -310,7 +326,7 @@ def flops(config: MMDiTConfig) -> int:
   values = config.patch_size**2 * (config.channels_in + config.channels_out)
   ends = 2 * d * (image * values + text * config.text_width + 2 * d)
   time = 2 * d * (layers.TIME_FREQUENCIES + d)
-  pooled = 2 * d * (config.pooled_width + d)
+  pooled = 2 * d * (conditions.told_width(config) + d)
   stack = config.depth * block + config.dual_layers * dual - absent
   return stack + ends + time + pooled
 
@@ -353,6 +369,7 @@ def _check_heads(config: MMDiTConfig) -> None:
 
 def _check_inputs(config: MMDiTConfig, x_BHWC, t_B, cond) -> None:
   batch, image_size = checks.image(config, x_BHWC)
-  _check_table(config, image_size)
+  if not checks.canvas(config, x_BHWC, cond):
+    _check_table(config, image_size)
   checks.per_example(batch, t=t_B)
   conditions.check(config, cond, batch)

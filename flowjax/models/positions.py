@@ -1,7 +1,12 @@
-"""Where a token stands in the image: rotary and sinusoidal positions."""
+"""Where a token stands in the image: rotary and sinusoidal positions.
+
+Each kind is a table for all images of one size; or, of images that have a grid
+of patches of their own, `_within` it, the same numbers picked out of a table of
+single places.
+"""
 
 # Shape suffixes: B batch, T tokens (row-major over the grid of patches),
-# N heads, H head size, F frequencies, D width, A axes.
+# N heads, H head size, F frequencies, D width, A axes, P places on one axis.
 
 import jax
 import jax.numpy as jnp
@@ -39,24 +44,69 @@ def sincos2d_centre(
   return _sincos(places(rows), places(columns), width)
 
 
+def sincos2d_within(grid_B2: jax.Array, tokens: int, width: int) -> jax.Array:
+  """Returns `sincos2d` of each grid [B, T, D]; beyond it, nothing of use."""
+  row_BT, column_BT = _places(grid_B2, tokens)
+  half_PD = jnp.asarray(_half(np.arange(tokens), width))
+  return jnp.concatenate([half_PD[column_BT], half_PD[row_BT]], axis=-1)
+
+
+def sincos2d_centre_within(
+  grid_B2: jax.Array,
+  tokens: int,
+  width: int,
+  side: int,
+  scale: float = 1.0,
+  offset: float = 0.0,
+) -> jax.Array:
+  """Returns `sincos2d_centre` of each grid [B, T, D]."""
+  half_PD = jnp.asarray(_half(scale * (np.arange(side) - offset), width))
+  first_B2 = (side - grid_B2) // 2
+  row_BT, column_BT = (
+    jnp.clip(place_BT + first_B[:, None], 0, side - 1)
+    for place_BT, first_B in zip(
+      _places(grid_B2, tokens), jnp.unstack(first_B2, axis=1), strict=True
+    )
+  )
+  return jnp.concatenate([half_PD[column_BT], half_PD[row_BT]], axis=-1)
+
+
+def inside(grid_B2: jax.Array | None, tokens: int) -> jax.Array | None:
+  """Returns which tokens [B, T] lie in the grid of their image; None: all."""
+  if grid_B2 is None:
+    return None
+  return jnp.arange(tokens)[None] < jnp.prod(grid_B2, axis=1)[:, None]
+
+
 def added(x_BTD: jax.Array, table_TD: jax.typing.ArrayLike) -> jax.Array:
-  """Returns the tokens with their positions added to them, in float32."""
-  placed_BTD = x_BTD.astype(jnp.float32) + jnp.asarray(table_TD)[None]
+  """Returns the tokens with their positions added to them, in float32.
+
+  The table is that of all images, or has a dim of the batch before.
+  """
+  placed_BTD = x_BTD.astype(jnp.float32) + _of_batch(jnp.asarray(table_TD))
   return placed_BTD.astype(x_BTD.dtype)
 
 
 def _sincos(row_R: np.ndarray, column_X: np.ndarray, width: int) -> np.ndarray:
-  frequency_F = 10000.0 ** -(np.arange(width // 4) / (width // 4))
-
-  def half(position):
-    angle = np.outer(position, frequency_F)
-    waves = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
-    return waves.astype(np.float32)
-
   table_RXD = np.empty((len(row_R), len(column_X), width), np.float32)
-  table_RXD[..., : width // 2] = half(column_X)
-  table_RXD[..., width // 2 :] = half(row_R)[:, None]
+  table_RXD[..., : width // 2] = _half(column_X, width)
+  table_RXD[..., width // 2 :] = _half(row_R, width)[:, None]
   return table_RXD.reshape(-1, width)
+
+
+def _half(place_P: np.ndarray, width: int) -> np.ndarray:
+  """Returns the waves of places in one direction, half as wide."""
+  frequency_F = 10000.0 ** -(np.arange(width // 4) / (width // 4))
+  angle_PF = np.outer(place_P, frequency_F)
+  waves = np.concatenate([np.sin(angle_PF), np.cos(angle_PF)], axis=1)
+  return waves.astype(np.float32)
+
+
+def _places(grid_B2: jax.Array, tokens: int) -> tuple[jax.Array, jax.Array]:
+  """Returns row and column [B, T] of each token in the grid of its image."""
+  columns_B1 = grid_B2[:, 1:]
+  place_T = jnp.arange(tokens)[None]
+  return place_T // columns_B1, place_T % columns_B1
 
 
 def rope2d(
@@ -95,21 +145,47 @@ def rope_axes(
   )
 
 
+def rope_within(
+  grid_B2: jax.Array, tokens: int, sizes: tuple[int, ...], theta: float
+) -> tuple[jax.Array, jax.Array]:
+  """Returns `rope_axes` [B, T, H] of places (..., row, column) in each grid.
+
+  On axes before these two a token is at the origin.
+  """
+  row_BT, column_BT = _places(grid_B2, tokens)
+  origin_BT = jnp.zeros_like(row_BT)
+  place = [*[origin_BT] * (len(sizes) - 2), row_BT, column_BT]
+  found = []
+  for place_BT, size in zip(place, sizes, strict=True):
+    tables = rope_axes(np.arange(tokens)[:, None], (size,), theta)
+    found.append([jnp.asarray(table_PH)[place_BT] for table_PH in tables])
+  cos, sin = (
+    jnp.concatenate(each, axis=-1) for each in zip(*found, strict=True)
+  )
+  return cos, sin
+
+
 def rotate(
   x_BTNH: jax.Array, cos_TH: jax.Array, sin_TH: jax.Array
 ) -> jax.Array:
   """Turns each pair (2i, 2i+1) of every head, in float32.
 
-  (a, b) -> (a cos - b sin, b cos + a sin).
+  (a, b) -> (a cos - b sin, b cos + a sin). Cosines and sines are those of all
+  images, or have a dim of the batch before.
   """
   x = x_BTNH.astype(jnp.float32)
   pairs = x.reshape(*x.shape[:-1], -1, 2)
   quarter_turn = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1)
   y = (
-    x * cos_TH[None, :, None]
-    + quarter_turn.reshape(x.shape) * sin_TH[None, :, None]
+    x * _of_batch(cos_TH)[:, :, None]
+    + quarter_turn.reshape(x.shape) * _of_batch(sin_TH)[:, :, None]
   )
   return y.astype(x_BTNH.dtype)
+
+
+def _of_batch(table: jax.Array) -> jax.Array:
+  """Returns a table with a dim of the batch, if it has none."""
+  return table[None] if table.ndim == 2 else table
 
 
 def _grid(rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:

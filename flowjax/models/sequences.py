@@ -14,30 +14,38 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from flowjax.ops import axes
 
-Rope = tuple[jax.Array, jax.Array]  # cosines and sines [T, H]
+Rope = tuple[jax.Array, jax.Array]  # cosines and sines [T, H], or [B, T, H]
 Mask = jax.Array | None  # true where a token is real; None: everywhere
 
 
 def even(x_BT: Any, dim: int = 1) -> jax.Array:
   """Returns x with zeros after its tokens, if devices cannot share them."""
-  padded = axes.even(jnp.asarray(x_BT), "tokens", dim)
+  x_BT = jnp.asarray(x_BT)
+  padded = axes.even(x_BT, "tokens", dim % x_BT.ndim)
   if padded.shape != x_BT.shape:
     _say(x_BT.shape[dim], padded.shape[dim], axes.parts("tokens"))
   return padded
 
 
-def even_rope(rope: tuple[np.ndarray, np.ndarray]) -> Rope:
+def even_rope(rope: tuple[Any, Any]) -> Rope:
   """Returns cosines and sines for the tokens of an even sequence."""
-  return even(rope[0], 0), even(rope[1], 0)
+  return even(rope[0], -2), even(rope[1], -2)
 
 
 def woven_rope(text: Rope, image: Rope) -> Rope:
-  """Returns cosines and sines for two even sequences as one."""
-  return woven(text[0], image[0], 0), woven(text[1], image[1], 0)
+  """Returns cosines and sines for two even sequences as one.
+
+  Those of the image may have a dim of the batch, where the text's have none.
+  """
+  lead = image[0].shape[:-2]
+  cos, sin = (
+    woven(jnp.broadcast_to(one, (*lead, *one.shape)), other, len(lead))
+    for one, other in zip(text, image, strict=True)
+  )
+  return cos, sin
 
 
 def seen(mask_BT: Mask, batch: int, tokens: int) -> Mask:

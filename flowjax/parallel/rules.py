@@ -23,7 +23,7 @@ Rules = collections.abc.Sequence[tuple[str, tuple[str | None, ...]]]
 # arXiv:1910.02054). The leading None of a block is its layer.
 _DIT: Rules = (
   (r"patch_embed/kernel", (None, "fsdp")),
-  (r"time_embed/\w+/kernel", (None, "fsdp")),
+  (r"(time|size)_embed/\w+/kernel", (None, "fsdp")),
   (r"(label|pos)_embed/embedding", (None, "fsdp")),
   (r"blocks/modulation/kernel", (None, "fsdp", None, None)),
   (r"blocks/attention/qkv/kernel", (None, "fsdp", None, "tensor", None)),

@@ -109,6 +109,7 @@ class Experiment:
           f"model.{key} = {ours} and data.{key} = {theirs} must be the same."
         )
     aspects.check(self.model, self.data)
+    aspects.check_canvas(self.model, self.data, self.flow, self.task)
     if self.is_autoencoder:
       self._check_autoencoder()
       return
@@ -204,7 +205,8 @@ class Experiment:
         "out one of them."
       )
     with errors.naming("config.task"):
-      self.task.check_model(self.model)
+      sizes = (self.model.image_size, *self.data.buckets)
+      self.task.check(self.model, sizes)
 
   def _check_text(self):
     """Refuses an encoder of other captions than those of the data."""
@@ -251,6 +253,19 @@ class Experiment:
           f"task.name = {self.task.name!r} and {key} = {told}: the task "
           f"{name!r} needs that above 0, and any other 0."
         )
+    if self.embedding.size and self.data.tokenizer:
+      raise ValueError(
+        f"embedding.size = {self.embedding.size} and data.tokenizer = "
+        f"{self.data.tokenizer!r}: a network is told an image or a caption; "
+        "leave one out."
+      )
+    if self.embedding.size and self.embedding.depth:
+      for side in self.model.image_size:
+        if side % self.embedding.patch_size:
+          raise ValueError(
+            f"embedding.patch_size = {self.embedding.patch_size} does not "
+            f"divide {side}, a side of model.image_size."
+          )
 
   def _check_sampling(self):
     """Refuses a way to sample that this flow or this model does not allow."""
@@ -267,6 +282,12 @@ class Experiment:
         "that only x_t of noise drawn apart from the data has; after the "
         f"coupling {coupling!r}{' with its sigma' if spread else ''} follow "
         "the ODE, as 'heun' does."
+      )
+    scale = self.sample.guidance.scale
+    if models.told(self.model) == "nothing" and scale != 1.0:
+      raise ValueError(
+        f"sample.guidance.scale = {scale}: a network of num_classes = 0 is "
+        "told nothing, and there is no condition to guide towards: set 1.0."
       )
     told = self.sample.guidance.name == "distilled"
     if told and not getattr(self.model, "guidance_embed", False):

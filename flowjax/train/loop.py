@@ -12,11 +12,12 @@ import jax
 import numpy as np
 
 from flowjax import errors, models, schema
+from flowjax.data import buckets, loader, sources
 from flowjax.data import config as data_config
-from flowjax.data import loader, sources
 from flowjax.parallel import distributed, programs, rules, sums
 from flowjax.parallel import mesh as meshes
 from flowjax.train import (
+  aspects,
   checkpoint,
   curves,
   experiment,
@@ -64,18 +65,21 @@ def train(
   UserError before any work for what cannot be trained.
   """
   source = sources.open(config.data, "train")
+  nothing = models.told(config.model) == "nothing"
   sources.check(
     source,
     batch_size=config.data.batch_size,
-    # Who is told an image has no use for what is said of it.
+    # Who is told nothing, or an image, has no use for what is said of it.
     num_classes=None
-    if config.embedding.size
-    else getattr(config.model, "num_classes", None),
+    if nothing or config.embedding.size
+    else config.model.num_classes,
     channels=config.model.channels,
     image_size=config.model.image_size,
     text_width=getattr(config.model, "text_width", None),
     pooled_width=getattr(config.model, "pooled_width", None),
+    embedding=0 if config.embedding.depth else config.embedding.size,
   )
+  aspects.check_sizes(config.model, source)
   config.require_context()
   run = parts.build(config)
   looks = evaluators(run)
@@ -145,7 +149,11 @@ def jit_step(run: parts.Parts):
     network = models.over_shares(network, summing.over)
   loss = config.task.prepared(config.loss(network))
   step = steps.build(
-    latents.training(config.encoded, config.data, loss),
+    latents.training(
+      config.encoded,
+      config.data,
+      aspects.prepared(config.model, config.data, loss),
+    ),
     run.optimizer,
     seed=config.seed,
     ema_config=config.ema,
@@ -176,6 +184,9 @@ def compiled(
   if len(kinds) == 1:
     return distributed.together(jit_step(run))
   sharding = meshes.batch_sharding(run.mesh)
+  for batch in kinds:  # What is counted is counted before the step.
+    for key, _ in sessions.COUNTED.values():
+      batch.pop(key, None)
   batches = (programs.abstract(batch, sharding) for batch in kinds)
   return programs.ahead(
     jit_step(run), [(run.abstract, batch) for batch in batches], told
@@ -187,17 +198,18 @@ def shapes(
 ) -> list[dict[str, Any]]:
   """Returns batches of so many records in the abstract, one of each bucket.
 
-  Without buckets it is one.
+  Without buckets, and on canvases, it is one.
   """
-  found: Any = source
-  parts = found.parts if data.buckets else (found,)
-  return [
-    jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype),
-      {key: np.asarray(leaf) for key, leaf in sources.blank(part).items()},
-    )
-    for part in parts
-  ]
+  parts = (source,) if data.padded_patch else buckets.parts_of(source)
+  batches = []
+  for part in parts:
+    blank = {key: np.asarray(leaf) for key, leaf in sources.blank(part).items()}
+    batch = {
+      key: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype)
+      for key, leaf in blank.items()
+    }
+    batches.append(aspects.on_canvas(batch, data))
+  return batches
 
 
 def lower_step(run: parts.Parts):
@@ -211,16 +223,16 @@ def lower_step(run: parts.Parts):
 def batch_shapes(run: parts.Parts) -> dict[str, Any]:
   """Returns a batch of the config in the abstract, as its source gives it."""
   config, count = run.experiment, run.experiment.data.batch_size
-  encoded = latents.shapes(config.data, count)
-  if encoded is not None:
-    return encoded
-  size = (count, *config.model.image_size, config.model.channels)
-  image = jax.ShapeDtypeStruct(size, np.float32)
-  cond = jax.eval_shape(lambda: run.network.example(count))
-  for key in tasks.MADE:
-    cond.pop(key, None)
-  paired = config.data.pair_source is not None
-  return {"image": image, **cond, **({"source": image} if paired else {})}
+  batch = latents.shapes(config.data, count)
+  if batch is None:
+    size = (count, *config.model.image_size, config.model.channels)
+    image = jax.ShapeDtypeStruct(size, np.float32)
+    cond = jax.eval_shape(lambda: run.network.example(count))
+    for key in tasks.MADE:
+      cond.pop(key, None)
+    paired = config.data.pair_source is not None
+    batch = {"image": image, **cond, **({"source": image} if paired else {})}
+  return aspects.on_canvas(batch, config.data)
 
 
 def _warn_of_whole_parameters(run: parts.Parts) -> None:

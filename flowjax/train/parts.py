@@ -229,6 +229,10 @@ def _trace(
 ) -> None:
   """Finds what the network cannot do on this mesh; nothing is computed."""
   cond = jax.eval_shape(lambda: network.example(batch))
+  for key in ("context", "original"):  # As large as the image.
+    if key in cond:
+      shape = (batch, *size, cond[key].shape[-1])
+      cond[key] = jax.ShapeDtypeStruct(shape, cond[key].dtype)
   x = jax.ShapeDtypeStruct((batch, *size, network.config.channels), jnp.float32)
   if network.forward is not None:
     jax.eval_shape(network.forward, params, x, cond)

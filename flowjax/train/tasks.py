@@ -15,7 +15,8 @@ made small are the latents themselves: no autoencoder is needed to train.
 # stroke, 2 row and column.
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -47,7 +48,9 @@ class TaskConfig:
   which noise of a standard deviation uniform in [0, `noise`] was added, which
   is told too (cascaded diffusion, arXiv:2106.15282, section 4.2).
   layout: what is in which box, by `config.layout` and `config.data.boxes`.
-  variation: the image itself, through the few numbers of `config.embedding`.
+  variation: the image itself, through the few numbers of `config.embedding`; in
+  training an encoder that is learned sees it in noise of the standard deviation
+  `noise`, and moved and stretched by up to a part `moved` of it.
   """
 
   name: str = "none"
@@ -56,6 +59,7 @@ class TaskConfig:
   whole: float = 0.1
   factor: int = 4
   noise: float = 0.0
+  moved: float = 0.0
 
   def __post_init__(self):
     if self.name not in TASKS:
@@ -76,6 +80,11 @@ class TaskConfig:
       raise ValueError(f"factor = {self.factor} must be at least 2.")
     if self.noise < 0.0:
       raise ValueError(f"noise = {self.noise} must not be negative.")
+    if not 0.0 <= self.moved < 0.5:
+      raise ValueError(
+        f"moved = {self.moved} must be at least 0, and below 0.5: a part of an "
+        "image, of which enough has to stay."
+      )
 
   def channels(self, of_image: int) -> int:
     """Returns how many channels the context has beside those of the image."""
@@ -85,6 +94,12 @@ class TaskConfig:
     """Returns the batch with the condition that the task makes of it."""
     key = jax.random.fold_in(rng, _TASK)
     return TASKS[self.name].add(self, batch, key)
+
+  def drawn(self) -> "TaskConfig":
+    """Returns the task as one draws by it: of a variation, nothing is moved."""
+    if self.name != "variation":
+      return self
+    return dataclasses.replace(self, noise=0.0, moved=0.0)
 
   def prepared(self, loss: losses.Loss) -> losses.Loss:
     """Returns a loss of batches without the condition, from one of those with.
@@ -104,8 +119,8 @@ class TaskConfig:
     first = TASKS[self.name].first
     return context_BHWK[..., first : first + of_image]
 
-  def check_model(self, model: Any) -> None:
-    """Raises ValueError for a network that this task cannot be told."""
+  def check(self, model: Any, sizes: Sequence[tuple[int, int]]) -> None:
+    """Raises ValueError for a network, and sizes of images, it is not for."""
     if self.name == "none":
       return
     wanted = self.channels(model.channels)
@@ -121,44 +136,47 @@ class TaskConfig:
         f"{model.channels} of the image, and model.context_channels = {found}: "
         f"set config.model.context_channels={wanted}."
       )
-    TASKS[self.name].check(self, model)
+    for size in sizes:
+      TASKS[self.name].check(self, size)
 
 
 def inpainting_context(
-  image_BHWC: jax.Array, mask_BHW1: jax.Array
+  image_BHWC: jax.typing.ArrayLike, mask_BHW1: jax.typing.ArrayLike
 ) -> jax.Array:
   """Returns the mask, then the image with zeros where the mask is 1.
 
   Where it is 1 is to be drawn anew. The order of latent diffusion's and SD3's
   networks for inpainting; theirs encode the image after it was masked.
   """
-  mask_BHW1 = mask_BHW1.astype(image_BHWC.dtype)
+  image_BHWC = jnp.asarray(image_BHWC)
+  mask_BHW1 = jnp.asarray(mask_BHW1, image_BHWC.dtype)
   masked_BHWC = jnp.where(mask_BHW1 > 0.5, 0.0, image_BHWC)
   return jnp.concatenate([mask_BHW1, masked_BHWC], axis=-1)
 
 
 def super_resolution_context(
-  low_BhwC: jax.Array,
+  low_BhwC: jax.typing.ArrayLike,
   size: tuple[int, int],
-  level_B: jax.Array | None = None,
+  level_B: jax.typing.ArrayLike | None = None,
 ) -> jax.Array:
   """Returns a small image at the `size` of what is drawn, by bilinear steps.
 
   With `level_B`, the standard deviation of noise that was added to it, that is
   the last channel: 0 for an image as it is.
   """
+  low_BhwC = jnp.asarray(low_BhwC)
   batch, _, _, channels = low_BhwC.shape
   up_BHWC = jax.image.resize(low_BhwC, (batch, *size, channels), "bilinear")
   if level_B is None:
     return up_BHWC
-  level_BHW1 = jnp.broadcast_to(
-    level_B.astype(up_BHWC.dtype)[:, None, None, None], (batch, *size, 1)
-  )
+  level_B111 = jnp.asarray(level_B, up_BHWC.dtype)[:, None, None, None]
+  level_BHW1 = jnp.broadcast_to(level_B111, (batch, *size, 1))
   return jnp.concatenate([up_BHWC, level_BHW1], axis=-1)
 
 
-def lowered(image_BHWC: jax.Array, factor: int) -> jax.Array:
+def lowered(image_BHWC: jax.typing.ArrayLike, factor: int) -> jax.Array:
   """Returns the means of squares of `factor` x `factor` pixels."""
+  image_BHWC = jnp.asarray(image_BHWC)
   batch, height, width, channels = image_BHWC.shape
   parts = image_BHWC.reshape(
     batch, height // factor, factor, width // factor, factor, channels
@@ -242,7 +260,7 @@ class Task:
   """How a task is told: by so many channels, and by what it adds to a batch.
 
   `channels(config, of_image)`; `add(config, batch, rng)` is pure; and
-  `check(config, model)` raises ValueError for a network that it is not for.
+  `check(config, size)` raises ValueError for images that it is not for.
   Among the channels an image begins at the `first`.
   """
 
@@ -250,7 +268,9 @@ class Task:
   add: Callable[[TaskConfig, Batch, jax.Array], dict[str, Any]] = (
     lambda config, batch, rng: dict(batch)
   )
-  check: Callable[[TaskConfig, Any], None] = lambda config, model: None
+  check: Callable[[TaskConfig, tuple[int, int]], None] = lambda config, size: (
+    None
+  )
   first: int = 0
 
 
@@ -275,22 +295,53 @@ def _add_low(config: TaskConfig, batch: Batch, rng: jax.Array):
   return {**batch, "context": context_BHWK}
 
 
-def _check_factor(config: TaskConfig, model: Any) -> None:
-  if any(side % config.factor for side in model.image_size):
+def _check_factor(config: TaskConfig, size: tuple[int, int]) -> None:
+  if any(side % config.factor for side in size):
     raise ValueError(
-      f"factor = {config.factor} does not divide model.image_size = "
-      f"{model.image_size}: take one that does."
+      f"factor = {config.factor} does not divide images of {size[0]}x{size[1]}:"
+      " take one that does."
     )
 
 
 def _add_original(config: TaskConfig, batch: Batch, rng: jax.Array):
-  del config, rng
+  image_BHWC = batch["image"]
   # What else is said of an image would have to be said of its variations.
   rest = {key: batch[key] for key in batch if key not in _SAID}
-  there_B = jnp.ones(len(batch["image"]), bool)
+  there_B = jnp.ones(len(image_BHWC), bool)
   if "embedding" in batch:
     rest["embedding_mask"] = there_B
-  return {**rest, "original": batch["image"], "original_mask": there_B}
+  key_move, key_noise = jax.random.split(rng)
+  original_BHWC = image_BHWC
+  if config.moved:
+    original_BHWC = _moved(original_BHWC, config.moved, key_move)
+  if config.noise:
+    noise_BHWC = jax.random.normal(key_noise, image_BHWC.shape)
+    original_BHWC = original_BHWC + config.noise * noise_BHWC
+  return {**rest, "original": original_BHWC, "original_mask": there_B}
+
+
+def _moved(image_BHWC: jax.Array, most: float, rng: jax.Array) -> jax.Array:
+  """Moves and stretches each image, by at most a part of it; -1 comes in."""
+  shape = image_BHWC.shape[1:]
+
+  def one(image_HWC, key):
+    key_shift, key_scale = jax.random.split(key)
+    draw = functools.partial(jax.random.uniform, minval=-most, maxval=most)
+    scale_2 = jnp.exp(draw(key_scale, (2,)))
+    # The middle stays in the middle, but for the shift.
+    shift_2 = 0.5 * (1.0 - scale_2) + draw(key_shift, (2,))
+    found_HWC = jax.image.scale_and_translate(
+      image_HWC + 1.0,
+      shape,
+      (0, 1),
+      scale_2,
+      shift_2 * jnp.array(shape[:2]),
+      "linear",
+      antialias=False,
+    )
+    return found_HWC - 1.0
+
+  return jax.vmap(one)(image_BHWC, jax.random.split(rng, len(image_BHWC)))
 
 
 TASKS: dict[str, Task] = {

@@ -20,7 +20,7 @@ def test_every_source_gives_all_images(written, kind):
   assert row["bytes_per_second"] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("kind", ["folder", "webdataset"])
+@pytest.mark.parametrize("kind", [*data.FILES, "webdataset"])
 def test_an_index_of_many_records_is_opened_and_read(tmp_path, kind):
   data.prepare(tmp_path, kind, 3000, folders=10)
   row = data.begin(tmp_path, kind, 3000)

@@ -73,13 +73,11 @@ def steps_of(size):
   return np.linspace(0, 255, size[0] * size[1]).reshape(size)
 
 
+@pytest.mark.slow
 def test_images_are_cut_to_the_network_and_started_from(sample, write):
   one = write("one.png", np.pad(steps_of((8, 8)), ((0, 0), (2, 2))))
   two = write("two.jpg", np.full((24, 16, 3), 255))
   flags = [f"--init-image={one}", f"--init-image={two}"]
-  found = sample(*flags, "--strength=0.25", "--guidance=1")
-  assert found.shape == (2, 8, 8, 1)
-  # The last of four steps: t from 1/4 to 0, by one network of no training.
   noise = sample("--num=2", "--guidance=1", "--strength=1", *flags)
   plain = sample("--num=2", "--guidance=1")
   np.testing.assert_array_equal(noise, plain)
@@ -87,7 +85,7 @@ def test_images_are_cut_to_the_network_and_started_from(sample, write):
   wanted = steps_of((8, 8)).round() / 127.5 - 1
   assert np.abs(near[0, ..., 0] - wanted).mean() < 0.03
   assert np.abs(near[1] - 1).mean() < 0.03
-  assert np.abs(found - near).mean() > 0.1
+  assert np.abs(noise - near).mean() > 0.1
 
 
 def test_what_is_black_in_a_mask_stays_to_the_bit(sample, write):
@@ -164,3 +162,52 @@ def test_a_normalizing_flow_has_no_way_to_start_on(sample, write, capsys):
   image = write("image.png", steps_of((8, 8)))
   assert sample(f"--init-image={image}", config=NF) == 2
   assert "no way on which to start" in capsys.readouterr().err
+
+
+INPAINTING = [
+  "--config.task.name=inpainting",
+  "--config.model.context_channels=2",
+]
+SUPER = [
+  "--config.task.name=super_resolution",
+  "--config.task.factor=2",
+  "--config.task.noise=0.1",
+  "--config.model.context_channels=2",
+]
+
+
+def test_a_network_for_inpainting_is_told_mask_and_image(sample, write):
+  image = write("image.png", steps_of((8, 8)))
+  mask_HW = np.zeros((8, 8))
+  mask_HW[:, 4:] = 255
+  mask = write("mask.png", mask_HW)
+  found = sample(f"--init-image={image}", f"--mask={mask}", keys=INPAINTING)
+  pixels = steps_of((8, 8)).astype(np.uint8) / np.float32(127.5) - 1
+  np.testing.assert_array_equal(found[0, :, :4, 0], pixels[:, :4])
+  args = types.SimpleNamespace(init_image=[image], mask=[mask], strength=None)
+  made = edits.read(args, untrained(DIT, *INPAINTING), None)
+  assert made.strength == 1.0
+  args.mask = None
+  whole = edits.read(args, untrained(DIT, *INPAINTING), None)
+  assert whole.strength == edits.STRENGTH
+  assert np.all(whole.told(1)["context"][..., 0] == 1.0)
+  told = made.told(2)["context"]
+  np.testing.assert_array_equal(told[1, ..., 0], mask_HW / 255)
+  wanted = np.where(mask_HW > 0, 0.0, pixels)
+  np.testing.assert_array_equal(told[1, ..., 1], wanted)
+
+
+def test_a_network_for_super_resolution_is_told_the_small_image(
+  sample, write, capsys
+):
+  image = write("image.png", np.full((4, 4), 255))
+  args = types.SimpleNamespace(init_image=[image], mask=None, strength=None)
+  made = edits.read(args, untrained(DIT, *SUPER), None)
+  told = made.told(1)["context"]
+  assert told.shape == (1, 8, 8, 2)
+  np.testing.assert_allclose(told[..., 0], 1.0)
+  np.testing.assert_array_equal(told[..., 1], 0.0)
+  assert made.turns(1) == {}
+  assert sample(f"--init-image={image}", "--num=2", keys=SUPER).shape[0] == 2
+  assert sample(f"--init-image={image}", "--strength=1", keys=SUPER) == 2
+  assert "this network makes --init-image larger" in capsys.readouterr().err

@@ -143,3 +143,28 @@ def test_a_start_is_one_array(tmp_path):
   np.savez(tmp_path / "start.npz", a=start, b=start)
   with pytest.raises(errors.UserError, match="holds several arrays"):
     given.start(tmp_path / "start.npz", READS_TEXT)
+
+
+def told_sizes(told=True, **flags):
+  model = types.SimpleNamespace(image_size=(4, 8), size_conditioning=told)
+  config = types.SimpleNamespace(
+    model=model, data=types.SimpleNamespace(source="digits")
+  )
+  found = types.SimpleNamespace(
+    config=config,
+    run=types.SimpleNamespace(experiment=config),
+    directory="runs/x",
+  )
+  args = types.SimpleNamespace(original_size=None, crop=None)
+  vars(args).update(flags)
+  return given.sizes(args, found, 2)
+
+
+def test_sizes_are_those_that_are_drawn_unless_they_are_given():
+  plain = told_sizes()["size_crop"]
+  np.testing.assert_array_equal(plain, [[4, 8, 0, 0, 4, 8]] * 2)
+  given_ones = told_sizes(original_size=(64, 32), crop=(5, 0))["size_crop"]
+  np.testing.assert_array_equal(given_ones, [[64, 32, 5, 0, 4, 8]] * 2)
+  assert told_sizes(told=False) == {}
+  with pytest.raises(errors.UserError, match="--original-size and --crop"):
+    told_sizes(told=False, crop=(5, 0))

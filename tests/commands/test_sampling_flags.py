@@ -109,6 +109,7 @@ def test_there_are_as_many_images_as_use_all_scales(drawn, words, count):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("traced_anew")
 @pytest.mark.parametrize(
   ("scales", "largest"), [("1,1,1", 8), ("1", 8), ("1,1,3", 8), ("1,3", 16)]
 )
@@ -147,6 +148,7 @@ def test_perturbed_attention_moves_the_samples(drawn):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("traced_anew")
 def test_the_time_of_a_nan_is_said(drawn, monkeypatch, capsys):
   pytest.importorskip("diffrax")
   apply = dit.apply
@@ -322,13 +324,14 @@ def test_a_run_of_texts_is_no_worse_run_of_labels(monkeypatch):
 
 
 def test_why_samples_in_training_stopped_is_logged(monkeypatch, caplog):
-  def draw(params, cond, *, seed, stopped):
-    del params, seed
+  def draw(params, cond, *, seed, stopped, count):
+    del params, seed, count
     stopped("dopri5 stopped at t = 0.4")
     return np.zeros((len(cond), 8, 8, 1))
 
   monkeypatch.setattr(train.drawing, "build", lambda *args: draw)
   monkeypatch.setattr(train.drawing, "conditions", lambda run, count: [0])
+  monkeypatch.setattr(train.drawing, "beside", lambda run, cond: [])
   monkeypatch.setattr(train.drawing, "captions", lambda run, count: [])
   monkeypatch.setattr(jax, "process_index", lambda: 1)
   monkeypatch.setattr(train.states, "averaged", lambda state: None)

@@ -7,6 +7,7 @@ is compared with what diffusers says and draws.
 # Shape suffixes: B batch, H height, W width, C channels.
 
 import dataclasses
+import importlib
 import json
 import pathlib
 import shutil
@@ -21,6 +22,7 @@ from flowjax import errors
 from flowjax.commands import encode, pipeline
 from flowjax.data import config as data_config
 from flowjax.data import sources
+from flowjax.evaluate import sampling
 from flowjax.interop import frozen, pipelines
 from flowjax.models import flux, mmdit
 from flowjax.parallel import mesh as meshes
@@ -488,6 +490,71 @@ def test_prompts_become_the_pictures_that_diffusers_draws(
   found = our_images(run, tmp_path, starts, f"--size={size}", *words)
   assert "1 of" in capsys.readouterr().out  # The long prompt is said to be cut.
   wanted = their_images(theirs, kind, starts, **told)
+  assert wanted.std() > 0.1
+  np.testing.assert_allclose(found, wanted, atol=2e-3)
+
+
+@pytest.mark.slow(10)
+@pytest.mark.parametrize("masked", [False, True])
+def test_images_are_changed_as_diffusers_changes_them(
+  saved, run, tmp_path, monkeypatch, masked
+):
+  kind, theirs, _ = saved
+  if kind == "sd3" and masked:
+    pytest.skip("Their SD3 inpaints latents of 16 channels alone.")
+  module = {
+    ("sd3", False): "stable_diffusion_3.pipeline_stable_diffusion_3_img2img",
+    ("flux", False): "flux.pipeline_flux_img2img",
+    ("flux", True): "flux.pipeline_flux_inpaint",
+  }[kind, masked]
+  module = importlib.import_module(f"diffusers.pipelines.{module}")
+  start = np.asarray(
+    sampling.noise(0, np.arange(len(PROMPTS), dtype=np.uint32), (8, 8, 4))
+  )
+  monkeypatch.setattr(
+    module,
+    "randn_tensor",
+    lambda *args, **options: torch.tensor(start).permute(0, 3, 1, 2),
+  )
+  monkeypatch.setattr(
+    module, "retrieve_latents", lambda out, **options: out.latent_dist.mode()
+  )
+  name = {"sd3": "StableDiffusion3", "flux": "Flux"}[kind]
+  name += "InpaintPipeline" if masked else "Img2ImgPipeline"
+  pixels = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
+  image = PIL.Image.fromarray(pixels)
+  image.save(tmp_path / "image.png")
+  options, words = {"strength": 0.6}, ["--strength=0.6"]
+  if masked:
+    # Each latent is wholly kept or wholly drawn anew.
+    black = np.zeros((SIZE, SIZE), np.uint8)
+    black[4:12, 6:] = 255
+    options["mask_image"] = PIL.Image.fromarray(black)
+    options["mask_image"].save(tmp_path / "mask.png")
+    words.append(f"--mask={tmp_path / 'mask.png'}")
+  changing = getattr(module, name).from_pipe(theirs)
+  changing.set_progress_bar_config(disable=True)
+  out = changing(
+    prompt=PROMPTS,
+    image=image,
+    height=SIZE,
+    width=SIZE,
+    output_type="pt",
+    num_inference_steps=5,
+    guidance_scale={"sd3": 7.0, "flux": 3.5}[kind],  # As ours is imported.
+    **options,
+  )
+  wanted = 2.0 * out.images.permute(0, 2, 3, 1).numpy() - 1.0
+  command(
+    "sample",
+    f"--workdir={run}",
+    *(f"--prompt={prompt}" for prompt in PROMPTS),
+    f"--init-image={tmp_path / 'image.png'}",
+    f"--out={tmp_path / 'images.npy'}",
+    "--steps=5",
+    *words,
+  )
+  found = np.clip(np.load(tmp_path / "images.npy"), -1.0, 1.0)
   assert wanted.std() > 0.1
   np.testing.assert_allclose(found, wanted, atol=2e-3)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from flowjax import errors
-from flowjax.data import buckets, loader, order, sources
+from flowjax.data import buckets, loader, mixture, order, sources
 from flowjax.data import config as config_lib
 
 THREE = ((8, 8), (6, 10), (10, 6))
@@ -156,6 +156,21 @@ def test_shares_are_as_the_counts_and_the_cycle_is_a_permutation(counts):
       assert own == list(range(cycle * share, (cycle + 1) * share))
 
 
+def test_shares_are_rounded_by_largest_remainder():
+  # Of 160 turns 74.67, 53.33 and 32.
+  assert order.shares((7, 5, 3)) == (75, 53, 32)
+
+
+def test_no_two_buckets_have_one_order():
+  source, streams = divided(20, 20, 20), collections.defaultdict(list)
+  for batch in batches(source, config_of(), 90):
+    rows = {part.shape[:2]: part.row_N.tolist() for part in source.parts}
+    size = batch["image"].shape[1:3]
+    streams[size] += map(rows[size].index, batch["label"].tolist())
+  firsts = {tuple(stream[:40]) for stream in streams.values()}
+  assert len(firsts) == 3
+
+
 def test_the_turns_outlive_a_version():
   """A checkpoint continues an order: these numbers may never change."""
   owners = [order.turn(0, (2, 3, 1), step)[0] for step in range(12)]
@@ -297,9 +312,46 @@ def test_impossible_buckets_are_refused(changes, said):
 def test_a_source_that_cannot_is_refused():
   with pytest.raises(errors.UserError, match="digits does not say how large"):
     sources.open(config_of(), "train")
-  mixture = config_of(source="mixture", mixture=(("scenes", 1.0),))
-  with pytest.raises(errors.UserError, match="buckets and a mixture"):
-    sources.open(mixture, "train")
+
+
+def test_a_mixture_has_each_source_by_its_weight_in_buckets_of_its_own():
+  one, two = divided(20, 15, 10, name="one"), divided(90, 0, 10, name="two")
+  mixed = mixture._by_bucket([one, two], (3, 1))
+  assert mixed.name == "one + two" and len(mixed) == 145
+  assert [len(part) for part in mixed.parts] == [110, 15, 20]
+  config, cycle = config_of(), sum(mixed.shares)
+  shown: collections.Counter = collections.Counter()
+  for step in range(cycle):
+    part, seed, own = mixed.turn(0, step)
+    drawn = part.draw(seed, own * 5 + np.arange(5))
+    owner = np.searchsorted(part._ends, drawn, side="right")
+    for k in owner:
+      shown[part.shape[:2], part.parts[k].name] += 1
+  total = sum(shown.values())
+  for name, weight, counts in (
+    ("one", 3 / 4, (20, 15, 10)), ("two", 1 / 4, (90, 0, 10))
+  ):  # fmt: skip
+    for size, count in zip(THREE, counts, strict=True):
+      wanted = weight * count / sum(counts)
+      assert shown[size, name] / total == pytest.approx(wanted, rel=0.07)
+  for batch in batches(mixed, config, 9):
+    assert batch["image"].shape[1:3] in THREE
+  seen = [
+    batch["label"][batch["mask"] == 1]
+    for batch in loader.epoch_batches(mixed, 8)
+  ]
+  assert len(np.concatenate(seen)) == 145
+  json.dumps(mixed.fingerprint())
+
+
+def test_mixed_scenes_are_opened_in_buckets():
+  config = config_lib.DataConfig(
+    source="mixture", mixture=(("scenes", 1.0),), channels=3, tokenizer="bytes",
+    image_size=(32, 32), buckets=((32, 32), (32, 48)), batch_size=4,
+  )  # fmt: skip
+  source = sources.open(config, "train")
+  shapes = {batch["image"].shape for batch in batches(source, config, 16)}
+  assert shapes == {(4, 32, 32, 3), (4, 32, 48, 3)}
 
 
 def test_scenes_run_in_buckets_with_their_captions():

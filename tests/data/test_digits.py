@@ -3,7 +3,7 @@ import pytest
 
 from flowjax import errors
 from flowjax.data import config as config_lib
-from flowjax.data import digits, sources
+from flowjax.data import digits, loader, sources
 
 
 def test_the_digits_are_all_there_once_and_in_range():
@@ -79,3 +79,13 @@ def test_an_empty_split_is_refused():
   assert len(sources.open(config, "train")) == 1797
   with pytest.raises(errors.UserError, match="held_out=0.0"):
     sources.open(config, "held_out")
+
+
+def test_digits_alone_come_in_the_same_order():
+  config = config_lib.DataConfig(images_alone=True, batch_size=6)
+  told = config_lib.DataConfig(batch_size=6)
+  batches = [
+    next(loader.batches(sources.open(c, "train"), c)) for c in (config, told)
+  ]
+  assert set(batches[0]) == {"image"} and "label" in batches[1]
+  np.testing.assert_array_equal(batches[0]["image"], batches[1]["image"])

@@ -200,6 +200,23 @@ def test_images_without_a_class_are_refused(tmp_path):
   assert "no label" in refused(tmp_path)
 
 
+def test_images_alone_need_neither_labels_nor_captions(tmp_path):
+  save(tmp_path, "x.png", np.full((8, 8, 3), 255))
+  save(tmp_path, "a/b/y.png", np.zeros((8, 8, 3)))
+  (tmp_path / "x.txt").write_bytes(b"\xff\xfe no caption that is read")
+  source = sources.open(config_of(tmp_path, images_alone=True), "train")
+  values = [record["image"].mean() for record in (source[0], source[1])]
+  assert sorted(values) == [BLACK, WHITE]
+  assert all(set(source[i]) == {"image"} for i in range(2))
+  assert set(sources.blank(source)) == {"image"}
+  sources.check(
+    source, batch_size=2, num_classes=None, channels=3, image_size=(8, 8)
+  )
+  for told in ({"captions": True}, {"tokenizer": "bytes"}):
+    with pytest.raises(ValueError, match="images_alone leaves out what is"):
+      config_of(tmp_path, images_alone=True, **told)
+
+
 def test_a_class_without_images_is_refused(tmp_path):
   fill(tmp_path, {"a": 2})
   (tmp_path / "b").mkdir()

@@ -89,5 +89,5 @@ def test_the_words_are_those_that_captions_use():
 
 
 def test_a_size_that_scenes_do_not_have_is_refused():
-  with pytest.raises(errors.UserError, match="3 channels and are 32x32"):
+  with pytest.raises(errors.UserError, match="32x32 in 3 channels"):
     sources.open(data_config.DataConfig(source="scenes"), "train")

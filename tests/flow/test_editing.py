@@ -114,6 +114,22 @@ def test_every_solver_starts_from_images_and_keeps_pixels(solver):
   assert np.all(np.isfinite(found)) and away.max() > 0.1
 
 
+@pytest.mark.parametrize(
+  ("solver", "count"), [("edm_heun", 5), ("heun", 6), ("ab3", 4)]
+)
+def test_it_is_known_how_often_the_network_is_asked(solver, count):
+  calls = []
+
+  def predict(x, t_B, cond):
+    jax.debug.callback(lambda x: calls.append(x), x)
+    return 0.5 * x
+
+  made = method(paths.build("straight", low=1e-3), solver, 5).from_images(0.5)
+  draw(made, predict, editing.Edit(IMAGE, NOISE))
+  jax.effects_barrier()
+  assert len(calls) == made.evaluations == count
+
+
 @pytest.mark.parametrize("solver", ["unipc", "ab3"])
 def test_pixels_that_nothing_ties_to_the_others_are_drawn_as_ever(solver):
   path = paths.build("straight", low=1e-3)

@@ -1,12 +1,13 @@
 """CLIP's image encoder, and what it is shown, against transformers' own."""
 
 import functools
+import json
 
 import jax
 import numpy as np
 import pytest
 
-from flowjax.interop import tables, text_encoders
+from flowjax.interop import frozen, tables, text_encoders
 from flowjax.models import clip_vision
 
 torch = pytest.importorskip("torch")
@@ -102,3 +103,30 @@ def test_grey_is_every_colour_and_latents_are_refused():
   )
   with pytest.raises(ValueError, match="these have 4"):
     clip_vision.shown(TINY, np.zeros((1, 12, 12, 4), np.float32))
+
+
+def test_a_pipeline_embeds_images(ours, tmp_path):
+  params, _ = ours
+  parts = {
+    "text_encoder": "CLIPTextModel",
+    "text_encoder_2": "T5EncoderModel",
+    "vae": "AutoencoderKL",
+    "image_encoder": "CLIPVisionModelWithProjection",
+  }
+  index = {"_class_name": "FluxPipeline"}
+  for name, kind in parts.items():
+    index[name] = ["transformers", kind]
+    (tmp_path / name).mkdir()
+  (tmp_path / "model_index.json").write_text(json.dumps(index))
+  text_encoders.export(params, TINY, tmp_path / "image_encoder")
+  found = frozen.open(tmp_path, dtype="float32")
+  assert found.embeds == TINY.projection
+  x_BHWC = np.random.default_rng(1).uniform(-1, 1, (2, 8, 20, 1))
+  x_BHWC = x_BHWC.astype(np.float32)
+  shown_BHWC = clip_vision.shown(TINY, x_BHWC)
+  wanted_BP = clip_vision.apply(TINY, params, shown_BHWC)
+  np.testing.assert_allclose(found.embed(x_BHWC), wanted_BP, atol=1e-4)
+  # Without one, nothing is embedded.
+  del index["image_encoder"]
+  (tmp_path / "model_index.json").write_text(json.dumps(index))
+  assert frozen.open(tmp_path).embeds == 0

@@ -133,7 +133,13 @@ def test_a_context_is_packed_as_theirs_is_packed_apart():
   )
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+  "name",
+  [
+    "dit",
+    *(pytest.param(n, marks=pytest.mark.slow) for n in ("mmdit", "flux")),
+  ],
+)
 def test_exported_torch_reads_them(draw, tmp_path, name):
   config = NETWORKS[name]
   params = draw(config)

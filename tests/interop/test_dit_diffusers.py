@@ -130,8 +130,9 @@ def test_their_save_of_our_export_comes_back_the_same(
     assert_same(params, tables.unflatten(dict(leaves)))
 
 
-def test_an_export_is_what_diffusers_runs(tiny, draw, tmp_path):
-  config = tiny(**HELD, depth=1)
+@pytest.mark.parametrize("num_classes", [4, 0])
+def test_an_export_is_what_diffusers_runs(tiny, draw, tmp_path, num_classes):
+  config = tiny(**HELD, depth=1, num_classes=num_classes)
   params = draw(config)
   folder_export.export(params, config, tmp_path, format="diffusers")
   network = models.build(config)

@@ -62,7 +62,9 @@ def nhwc(x_BCHW):
   return x_BCHW.detach().permute(0, 2, 3, 1).numpy()
 
 
-@pytest.mark.parametrize("options", [*OPTIONS, UNEVEN], ids=str)
+@pytest.mark.parametrize(
+  "options", [*OPTIONS, UNEVEN, {"depth": 1, "num_classes": 0}], ids=str
+)
 def test_outputs_agree(tiny, draw, tmp_path, options):
   config = tiny(**options)
   params = draw(config)

@@ -19,6 +19,7 @@ READS_TEXT = types.SimpleNamespace(
   text_tokens=3,
   text_width=4,
   pooled_width=5,
+  size_conditioning=False,
   condition_dropout=0.3,
 )
 READS_LABELS = types.SimpleNamespace(**{**vars(READS_TEXT), "num_classes": 7})

@@ -321,3 +321,31 @@ def test_a_missing_label_is_refused():
   x_BHWC, t_B, _ = draw(SMALL)
   with pytest.raises(ValueError, match="cond=.*'label'.*text"):
     net.apply({}, x_BHWC, t_B, {"text": t_B})
+
+
+def test_a_network_of_no_classes_is_told_nothing():
+  config = dataclasses.replace(SMALL, num_classes=0, depth=1)
+  net = models.build(config)
+  assert models.told(config) == "nothing" and models.told(SMALL) == "labels"
+  assert net.example(3) == {} and net.unconditional({}) == {}
+  x_BHWC, t_B, told = draw(SMALL)
+  params = parameters(config)
+  assert params["label_embed"]["embedding"].shape == (1, config.width)
+  # It is the network whose labels are all dropped.
+  table = np.concatenate([np.ones((10, 32)), *params["label_embed"].values()])
+  labelled = {**params, "label_embed": {"embedding": np.float32(table)}}
+  one = models.build(dataclasses.replace(SMALL, depth=1))
+
+  @jax.jit
+  def velocities(params, labelled):
+    return (
+      net.apply(params, x_BHWC, t_B, {}, jax.random.key(0)),
+      net.apply(params, x_BHWC, t_B, told),
+      one.apply(labelled, x_BHWC, t_B, one.unconditional(told)),
+    )
+
+  free, passed_over, dropped = velocities(params, labelled)
+  np.testing.assert_allclose(free, passed_over, atol=1e-6)
+  np.testing.assert_allclose(free, dropped, atol=1e-6)
+  with pytest.raises(ValueError, match="num_classes=-1 must be positive, or 0"):
+    dataclasses.replace(SMALL, num_classes=-1)

@@ -13,10 +13,11 @@ from flowjax import errors
 from flowjax.flow import losses
 from flowjax.train import experiment, tasks
 
-pytestmark = pytest.mark.usefixtures("traced_once")
-
 INPAINTING = tasks.TaskConfig("inpainting", hole=(0.1, 0.5), whole=0.0)
 LOWERED = tasks.TaskConfig("super_resolution", factor=2)
+
+
+drawn_masks = jax.jit(tasks.masks, static_argnums=(0, 2, 3))
 
 
 def images(batch=6, size=(8, 12), channels=3):
@@ -28,9 +29,7 @@ def images(batch=6, size=(8, 12), channels=3):
 @pytest.mark.parametrize("boxes, closing", [(0.0, 0.0), (1.0, 24 / 384)])
 def test_a_hole_has_the_share_that_its_law_says(boxes, closing):
   config = dataclasses.replace(INPAINTING, boxes=boxes)
-  mask_BHW1 = jax.jit(lambda key: tasks.masks(config, key, 1000, (16, 24)))(
-    jax.random.key(0)
-  )
+  mask_BHW1 = drawn_masks(config, jax.random.key(0), 1000, (16, 24))
   assert set(np.unique(mask_BHW1)) == {0.0, 1.0}
   share_B = np.asarray(mask_BHW1).mean((1, 2, 3))
   assert 0.1 <= share_B.min() and share_B.max() <= 0.5 + closing
@@ -40,14 +39,14 @@ def test_a_hole_has_the_share_that_its_law_says(boxes, closing):
 
 def test_whole_images_are_masked_as_often_as_said():
   config = dataclasses.replace(INPAINTING, whole=0.25)
-  mask_BHW1 = tasks.masks(config, jax.random.key(1), 800, (8, 8))
+  mask_BHW1 = drawn_masks(config, jax.random.key(1), 800, (8, 8))
   whole = np.mean(np.asarray(mask_BHW1).min((1, 2, 3)) == 1.0)
   assert abs(whole - 0.25) < 0.06
 
 
 def test_masks_do_not_hang_on_how_many_are_drawn():
   eight, five = (
-    tasks.masks(INPAINTING, jax.random.key(2), count, (8, 8))
+    drawn_masks(INPAINTING, jax.random.key(2), count, (8, 8))
     for count in (8, 5)
   )
   np.testing.assert_array_equal(eight[:5], five)
@@ -57,8 +56,9 @@ def test_masks_do_not_hang_on_how_many_are_drawn():
 def test_inpainting_tells_the_mask_and_then_what_it_leaves():
   image_BHWC = images()
   batch = {"image": image_BHWC, "label": jnp.zeros(6, jnp.int32)}
-  told = INPAINTING.add(batch, jax.random.key(0))
-  assert told["image"] is image_BHWC and told["label"] is batch["label"]
+  told = jax.jit(INPAINTING.add)(batch, jax.random.key(0))
+  for key in batch:
+    np.testing.assert_array_equal(told[key], batch[key])
   mask_BHW1, left_BHWC = np.split(told["context"], [1], axis=-1)
   assert 0.0 < mask_BHW1.mean() < 1.0
   whole = np.broadcast_to(mask_BHW1 == 1.0, image_BHWC.shape)
@@ -73,7 +73,8 @@ def test_super_resolution_tells_the_means_of_squares():
   low_BhwC = np.asarray(tasks.lowered(image_BHWC, 2))
   wanted = np.asarray(image_BHWC)[:, 4:6, 2:4].mean((1, 2))
   np.testing.assert_allclose(low_BhwC[:, 2, 1], wanted, atol=1e-6)
-  context = LOWERED.add({"image": image_BHWC}, jax.random.key(0))["context"]
+  add = jax.jit(LOWERED.add)
+  context = add({"image": image_BHWC}, jax.random.key(0))["context"]
   assert context.shape == image_BHWC.shape and LOWERED.channels(1) == 1
   # Linear between the middles of two squares: a quarter of the way.
   wanted = 0.75 * low_BhwC[:, 0, 2] + 0.25 * low_BhwC[:, 0, 3]
@@ -83,7 +84,8 @@ def test_super_resolution_tells_the_means_of_squares():
 def test_noise_of_a_small_image_has_the_level_that_is_told():
   config = dataclasses.replace(LOWERED, noise=0.8)
   image_BHWC = jnp.zeros((40, 16, 16, 1))
-  context = config.add({"image": image_BHWC}, jax.random.key(0))["context"]
+  add = jax.jit(config.add)
+  context = add({"image": image_BHWC}, jax.random.key(0))["context"]
   assert context.shape[-1] == config.channels(1) == 2
   level_B = np.asarray(context[:, 0, 0, 1])
   assert np.ptp(np.asarray(context[..., 1]), axis=(1, 2)).max() == 0.0
@@ -97,13 +99,13 @@ def test_a_task_is_the_same_for_the_same_rng_and_part_of_the_loss():
   def loss(params, batch, rng):
     return jnp.sum(batch["context"]), {"rng": rng}
 
-  batch, keys = {"image": images()}, jax.random.split(jax.random.key(0))
-  prepared = INPAINTING.prepared(loss)
+  batch, key = {"image": images()}, jax.random.key(0)
+  prepared = jax.jit(INPAINTING.prepared(loss), static_argnums=0)
   one, again, other = (
-    prepared(None, batch, key) for key in (keys[0], keys[0], keys[1])
+    prepared(None, batch, each) for each in (key, key, jax.random.key(1))
   )
   assert one[0] == again[0] != other[0]
-  assert one[1]["rng"] is keys[0]
+  assert one[1]["rng"] == key  # What the loss draws is as it was.
   assert tasks.TaskConfig().prepared(loss) is loss
 
 
@@ -143,6 +145,10 @@ def test_what_a_task_cannot_be_is_refused_at_the_door():
   config.task.factor = 3
   with pytest.raises(errors.UserError, match="factor = 3 does not divide"):
     experiment.build(config)
+  config.task.factor, config.data.buckets = 4, ((8, 8), (4, 16), (6, 10))
+  config.model.position = "rope2d"
+  with pytest.raises(errors.UserError, match="divide images of 6x10"):
+    experiment.build(config)
   config = config_of("inpainting", **fits)
   config.data.pair_source = "digits"
   config.flow.coupling.name = "pairs"
@@ -159,11 +165,22 @@ def test_validation_is_a_number():
     return x_BHWC * jnp.mean(cond["context"])
 
   config = experiment.build(config_of("inpainting", context_channels=2))
-  loss = config.task.prepared(
-    losses.fixed_time(predict, config.flow.path.build(), times=(0.3, 0.7))
-  )
+  fixed = losses.fixed_time(predict, config.flow.path.build(), times=(0.3, 0.7))
+  loss = jax.jit(config.task.prepared(fixed), static_argnums=0)
   batch = {"image": images(channels=1)}
   one, again, other = (
     float(loss(None, batch, jax.random.key(seed))[0]) for seed in (0, 0, 1)
   )
   assert one == again != other
+
+
+def test_a_batch_that_is_divided_is_told_the_same():
+  mesh = jax.sharding.Mesh(jax.devices(), ("data",))
+  divided = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+  noisy = dataclasses.replace(LOWERED, noise=0.5)
+  batch = {"image": images(batch=16, size=(8, 8), channels=1)}
+  for config in (INPAINTING, noisy):
+    add = jax.jit(config.add)
+    one = add(batch, jax.random.key(0))["context"]
+    many = add(jax.device_put(batch, divided), jax.random.key(0))["context"]
+    np.testing.assert_allclose(many, one, rtol=0, atol=1e-6)

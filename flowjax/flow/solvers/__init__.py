@@ -47,7 +47,9 @@ class Solver(Protocol):
 
   A solver may have `grid(times)`, the times that it follows in place of those
   that it is given. One that chooses its own steps has `run(field, x, times,
-  trajectory)` in place of `init` and `step`. Two more default to no:
+  trajectory)` in place of `init` and `step`. One that evaluates another number
+  of times on a grid that starts below the path's end has `begun()`, which
+  returns the solver for that. Two more default to no:
   `stochastic`, if it draws noise on the way down and cannot go up, and
   `learns_variance`, if the field is to return (prediction, v), as a network
   does that learned both (flow/variance.py).

@@ -49,6 +49,7 @@ class Heun:
   draw: noise.Draw = noise.normal
   name: str = "edm_heun"
   prediction: str = "data"
+  late: bool = False  # Grids start below `path.high`.
 
   @property
   def stochastic(self) -> bool:
@@ -63,11 +64,18 @@ class Heun:
   def evaluations(self, count: int) -> int:
     """Returns how often a grid from `path.high` evaluates the field.
 
-    Two per step but for those that are not corrected.
+    Two per step but for those that are not corrected. The first is corrected of
+    a grid that starts `late`.
     """
+    if self.late:
+      return max(2 * count - 1, 1)
     with jax.ensure_compile_time_eval():
       from_noise = float(self.path.alpha(jnp.float32(self.path.high))) <= FLOOR
     return max(2 * count - 1 - from_noise, 1)
+
+  def begun(self) -> "Heun":
+    """Returns the same sampler, for grids that start below `path.high`."""
+    return dataclasses.replace(self, late=True)
 
   def step(
     self,

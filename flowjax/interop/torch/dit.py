@@ -86,7 +86,8 @@ class DiT(nn.Module):
     channels_in = config.channels + config.context_channels
     self.patch_embed = nn.Linear(patch * channels_in, width)
     self.time_embed = TimeEmbed(config)
-    # The last row stands for no label at all.
+    # The last row stands for no label at all, and where there are none it is
+    # the only one.
     self.label_embed = nn.Embedding(config.num_classes + 1, width)
     if config.position == "learned":
       height, breadth = config.image_size
@@ -99,9 +100,12 @@ class DiT(nn.Module):
     self,
     x_BCHW: torch.Tensor,
     t_B: torch.Tensor,
-    label_B: torch.Tensor,
+    label_B: torch.Tensor | None = None,
     context_BCHW: torch.Tensor | None = None,
   ) -> torch.Tensor:
+    if label_B is None:
+      size = (len(x_BCHW),)
+      label_B = torch.full(size, self.config.num_classes, device=x_BCHW.device)
     if context_BCHW is not None:
       x_BCHW = torch.cat([x_BCHW, context_BCHW], dim=1)
     patch = self.config.patch_size
@@ -418,6 +422,8 @@ def main():
   if model.config.channels not in (1, 3):
     parser.error("these samples are latents: call sample() and decode them")
   labels = torch.tensor([int(label) for label in flags.labels.split(",")])
+  if not model.config.num_classes:
+    labels = torch.zeros_like(labels)  # So many, of no class.
   x_BCHW = sample(
     model,
     labels,

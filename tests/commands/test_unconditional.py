@@ -1,0 +1,91 @@
+"""A network that is told nothing, from its training to its export."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from flowjax import __main__ as door
+
+CONFIG = f"{pathlib.Path(__file__).parents[2]}/configs/digits_unconditional.py"
+TINY = [
+  f"--config={CONFIG}",
+  "--config.steps=2",
+  "--config.optim.warmup_steps=0",
+  "--config.model.patch_size=4",
+  "--config.model.width=16",
+  "--config.model.depth=1",
+  "--config.model.heads=2",
+  "--config.model.position=sincos2d",
+  "--config.model.frequency_shift=1",
+  "--config.data.batch_size=64",
+  "--config.sample.steps=2",
+  "--config.log.validation_every=2",
+  "--config.log.samples_every=2",
+  "--config.log.sample_count=10",
+  "--config.log.tensorboard=False",
+]
+
+
+def flowjax(*words):
+  return door.main(list(map(str, words)))
+
+
+@pytest.fixture(name="run", scope="module")
+def _run(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("run")
+  assert flowjax("train", *TINY, f"--workdir={folder}") == 0
+  return folder
+
+
+@pytest.mark.slow
+def test_it_is_sampled_without_a_condition(run, tmp_path, capsys):
+  assert (run / "samples/step_0000002.png").exists()
+  out = tmp_path / "out.npy"
+  words = "sample", f"--workdir={run}", f"--out={out}"
+  assert flowjax(*words, "--num=9") == 0
+  found = np.load(out)
+  assert found.shape == (9, 8, 8, 1)
+  assert np.abs(found[0] - found[1]).max() > 0.1
+  assert flowjax(*words, "--num=3", "--invert") == 0
+  for word, text in (
+    ("--labels=3", "this network is told nothing"),
+    ("--prompt=a", "it is told nothing"),
+    ("--guidance=2", "no condition to guide towards: set 1.0"),
+  ):
+    assert flowjax(*words, word) == 2
+    assert text in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_it_is_scored_by_what_asks_for_no_class(run):
+  assert flowjax("evaluate", f"--workdir={run}") == 0
+  report = json.loads((run / "report.json").read_text())
+  assert 1.0 <= report["classes"] <= 10.0
+  assert report["frechet_unguided"] > report["frechet_real"]
+  assert "sample_accuracy" not in report
+  assert report["samples"] > 1000
+  assert np.isfinite(report["validation_loss"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["torch", "diffusers"])
+def test_it_goes_to_others_and_comes_back(run, tmp_path, format):
+  pytest.importorskip(format)
+  out, back = tmp_path / "out", tmp_path / "back"
+  words = "export", f"--workdir={run}", f"--out={out}", "--verify"
+  assert flowjax(*words, f"--format={format}") == 0
+  words = "import", f"--from={out}", f"--config={CONFIG}"
+  assert flowjax(*words, f"--workdir={back}") == 0
+  grids = []
+  for folder in (run, back):
+    words = "--num=4", "--steps=3", "--solver=euler", f"--out={out}.npy"
+    assert flowjax("sample", f"--workdir={folder}", *words) == 0
+    grids.append(np.load(f"{out}.npy"))
+  np.testing.assert_allclose(*grids, atol=1e-5)
+
+
+def test_it_is_described(capsys):
+  assert flowjax("describe", *TINY) == 0
+  assert "parameters" in capsys.readouterr().out
