@@ -181,8 +181,11 @@ def _judge(runs, seed: int) -> digits.Digits | None:
       "These runs draw images of different sizes: "
       f"{sorted({data.image_size for data in datas})}. Compare like with like."
     )
-  training = sources.all_of(sources.open(datas[0], "train"))
-  held_out = sources.all_of(sources.open(datas[0], "held_out"))
+  # The judge reads labels, whatever the networks are told.
+  data = dataclasses.replace(datas[0], images_alone=False)
+  training, held_out = (
+    sources.all_of(sources.open(data, split)) for split in sources.SPLITS
+  )
   return digits.Digits(*training, *held_out, seed=seed)
 
 

@@ -163,6 +163,8 @@ def beside(run: parts.Parts, cond: dict[str, Any]) -> list[np.ndarray]:
 
   `cond` is that of `conditions`.
   """
+  if "original" in cond:
+    return [np.asarray(cond["original"])]
   if not reads_context(run.network):
     return []
   task, told = run.experiment.task, np.asarray(cond["context"])

@@ -202,7 +202,9 @@ def run(args) -> None:
     _print_difference(
       images - originals, args.guidance or (method.guidance.scale,)
     )
-  beside = drawing.beside(found.run, cond) if edit is None else []
+  beside = []  # What is shown has a sheet of its own.
+  if edit is None and shows is None:
+    beside = drawing.beside(found.run, cond)
   if parts and not args.latents:
     images = pipeline.pictures(parts, images, tiled=args.tiles)
     beside = [pipeline.pictures(parts, each) for each in beside]

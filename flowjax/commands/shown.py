@@ -23,6 +23,7 @@ from flowjax.data import images, layouts
 from flowjax.interop import frozen, pipelines
 
 ORIGINALS = 10  # Held-out images that are varied, where none is named.
+SAID = ("prompt", "prompts", "negative_prompt", "embeddings", "labels")
 LARGEST = 10_000_000  # bytes of a file of boxes
 
 
@@ -72,6 +73,13 @@ def read(
         f"--{flag}: the network of {found.directory} reads no {what}. Leave it "
         "out."
       )
+    for other in SAID if reads else ():
+      if getattr(args, other) is not None:
+        raise errors.UserError(
+          f"--{other.replace('_', '-')}: the network of {found.directory} is "
+          f"told {what}, and nothing in words: give --{flag}, or nothing for "
+          "what is held out."
+        )
   if args.invert and not (args.boxes or args.image):
     return None  # What is held out is shown as it is.
   if config.layout.classes:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -123,16 +123,14 @@ class Boxed:
 
   @property
   def blank(self) -> dict[str, np.ndarray]:
-    record = sources.blank(self.source)
-    image = {key: record[key] for key in record if key != "caption"}
-    return {**image, **self.layout.blank}
+    return self._with(sources.blank(self.source), [])
 
   def __len__(self) -> int:
     return len(self.source)
 
   def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-    record = dict(self.source[i])
-    caption = record.pop("caption")
+    record = self.source[i]
+    caption = record["caption"]
     try:
       boxes = parse(json.loads(caption)) if caption else []
       self.layout.check(boxes)
@@ -140,9 +138,12 @@ class Boxed:
       raise sources.Corrupt(f"Record {i} of {self.name}: {error}") from error
     if "crop" in record:
       boxes = cut(boxes, record["size"], record["crop"], self.shape[:2])
-    if not self.originals:
-      record = {k: record[k] for k in record if k not in ("size", "crop")}
-    return {**record, **self.layout.arrays(self.layout.largest(boxes))}
+    return self._with(record, self.layout.largest(boxes))
+
+  def _with(self, record: dict[str, Any], boxes: Sequence[Box]):
+    gone = ("caption", *(() if self.originals else ("size", "crop")))
+    rest = {key: record[key] for key in record if key not in gone}
+    return {**rest, **self.layout.arrays(boxes)}
 
   def draw(self, seed: int, position_B: np.ndarray) -> np.ndarray:
     return sources.draw(self.source, seed, position_B)
@@ -151,15 +152,11 @@ class Boxed:
     return {**self.source.fingerprint(), "boxes": self.layout.fingerprint()}
 
 
-def opened(
-  open_source: Callable[[config_lib.DataConfig, str], Any],
-  config: config_lib.DataConfig,
-  split: str,
-) -> Any:
+def boxed(source: Any, config: config_lib.DataConfig) -> Any:
   """Returns a source with boxes; raises UserError for one that has none."""
-  source = open_source(dataclasses.replace(config, originals=True), split)
   found = sources.blank(source)
   if "boxes" in found:
+    _check_stored(source, found["boxes"], config)
     return source
   layout = of(config)
   if "caption" not in found or layout is None:
@@ -169,6 +166,21 @@ def opened(
       "and a metadata.jsonl."
     )
   return Boxed(source, layout, config.originals)
+
+
+def _check_stored(
+  source: Any, box_N5: np.ndarray, config: config_lib.DataConfig
+) -> None:
+  """Refuses boxes that were encoded as others than a config reads."""
+  names = config.box_names
+  if hasattr(source, "encoded"):
+    names = tuple(source.encoded.about["data"]["box_names"])
+  if len(box_N5) != config.boxes or names != config.box_names:
+    raise errors.UserError(
+      f"{source.name} has {len(box_N5)} boxes an image, of {len(names)} names, "
+      f"and config.data.boxes={config.boxes} and box_names are of "
+      f"{len(config.box_names)}: set both as they were when it was encoded."
+    )
 
 
 def cut(

@@ -107,18 +107,21 @@ def open(config: config_lib.DataConfig, split: str) -> Source:
       f"{schema.closest(kind, KINDS)}"
     )
   module = importlib.import_module(f"flowjax.data.{kind}")
-  if config.boxes:
-    layouts = importlib.import_module("flowjax.data.layouts")
-    return layouts.opened(module.open, config, split)
-  source = module.open(config, split)
+  read = config
+  if config.boxes:  # Which move with what is cut out of an original.
+    read = dataclasses.replace(config, originals=True)
+  source = module.open(read, split)
   if not config.buckets:
     return _told(source, config)
-  divided = _buckets().divide(source, config, split)
+  divided = _buckets().divide(source, read, split)
   return divided.each(lambda part: _told(part, config))
 
 
 def _told(source: Any, config: config_lib.DataConfig) -> Source:
-  """Returns a source with the captions and tokens that a config asks for."""
+  """Returns a source with the captions, tokens or boxes that are asked for."""
+  if config.boxes:
+    layouts = importlib.import_module("flowjax.data.layouts")
+    return layouts.boxed(source, config)
   if config.images_alone:
     alone = importlib.import_module("flowjax.data.alone")
     return alone.alone(source)
@@ -219,9 +222,9 @@ def check(
   if embedding and found != (embedding,):
     raise errors.UserError(
       f"{source.name} should have an embedding of {embedding} numbers with "
-      f"each image, and has {found or 'none'}: `flowjax encode` writes one by the "
-      "image_encoder of a pipeline. Set config.embedding.size to what it has, "
-      "or learn one by config.embedding.depth=2."
+      f"each image, and has {found or 'none'}: `flowjax encode` writes one by "
+      "the image_encoder of a pipeline. Set config.embedding.size to what it "
+      "has, or learn one by config.embedding.depth=2."
     )
   for key, wide in (("text", text_width), ("pooled", pooled_width)):
     if wide and key in empty and empty[key].shape[-1] != wide:

@@ -20,7 +20,7 @@ from flowjax.models import layout as layouts
 from flowjax.models import lora as adapters
 from flowjax.models import text as encoders
 from flowjax.parallel import mesh as meshes
-from flowjax.train import aspects, flows, latents, methods, metrics, tasks
+from flowjax.train import aspects, flows, latents, methods, metrics, tasks, told
 from flowjax.train import checkpoint as checkpoints
 from flowjax.train import ema as averages
 from flowjax.train import optim as optimizers
@@ -119,9 +119,7 @@ class Experiment:
         f"model {self.model.name!r}; leave it as it is by default."
       )
     self._check_task()
-    self._check_text()
-    self._check_layout()
-    self._check_told()
+    told.check(self)
     self._check_objective()
     self._check_sampling()
     self._check_channels()
@@ -207,65 +205,6 @@ class Experiment:
     with errors.naming("config.task"):
       sizes = (self.model.image_size, *self.data.buckets)
       self.task.check(self.model, sizes)
-
-  def _check_text(self):
-    """Refuses an encoder of other captions than those of the data."""
-    tokenizer = self.data.build_tokenizer()
-    if tokenizer is None and self.text.vocabulary:
-      raise ValueError(
-        f"text.vocabulary = {self.text.vocabulary} is for an encoder of "
-        "captions, and data.tokenizer, which makes tokens of them, is not set: "
-        "'bytes' or 'words'."
-      )
-    if tokenizer is None:
-      return
-    for key, wanted in (
-      ("vocabulary", tokenizer.vocabulary),
-      ("tokens", tokenizer.length),
-    ):
-      if getattr(self.text, key) != wanted:
-        raise ValueError(
-          f"text.{key} = {getattr(self.text, key)}, and data.tokenizer = "
-          f"{self.data.tokenizer!r} makes {wanted}: set config.text.{key}="
-          f"{wanted}."
-        )
-
-  def _check_layout(self):
-    """Refuses an encoder of other layouts than those of the data."""
-    for key, wanted, of in (
-      ("classes", len(self.data.box_names), "data.box_names"),
-      ("boxes", self.data.boxes or self.layout.boxes, "data.boxes"),
-    ):
-      if getattr(self.layout, key) != wanted:
-        raise ValueError(
-          f"layout.{key} = {getattr(self.layout, key)}, and {of} makes "
-          f"{wanted}: set config.layout.{key}={wanted}."
-        )
-
-  def _check_told(self):
-    """Refuses an encoder of what the task does not tell, and none for it."""
-    for name, key, told in (
-      ("layout", "layout.classes", self.layout.classes),
-      ("variation", "embedding.size", self.embedding.size),
-    ):
-      if bool(told) != (self.task.name == name):
-        raise ValueError(
-          f"task.name = {self.task.name!r} and {key} = {told}: the task "
-          f"{name!r} needs that above 0, and any other 0."
-        )
-    if self.embedding.size and self.data.tokenizer:
-      raise ValueError(
-        f"embedding.size = {self.embedding.size} and data.tokenizer = "
-        f"{self.data.tokenizer!r}: a network is told an image or a caption; "
-        "leave one out."
-      )
-    if self.embedding.size and self.embedding.depth:
-      for side in self.model.image_size:
-        if side % self.embedding.patch_size:
-          raise ValueError(
-            f"embedding.patch_size = {self.embedding.patch_size} does not "
-            f"divide {side}, a side of model.image_size."
-          )
 
   def _check_sampling(self):
     """Refuses a way to sample that this flow or this model does not allow."""

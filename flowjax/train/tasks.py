@@ -15,7 +15,6 @@ made small are the latents themselves: no autoencoder is needed to train.
 # stroke, 2 row and column.
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -50,7 +49,7 @@ class TaskConfig:
   layout: what is in which box, by `config.layout` and `config.data.boxes`.
   variation: the image itself, through the few numbers of `config.embedding`; in
   training an encoder that is learned sees it in noise of the standard deviation
-  `noise`, and moved and stretched by up to a part `moved` of it.
+  `noise`.
   """
 
   name: str = "none"
@@ -59,7 +58,6 @@ class TaskConfig:
   whole: float = 0.1
   factor: int = 4
   noise: float = 0.0
-  moved: float = 0.0
 
   def __post_init__(self):
     if self.name not in TASKS:
@@ -80,11 +78,6 @@ class TaskConfig:
       raise ValueError(f"factor = {self.factor} must be at least 2.")
     if self.noise < 0.0:
       raise ValueError(f"noise = {self.noise} must not be negative.")
-    if not 0.0 <= self.moved < 0.5:
-      raise ValueError(
-        f"moved = {self.moved} must be at least 0, and below 0.5: a part of an "
-        "image, of which enough has to stay."
-      )
 
   def channels(self, of_image: int) -> int:
     """Returns how many channels the context has beside those of the image."""
@@ -96,10 +89,10 @@ class TaskConfig:
     return TASKS[self.name].add(self, batch, key)
 
   def drawn(self) -> "TaskConfig":
-    """Returns the task as one draws by it: of a variation, nothing is moved."""
+    """Returns the task as one draws by it: a variation is told no noise."""
     if self.name != "variation":
       return self
-    return dataclasses.replace(self, noise=0.0, moved=0.0)
+    return dataclasses.replace(self, noise=0.0)
 
   def prepared(self, loss: losses.Loss) -> losses.Loss:
     """Returns a loss of batches without the condition, from one of those with.
@@ -310,38 +303,11 @@ def _add_original(config: TaskConfig, batch: Batch, rng: jax.Array):
   there_B = jnp.ones(len(image_BHWC), bool)
   if "embedding" in batch:
     rest["embedding_mask"] = there_B
-  key_move, key_noise = jax.random.split(rng)
   original_BHWC = image_BHWC
-  if config.moved:
-    original_BHWC = _moved(original_BHWC, config.moved, key_move)
   if config.noise:
-    noise_BHWC = jax.random.normal(key_noise, image_BHWC.shape)
-    original_BHWC = original_BHWC + config.noise * noise_BHWC
+    noise_BHWC = jax.random.normal(rng, image_BHWC.shape)
+    original_BHWC = image_BHWC + config.noise * noise_BHWC
   return {**rest, "original": original_BHWC, "original_mask": there_B}
-
-
-def _moved(image_BHWC: jax.Array, most: float, rng: jax.Array) -> jax.Array:
-  """Moves and stretches each image, by at most a part of it; -1 comes in."""
-  shape = image_BHWC.shape[1:]
-
-  def one(image_HWC, key):
-    key_shift, key_scale = jax.random.split(key)
-    draw = functools.partial(jax.random.uniform, minval=-most, maxval=most)
-    scale_2 = jnp.exp(draw(key_scale, (2,)))
-    # The middle stays in the middle, but for the shift.
-    shift_2 = 0.5 * (1.0 - scale_2) + draw(key_shift, (2,))
-    found_HWC = jax.image.scale_and_translate(
-      image_HWC + 1.0,
-      shape,
-      (0, 1),
-      scale_2,
-      shift_2 * jnp.array(shape[:2]),
-      "linear",
-      antialias=False,
-    )
-    return found_HWC - 1.0
-
-  return jax.vmap(one)(image_BHWC, jax.random.split(rng, len(image_BHWC)))
 
 
 TASKS: dict[str, Task] = {

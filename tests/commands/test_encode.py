@@ -18,7 +18,13 @@ import pytest
 from flowjax import __main__ as door
 from flowjax import errors
 from flowjax.commands import encode
-from flowjax.data import archive, archive_writing, embeddings, sources
+from flowjax.data import (
+  archive,
+  archive_writing,
+  embeddings,
+  scenes,
+  sources,
+)
 from flowjax.data import config as config_lib
 from flowjax.models import dit
 from flowjax.train import experiment, lock
@@ -118,6 +124,37 @@ def test_images_and_captions_are_as_they_were(photos, tmp_path):
   assert number == 5 and "05.png is corrupt" in reason
   assert index.to_json()["failed"] == 1
   assert "1 records failed" in encode.summary(tmp_path / "out", index)
+
+
+class Embedding(Encoder):
+  """One that also says three numbers of an image."""
+
+  embeds = 3
+
+  def embed(self, image_BHWC):
+    return image_BHWC.mean(axis=(1, 2))
+
+
+def test_embeddings_and_boxes_are_stored(tmp_path):
+  boxes = dict(boxes=3, box_names=scenes.NAMES, channels=3)
+  config = config_lib.DataConfig(source="scenes", image_size=(32, 32), **boxes)
+  source = scenes.of_digits(config, "train", "seen", length=3)
+  (tmp_path / "out").mkdir()
+  work = encode.begin(
+    tmp_path / "out", {"train": source}, Embedding(), config,
+    dtype="float32", batch_size=2, shard_size=10**6,
+  )  # fmt: skip
+  encode.encode(work)
+  stored = reopened(tmp_path / "out", image_size=(16, 16), **boxes)
+  batch, wanted = stored.gather(np.arange(3)), source.gather(np.arange(3))
+  for key in ("boxes", "box_mask"):
+    np.testing.assert_array_equal(batch[key], wanted[key])
+  np.testing.assert_allclose(
+    batch["embedding"], wanted["image"].mean(axis=(1, 2)), rtol=1e-5
+  )
+  for changes in (dict(boxes=4), dict(box_names=scenes.NAMES[::-1])):
+    with pytest.raises(errors.UserError, match="has 3 boxes an image, of 60"):
+      reopened(tmp_path / "out", image_size=(16, 16), **{**boxes, **changes})
 
 
 def test_latents_and_texts_of_each_encoder(photos, tmp_path):

@@ -1,4 +1,4 @@
-"""Layouts and images that `sample` is shown, and how runs on them are scored."""
+"""Layouts and images that `sample` is shown, and runs on them scored."""
 
 import json
 
@@ -77,7 +77,7 @@ def test_variations_stand_beside_their_originals():
   drawn = np.array([-1.0, 1.0, -1.0, 1.0, -1.0]).reshape(5, 1, 1, 1)
   sheet = variations.beside(originals, drawn)
   # Two rows of four; where a variation is missing it is black.
-  height, width = (side // n for side, n in zip(sheet.shape, (2, 4)))
+  height, width = sheet.shape[0] // 2, sheet.shape[1] // 4
   middle = sheet[height // 2 :: height, width // 2 :: width, 0]
   assert middle.tolist() == [[0, 0, 0, 0], [255, 255, 255, 0]]
 
@@ -105,6 +105,8 @@ def test_a_run_on_layouts_is_drawn_and_scored(tmp_path, capsys):
   assert np.asarray(Image.open(out)).shape[1] == 4 * (160 + 4)
   assert door.main(["sample", into, f"--image={out}", f"--out={out}"]) == 2
   assert "reads no images" in capsys.readouterr().err
+  assert door.main(["sample", into, "--labels=3", f"--out={out}"]) == 2
+  assert "told layouts, and nothing in words" in capsys.readouterr().err
   assert door.main(["export", into, f"--out={tmp_path}/export"]) == 2
   assert "reads layouts by an encoder" in capsys.readouterr().err
 

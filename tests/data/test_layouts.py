@@ -112,6 +112,27 @@ def test_boxes_of_a_folder_move_with_what_is_cut_out(folder):
   assert told["size"].tolist() == [16, 32]
 
 
+def test_boxes_go_into_aspect_buckets_with_their_images(folder):
+  wide = ((16, 16), (12, 24))
+  found = sources.open(config(folder, buckets=wide, batch_size=2), "train")
+  assert [part.shape for part in found.parts] == [(12, 24, 3)]
+  # Nothing is cut off, so that a box stays where it was.
+  np.testing.assert_allclose(
+    found[3]["boxes"],
+    [[0, 0, 0.25, 1, 0.75], [1, 0.5, 0.125, 1, 0.5]],
+    atol=1e-6,
+  )
+  drawn = dataclasses.replace(SCENES, buckets=((32, 32), (48, 32)))
+  square, tall = sources.open(drawn, "train").parts
+  assert tall.shape == (48, 32, 3) and square[0]["boxes"].shape == (3, 5)
+  record = tall[1]
+  top, left, bottom, right = record["boxes"][0][1:] * (48, 32, 48, 32)
+  inside = record["image"][
+    round(top) : round(bottom), round(left) : round(right)
+  ]
+  assert inside.max() > 0.0
+
+
 def test_a_class_without_a_name_is_corrupt(folder):
   found = sources.open(config(folder, box_names=("cat", "cow")), "train")
   with pytest.raises(sources.Corrupt, match="'dog' in it, which is none"):
@@ -163,3 +184,21 @@ def test_a_layout_is_what_its_arrays_say():
   boxes = [("dog", 0.0, 0.25, 0.5, 1.0), ("cat", 0.5, 0.5, 0.75, 0.625)]
   found = layout.arrays(boxes)
   assert layout.boxes(found["boxes"], found["box_mask"]) == boxes
+
+
+def test_boxes_are_of_their_bucket():
+  wide = dataclasses.replace(SCENES, buckets=((32, 32), (32, 64)))
+  for part in sources.open(wide, "train").parts:
+    record = part[1]
+    assert record["image"].shape == part.shape
+    height, width = part.shape[:2]
+    ink_HW = (record["image"].max(axis=-1) + 1.0) / 2.0
+    for (_, *sides), there in zip(
+      record["boxes"], record["box_mask"], strict=True
+    ):
+      if there:
+        whole = np.array([height, width, height, width])
+        top, left, bottom, right = np.round(sides * whole).astype(int)
+        assert ink_HW[top:bottom, left:right].max() > 0.5
+        ink_HW[top:bottom, left:right] = 0.0
+    assert ink_HW.max() < scenes.INKED

@@ -14,7 +14,7 @@ from flowjax.data import sources
     ("tdfs:mnist", "Did you mean 'tfds'?"),
     ("tfds", "tfds:<name>"),
     ("folder:", "folder:<dir>"),
-    ("digits:8", "digits"),
+    ("scenes:8", "scenes"),
   ],
 )
 def test_an_unknown_source_names_the_closest(name, hint):

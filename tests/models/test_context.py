@@ -58,7 +58,13 @@ def drawn(network):
   )
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+  "name",
+  [
+    "dit",
+    *(pytest.param(n, marks=pytest.mark.slow) for n in ("mmdit", "flux")),
+  ],
+)
 def test_a_network_sees_its_context_beside_the_image(name):
   network = models.build(NETWORKS[name])
   plain = models.build(dataclasses.replace(NETWORKS[name], context_channels=0))

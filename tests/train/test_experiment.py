@@ -63,6 +63,7 @@ def test_a_saved_config_builds_the_same_experiment():
     ("sample", "guidance", {"name": "apgg"}, "apg"),
     ("optim", "accumulate", 3, "accumulate"),
     ("data", "batch_size", 0, "batch_size"),
+    ("data", "images_alone", True, "leaves out the labels"),
   ],
 )
 def test_impossible_values_are_refused(group, key, value, text):

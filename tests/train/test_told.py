@@ -161,7 +161,7 @@ def test_embeddings_may_come_with_the_data(tmp_path):
     (
       varied,
       dict(embedding=dataclasses.replace(EMBEDDING, patch_size=3)),
-      "does not divide 8",
+      "does not divide images of 8x8",
     ),
     (
       varied,
