@@ -66,7 +66,8 @@ def _what_is_old_stays():
 def traced_once():
   """Gives equal runs of a module what was traced and compiled for the first.
 
-  For modules of many runs that do not change what is traced.
+  For modules of many runs; a test that changes what is traced says so by
+  `traced_anew`.
   """
   from flowjax.train import loop, parts
 
@@ -103,7 +104,15 @@ def traced_once():
     patch.setattr(loop, "jit_step", once(loop.jit_step))
     initial = once(parts.Parts.lower_initial)
     patch.setattr(parts.Parts, "lower_initial", initial)
-    yield
+    yield made
+
+
+@pytest.fixture
+def traced_anew(traced_once):
+  """For a test that changes what is traced, in a module of `traced_once`."""
+  traced_once.clear()
+  yield
+  traced_once.clear()
 
 
 def pytest_addoption(parser):

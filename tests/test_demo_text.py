@@ -13,6 +13,8 @@ from PIL import Image
 from flowjax import __main__ as door
 from flowjax.commands import configs, restored
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 LAUNCH = pathlib.Path(__file__).parents[1] / "launch"
 SMALL = (
   "--config.steps=2",

@@ -11,6 +11,8 @@ from flowjax import models
 from flowjax.interop import folder_export
 from flowjax.models import dit
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 

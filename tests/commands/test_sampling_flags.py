@@ -15,6 +15,8 @@ from flowjax.commands import configs, restored, sample, train
 from flowjax.models import dit
 from flowjax.train import parts
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 DIT = [
   "--config.model.patch_size=4",
@@ -107,6 +109,7 @@ def test_there_are_as_many_images_as_use_all_scales(drawn, words, count):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("traced_anew")
 @pytest.mark.parametrize(
   ("scales", "largest"), [("1,1,1", 8), ("1", 8), ("1,1,3", 8), ("1,3", 16)]
 )
@@ -145,6 +148,7 @@ def test_perturbed_attention_moves_the_samples(drawn):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("traced_anew")
 def test_the_time_of_a_nan_is_said(drawn, monkeypatch, capsys):
   pytest.importorskip("diffrax")
   apply = dit.apply

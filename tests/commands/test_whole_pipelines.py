@@ -28,6 +28,8 @@ from flowjax.models import flux, mmdit
 from flowjax.parallel import mesh as meshes
 from flowjax.train import experiment, workdir
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 diffusers = pytest.importorskip("diffusers")

@@ -14,6 +14,8 @@ from flowjax.parallel import mesh as meshes
 from flowjax.parallel import placing
 from flowjax.train import experiment, loop, manifest, optim, parts
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 TOKENS, WIDTH = 13, 16
 VOCABULARY = 3 + len(scenes.WORDS)
 
