@@ -98,7 +98,7 @@ def _bucketed():
     yield
 
 
-@pytest.mark.slow
+@pytest.mark.slow(10)
 def test_no_bucket_is_compiled_in_mid_run(bucketed, tmp_path, capsys, caplog):
   """Neither by a step nor by a validation; each program is said."""
   caplog.set_level("INFO")
@@ -216,7 +216,9 @@ def test_what_is_compiled_is_what_is_read(bucketed, data):
   assert read == kinds
 
 
-@pytest.mark.parametrize("distance", ["l2", "l2_cosine"])
+@pytest.mark.parametrize(
+  "distance", ["l2", pytest.param("l2_cosine", marks=pytest.mark.slow)]
+)
 def test_the_loss_of_a_canvas_is_that_of_its_image(distance):
   flow = flows.FlowConfig(
     # So that the noise is given, on the canvas as on the image.
