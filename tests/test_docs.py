@@ -243,6 +243,9 @@ def test_python_that_is_shown_runs(page):
       continue
     scope = stand_ins()
     exec(block, scope)
+    if "config" in scope:
+      experiment.build(scope["config"])
+      continue
     value, _ = scope["loss"](
       jnp.ones(()), {"image": scope["noise"]}, jax.random.key(1)
     )

@@ -144,3 +144,23 @@ def test_enlarged_digits_are_judged_too(monkeypatch):
   )
   assert judge.levels == 256
   assert judge.accuracy >= 0.96
+
+
+def test_the_number_of_classes_is_that_of_those_that_come(judge, held_out):
+  images, labels = held_out
+  few = judge.spread(images[np.isin(labels, (0, 4, 6))])
+  assert few["classes"] == pytest.approx(3.0, abs=0.3)
+  every = judge.spread(images)
+  assert every["classes"] == pytest.approx(10.0, abs=0.1)
+  assert few["frechet"] > every["frechet"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_what_became_of_digits_is_held_against_the_others(judge, held_out):
+  images, labels = held_out
+  low, high = images[labels < 5][:150], images[labels >= 5][:150]
+  moved = judge.translation(high, low, high, np.arange(5, 10))
+  assert moved["samples_recognised"] > 0.95 > 0.05 > moved["sources_recognised"]
+  assert moved["samples_frechet"] < 1e-6 < 50 < moved["sources_frechet"]
+  stayed = judge.translation(low, low, high, np.arange(5, 10))
+  assert stayed["moved"] == 0.0 and moved["moved"] > 0.3
+  assert stayed["samples_recognised"] == moved["sources_recognised"]

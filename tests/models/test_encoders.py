@@ -224,3 +224,28 @@ def test_what_is_no_such_condition_is_named(kind, cond, said):
 def test_an_encoder_that_cannot_be_is_refused(kind, options, said):
   with pytest.raises(ValueError, match=said):
     kind(**options)
+
+
+@pytest.mark.parametrize("kind", ["learned", "given"])
+def test_an_image_that_is_masked_says_nothing(kind):
+  net, params, _ = network(kind)
+  masked = [
+    {
+      key: np.zeros_like(value) if value.dtype == bool else value
+      for key, value in each.items()
+    }
+    for each in (told(kind), told(kind, seed=3))
+  ]
+  one, other = (net.told(params, cond) for cond in masked)
+  zeros = net.told(params, net.unconditional(told(kind)))
+  for key in ("text", "pooled"):
+    np.testing.assert_array_equal(one[key], other[key])
+    np.testing.assert_array_equal(one[key], zeros[key])
+  # Not even an image of zeros is nothing.
+  grey = {
+    key: np.zeros_like(value) if value.dtype != bool else value
+    for key, value in told("learned").items()
+  }
+  if kind == "learned":
+    said = net.told(params, grey)
+    assert np.abs(said["pooled"] - zeros["pooled"]).max() > 1e-3
