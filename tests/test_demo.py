@@ -6,6 +6,8 @@ import pathlib
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 DEMO = pathlib.Path(__file__).parents[1] / "launch" / "demo.py"
 SMALL = (
   "--config.steps=2",

@@ -18,6 +18,8 @@ from flowjax.interop import diffusers_configs, folder_export
 from flowjax.models import flux, mmdit
 from flowjax.train import experiment, parts
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
