@@ -168,7 +168,9 @@ def test_what_an_example_receives_is_the_same_on_every_mesh(data):
 
 def test_no_text_is_the_empty_caption(data):
   """All at once, as `condition_dropout` does it, and in guidance."""
-  config = types.SimpleNamespace(num_classes=0, condition_dropout=0.5)
+  config = types.SimpleNamespace(
+    num_classes=0, condition_dropout=0.5, text_width=6
+  )
   quiet = latents.evaluation(latents.EncodedConfig(), data, seen)
 
   @jax.jit
