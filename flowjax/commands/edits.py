@@ -187,7 +187,10 @@ def _read(
 def _masks(
   args, reader: images.Reader, sizes: list[tuple[int, int]], factor: int
 ) -> np.ndarray:
-  """Returns the masks [N, H, W, 1], of latents as the mean over their area."""
+  """Returns the masks [N, H, W, 1] of zeros and ones.
+
+  A pixel, or the area of a latent, is drawn anew if its mean is above 0.5.
+  """
   grey = dataclasses.replace(reader, shape=(*reader.shape[:2], 1))
   found = [_read(grey, path, "--mask") for path in args.mask]
   turns = [found[i % len(found)] for i in range(len(sizes))]
@@ -202,4 +205,4 @@ def _masks(
   count, height, width, _ = mask_NHW1.shape
   rows, columns = height // factor, width // factor
   tiles = mask_NHW1.reshape(count, rows, factor, columns, factor, 1)
-  return tiles.mean(axis=(2, 4))
+  return (tiles.mean(axis=(2, 4)) > 0.5).astype(np.float32)
