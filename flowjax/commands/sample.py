@@ -180,13 +180,14 @@ def run(args) -> None:
       "--worse has no effect at guidance scale 1; set --guidance above it."
     )
   cond = _cond(args, found, texts, count, edit)
-  cond |= given.sizes(args, found, count)
+  sizes = given.sizes(args, found, count)
   originals = None
   if args.invert:
     originals, own = drawing.held_out(found.run, count)
     start = _inverted(found, method, own, originals)
     if not (args.labels or texts):
       cond = own
+  cond = {**cond, **sizes}
   with progress.counter("samples", count) as done:
     images = found.draw(
       cond,
