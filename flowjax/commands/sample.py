@@ -221,6 +221,11 @@ def run(args) -> None:
 
 def _check_texts(args, captions: list[str]) -> None:
   """Refuses texts that were given in two ways, or without their half."""
+  if args.labels and (captions or args.embeddings):
+    raise errors.UserError(
+      f"--labels={args.labels}: texts were given, too, and no network is told "
+      "both. Leave out --labels, or the texts."
+    )
   if args.embeddings and (captions or args.negative_prompt is not None):
     raise errors.UserError(
       "--embeddings are texts already, a negative one among them: leave out "

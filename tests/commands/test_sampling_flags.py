@@ -406,3 +406,9 @@ def test_a_network_of_texts_is_given_embeddings(array, tmp_path, capsys):
   np.savez(tmp_path / "texts.npz", **texts)
   assert array(f"--embeddings={tmp_path}/texts.npz") == 2
   assert "told labels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["--prompt=four", "--embeddings=a.npz"])
+def test_labels_beside_texts_are_refused(drawn, capsys, word):
+  assert drawn("--labels=3", word) == 2
+  assert "--labels=3: texts were given, too" in capsys.readouterr().err
