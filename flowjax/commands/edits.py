@@ -3,14 +3,13 @@
 # Shape suffixes: N images, M masks, H height, W width, C channels; 1 is one.
 
 import dataclasses
-import pathlib
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from flowjax import errors
-from flowjax.commands import flags, restored
+from flowjax.commands import flags, given, restored
 from flowjax.data import images
 from flowjax.interop import frozen, pipelines
 from flowjax.train import tasks
@@ -114,17 +113,9 @@ def read(
   factor = pipelines.factor(parts.folder) if parts else 1
   # Of latents it is these that are made small, as in training.
   shrunk = task.factor if small and not parts else 1
-  height, width = found.config.model.image_size
-  reader = images.Reader(
-    (
-      height * factor // shrunk,
-      width * factor // shrunk,
-      3 if parts else found.config.model.channels,
-    ),
-    found.config.data.max_pixels,
-  )
-  pairs = [_read(reader, path, "--init-image") for path in args.init_image]
-  images_NHWC = np.stack([image_HWC for image_HWC, _ in pairs])
+  reader = given.reader(found, parts, shrunk)
+  records = [given.image(p, reader, "--init-image") for p in args.init_image]
+  images_NHWC = np.stack([record["image"] for record in records])
   if parts:
     # Singly, as they are made: a large one needs much memory.
     mean = [parts.encode(image_HWC[None])[0] for image_HWC in images_NHWC]
@@ -135,11 +126,12 @@ def read(
     low = jnp.asarray(images_NHWC)
     low = tasks.lowered(low, task.factor) if parts else low
     level_N = jnp.zeros(len(low)) if task.noise else None
-    made = tasks.super_resolution_context(low, (height, width), level_N)
+    size = found.config.model.image_size
+    made = tasks.super_resolution_context(low, size, level_N)
     return Edits(images_NHWC, context=np.asarray(made))
   masks, strength = None, args.strength or STRENGTH
   if args.mask:
-    masks = _masks(args, reader, [size for _, size in pairs], factor)
+    masks = _masks(args, reader, [_size(each) for each in records], factor)
     strength = args.strength or 1.0
   context = None
   if task.name == "inpainting":
@@ -168,38 +160,32 @@ def _check_network(args, found: restored.Restored) -> None:
       raise errors.UserError(f"--{name}: {what}. Leave out --{name}.")
 
 
-def _read(
-  reader: images.Reader, path: pathlib.Path, flag: str
-) -> tuple[np.ndarray, tuple[int, int]]:
-  """Returns an image as `reader` cuts it, and the size that its file has."""
-  name = f"{flag}={path}"
-  try:
-    content = path.read_bytes()
-  except OSError as error:
-    raise errors.UserError(f"{name} cannot be read: {error}.") from error
-  image_HWC = reader(content, name)
-  if reader.endings is images.LATENTS:
-    return image_HWC, reader.shape[:2]
-  size = images.original(content, reader.shape[:2])["size"]
-  return image_HWC, (int(size[0]), int(size[1]))
+def _size(record: dict[str, np.ndarray]) -> tuple[int, int]:
+  """Returns height and width of what was read, before it was cut."""
+  # Latents are not cut.
+  height, width = record.get("size", record["image"].shape[:2])
+  return int(height), int(width)
 
 
 def _masks(
   args, reader: images.Reader, sizes: list[tuple[int, int]], factor: int
 ) -> np.ndarray:
-  """Returns the masks [N, H, W, 1], of latents as the mean over their area."""
+  """Returns the masks [N, H, W, 1] of zeros and ones.
+
+  A pixel, or the area of a latent, is drawn anew if its mean is above 0.5.
+  """
   grey = dataclasses.replace(reader, shape=(*reader.shape[:2], 1))
-  found = [_read(grey, path, "--mask") for path in args.mask]
+  found = [given.image(path, grey, "--mask") for path in args.mask]
   turns = [found[i % len(found)] for i in range(len(sizes))]
-  for i, ((_, size), wanted) in enumerate(zip(turns, sizes, strict=True)):
-    if size != wanted:
+  for i, (record, wanted) in enumerate(zip(turns, sizes, strict=True)):
+    if (size := _size(record)) != wanted:
       raise errors.UserError(
         f"--mask={args.mask[i % len(found)]} is of {size[0]}x{size[1]}, and "
         f"--init-image={args.init_image[i]} of {wanted[0]}x{wanted[1]}: a mask "
         "is as large as its image."
       )
-  mask_NHW1 = np.stack([(mask_HW1 + 1.0) / 2.0 for mask_HW1, _ in turns])
+  mask_NHW1 = np.stack([(record["image"] + 1.0) / 2.0 for record in turns])
   count, height, width, _ = mask_NHW1.shape
   rows, columns = height // factor, width // factor
   tiles = mask_NHW1.reshape(count, rows, factor, columns, factor, 1)
-  return tiles.mean(axis=(2, 4))
+  return (tiles.mean(axis=(2, 4)) > 0.5).astype(np.float32)

@@ -1,4 +1,4 @@
-"""What a user gives to `sample`: captions, embedded texts, and starts."""
+"""What a user gives to `sample`: captions, embedded texts, starts, images."""
 
 # Shape suffixes: N rows, L text tokens, E width of the text, P width of the
 # pooled text, H height, W width, C channels.
@@ -12,6 +12,8 @@ import numpy as np
 
 from flowjax import errors, models
 from flowjax.commands import drawing, restored
+from flowjax.data import images
+from flowjax.interop import frozen, pipelines
 from flowjax.train import aspects
 
 # No caption is longer, in characters.
@@ -126,6 +128,31 @@ def start(path: pathlib.Path, found: restored.Restored) -> np.ndarray:
       f"{_shown(shape)}."
     )
   return _numbers(f"--start={path}", array, shape)
+
+
+def reader(
+  found: restored.Restored, parts: frozen.Frozen | None, shrunk: int = 1
+) -> images.Reader:
+  """Returns what reads images of the size that is drawn, or `shrunk` of it."""
+  model = found.config.model
+  factor = pipelines.factor(parts.folder) if parts else 1
+  height, width = (factor * side // shrunk for side in model.image_size)
+  return images.Reader(
+    (height, width, 3 if parts else model.channels),
+    found.config.data.max_pixels,
+    originals=True,
+  )
+
+
+def image(
+  path: pathlib.Path, reader: images.Reader, flag: str
+) -> dict[str, np.ndarray]:
+  """Reads an image that a flag names: its record."""
+  try:
+    content = path.read_bytes()
+  except OSError as error:
+    raise errors.UserError(f"{flag}={path} cannot be read: {error}.") from error
+  return reader.record(content, f"{flag}={path}")
 
 
 def sizes(args, found: restored.Restored, count: int) -> dict[str, Any]:

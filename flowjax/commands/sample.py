@@ -179,14 +179,15 @@ def run(args) -> None:
     raise errors.UserError(
       "--worse has no effect at guidance scale 1; set --guidance above it."
     )
-  cond = _cond(args, found, texts, count, edit)
-  cond |= given.sizes(args, found, count)
-  originals = None
+  originals: np.ndarray | None = None
+  own: dict[str, Any] = {}
   if args.invert:
     originals, own = drawing.held_out(found.run, count)
+  as_held = args.invert and not (args.labels or texts)
+  cond = own if as_held else _cond(args, found, texts, count, edit)
+  cond = {**cond, **given.sizes(args, found, count)}
+  if originals is not None:
     start = _inverted(found, method, own, originals)
-    if not (args.labels or texts):
-      cond = own
   with progress.counter("samples", count) as done:
     images = found.draw(
       cond,
@@ -203,7 +204,7 @@ def run(args) -> None:
       images - originals, args.guidance or (method.guidance.scale,)
     )
   beside = []  # What is shown has a sheet of its own.
-  if edit is None and shows is None:
+  if edit is None and shows is None and originals is None:
     beside = drawing.beside(found.run, cond)
   if parts and not args.latents:
     images = pipeline.pictures(parts, images, tiled=args.tiles)
@@ -220,6 +221,11 @@ def run(args) -> None:
 
 def _check_texts(args, captions: list[str]) -> None:
   """Refuses texts that were given in two ways, or without their half."""
+  if args.labels and (captions or args.embeddings):
+    raise errors.UserError(
+      f"--labels={args.labels}: texts were given, too, and no network is told "
+      "both. Leave out --labels, or the texts."
+    )
   if args.embeddings and (captions or args.negative_prompt is not None):
     raise errors.UserError(
       "--embeddings are texts already, a negative one among them: leave out "
@@ -288,11 +294,10 @@ def _cond(
   args, found, texts: dict | None, count: int, edit: edits.Edits | None
 ) -> dict[str, Any]:
   of_edit = edit.told(count) if edit else {}
-  context = of_edit or drawing.context(found.run, count)
   if texts is not None:
     return {
       **jax.tree.map(lambda leaf: _in_turn(leaf, count), texts),
-      **context,
+      **(of_edit or drawing.context(found.run, count)),
     }
   if models.told(found.config.model) == "nothing":
     if args.labels:
@@ -300,7 +305,7 @@ def _cond(
         f"--labels={args.labels}: this network is told nothing, and draws what "
         "all its images have in common. Leave it out."
       )
-    return context
+    return of_edit or drawing.context(found.run, count)
   if drawing.reads_text(found.run.network):
     if args.labels:
       raise errors.UserError(
@@ -308,7 +313,7 @@ def _cond(
         "--prompt or --embeddings, or nothing for those that are held out."
       )
     try:
-      return {**drawing.conditions(found.run, count), **context}
+      return {**drawing.conditions(found.run, count), **of_edit}
     except errors.UserError as error:
       raise type(error)(
         f"{error} Or say what is to be drawn, by --prompt or --embeddings."
@@ -318,7 +323,7 @@ def _cond(
     labels = restored.parse_labels(args.labels, count, classes)
     labels = labels.astype(np.int32)
   if of_edit:
-    return {**context, "label": labels}
+    return {**of_edit, "label": labels}
   return drawing.conditions(found.run, count, labels)
 
 
@@ -367,7 +372,6 @@ def _write(
     return
   if originals is not None:
     images = pictures.pairs(originals, images, columns=COLUMNS)
-    beside = []
   if captions:
     captions = [captions[i % len(captions)] for i in range(len(images))]
   pictures.save_png(pictures.sheet(images, captions, beside=beside), out)

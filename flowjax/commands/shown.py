@@ -14,12 +14,13 @@ from flowjax import errors
 from flowjax.commands import (
   drawing,
   flags,
+  given,
   pipeline,
   placement,
   restored,
   variations,
 )
-from flowjax.data import images, layouts
+from flowjax.data import layouts
 from flowjax.interop import frozen, pipelines
 
 ORIGINALS = 10  # Held-out images that are varied, where none is named.
@@ -138,7 +139,9 @@ def _originals(
   args, found: restored.Restored, parts: frozen.Frozen | None
 ) -> Shown:
   if args.image:
-    pixels = np.stack([_image(path, found, parts) for path in args.image])
+    reader = given.reader(found, parts)
+    records = [given.image(path, reader, "--image") for path in args.image]
+    pixels = np.stack([record["image"] for record in records])
     cond = _told(found, parts, pixels)
   else:
     count = math.ceil(args.num / variations.EACH) if args.num else ORIGINALS
@@ -169,21 +172,3 @@ def _told(
   if parts:
     pixels = np.concatenate([parts.encode(each[None])[0] for each in pixels])
   return drawing.told_of(found.run, {"image": pixels})
-
-
-def _image(
-  path: pathlib.Path, found: restored.Restored, parts: frozen.Frozen | None
-) -> np.ndarray:
-  """Reads an image, and cuts it to the size of what is drawn."""
-  model = found.config.model
-  factor = pipelines.factor(parts.folder) if parts else 1
-  height, width = (factor * side for side in model.image_size)
-  shape = height, width, 3 if parts else model.channels
-  try:
-    content = path.read_bytes()
-  except OSError as error:
-    raise errors.UserError(
-      f"--image={path} cannot be read: {error}."
-    ) from error
-  reader = images.Reader(shape, found.config.data.max_pixels)
-  return reader(content, f"--image={path}")

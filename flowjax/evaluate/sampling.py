@@ -132,7 +132,7 @@ def draw(
   so far, and `stopped` why a solver did not reach the end of some. They start
   from noise, or from `starts`; `scales` are those of guidance, in place of the
   method's. A method that is begun starts from `images`, and of them keeps what
-  `masks` [B, H, W, 1] have as 0.
+  `masks` [B, H, W, 1] do not have above 0.5.
   """
   if masks is not None and images is None:
     raise ValueError("A mask says what is kept of images: give them, too.")

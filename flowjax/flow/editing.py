@@ -13,7 +13,9 @@ with one eps from the beginning to the end, which ends in x. All that a solver
 does with a state it does pixel by pixel, but for what the field says; so this
 is putting the known pixels back after every step, and before every stage of
 it too, and it leaves the field as smooth as it was: a solver of any kind can
-follow it, also one that chooses its own steps.
+follow it, also one that chooses its own steps. M is 0 or 1, and grey counts
+as what it is nearer to: a velocity at a blend is not one of the state that the
+solver carries, so that what a grey pixel became would hang on the solver.
 """
 
 # States have any shape that starts with the examples; a mask broadcasts.
@@ -22,6 +24,7 @@ import dataclasses
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flowjax.flow import guidance, paths
@@ -30,8 +33,8 @@ from flowjax.flow import guidance, paths
 class Edit(NamedTuple):
   """Images, the noise that each has on the way, and what is drawn anew.
 
-  `mask` is 1 where an image is drawn anew and 0 where it is kept; without one
-  all of it is drawn anew.
+  `mask` is above 0.5 where an image is drawn anew, and elsewhere it is kept;
+  without one all of it is drawn anew.
   """
 
   image: jax.Array
@@ -46,8 +49,7 @@ class Edit(NamedTuple):
     """Returns x, with `known` where the images are kept."""
     if self.mask is None:
       return x
-    mask = self.mask.astype(x.dtype)
-    return mask * x + (1.0 - mask) * known.astype(x.dtype)
+    return jnp.where(self.mask > 0.5, x, known.astype(x.dtype))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -138,13 +138,15 @@ def inpainting_context(
 ) -> jax.Array:
   """Returns the mask, then the image with zeros where the mask is 1.
 
-  Where it is 1 is to be drawn anew. The order of latent diffusion's and SD3's
+  Where it is 1 is to be drawn anew; of a grey one it is told where it is above
+  0.5, as training knows no other. The order of latent diffusion's and SD3's
   networks for inpainting; theirs encode the image after it was masked.
   """
   image_BHWC = jnp.asarray(image_BHWC)
-  mask_BHW1 = jnp.asarray(mask_BHW1, image_BHWC.dtype)
-  masked_BHWC = jnp.where(mask_BHW1 > 0.5, 0.0, image_BHWC)
-  return jnp.concatenate([mask_BHW1, masked_BHWC], axis=-1)
+  anew_BHW1 = jnp.asarray(mask_BHW1) > 0.5
+  masked_BHWC = jnp.where(anew_BHW1, 0.0, image_BHWC)
+  told_BHW1 = anew_BHW1.astype(image_BHWC.dtype)
+  return jnp.concatenate([told_BHW1, masked_BHWC], axis=-1)
 
 
 def super_resolution_context(

@@ -10,6 +10,7 @@ import pytest
 
 from flowjax import __main__ as door
 from flowjax.commands import configs, edits, restored
+from flowjax.data import images
 from flowjax.train import parts
 
 DIT = f"{pathlib.Path(__file__).parents[2]}/configs/digits_dit.py"
@@ -103,12 +104,13 @@ def test_what_is_black_in_a_mask_stays_to_the_bit(sample, write):
   assert np.abs(found[0] - found[1])[~known].max() > 0.1
 
 
-def test_masks_of_latents_are_means_over_their_area(write):
-  mask = write("mask.png", np.kron([[255, 0], [51, 0]], np.ones((2, 4))))
-  reader = edits.images.Reader((4, 8, 3), 100)
+def test_a_latent_is_drawn_anew_where_its_mask_is_nearer_to_white(write):
+  # The areas of two latents, of means 0.6 and 0.4.
+  mask = write("mask.png", np.kron([[255, 204], [51, 0]], np.ones((2, 4))))
+  reader = images.Reader((4, 8, 3), 100, originals=True)
   args = types.SimpleNamespace(mask=[mask], init_image=["a", "b"])
   found = edits._masks(args, reader, [(4, 8)] * 2, 4)
-  np.testing.assert_allclose(found[..., 0], [[[0.6, 0.0]]] * 2, atol=1e-6)
+  np.testing.assert_array_equal(found[..., 0], [[[1.0, 0.0]]] * 2)
 
 
 def test_a_flow_between_images_starts_from_them(sample, write):

@@ -272,6 +272,23 @@ def test_what_is_inverted_is_drawn_unguided_unless_it_is_said(
   assert f"drawn again at guidance scale {scale:g}, they differ by" in said
 
 
+def test_what_was_inverted_is_drawn_again_by_the_sizes_given(
+  drawn, monkeypatch
+):
+  seen = []
+
+  def draw(self, cond, *, starts, **options):
+    del self, options
+    seen.append(cond.get("size_crop"))
+    return starts
+
+  monkeypatch.setattr(restored.Restored, "draw", draw)
+  keys = [*DIT, "--config.model.size_conditioning=True"]
+  drawn("--invert", "--num=1", "--crop=5,0", keys=keys)
+  assert seen[0] is None  # To noise it goes as it is.
+  np.testing.assert_array_equal(seen[1], [[8, 8, 5, 0, 8, 8]])
+
+
 @pytest.mark.parametrize("word", ["--steps=8", "--grid=karras", "--shift=3"])
 def test_a_solver_that_chooses_its_steps_has_no_grid(
   drawn, capsys, tmp_path, word
@@ -389,3 +406,9 @@ def test_a_network_of_texts_is_given_embeddings(array, tmp_path, capsys):
   np.savez(tmp_path / "texts.npz", **texts)
   assert array(f"--embeddings={tmp_path}/texts.npz") == 2
   assert "told labels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["--prompt=four", "--embeddings=a.npz"])
+def test_labels_beside_texts_are_refused(drawn, capsys, word):
+  assert drawn("--labels=3", word) == 2
+  assert "--labels=3: texts were given, too" in capsys.readouterr().err

@@ -171,14 +171,15 @@ def test_what_is_drawn_anew_follows_what_is_kept():
   assert abs(alone[0, 1] - expected) > 0.3
 
 
-def test_a_soft_mask_blends():
-  path = paths.straight()
-  made = method(path)
-  half = jnp.full((1, 1, 1), 0.5)
-  blended = draw(
-    made, lambda x, t_B, c: 0.0 * x, editing.Edit(IMAGE, NOISE, half)
-  )
-  np.testing.assert_allclose(blended, 0.5 * IMAGE, atol=1e-6)
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_what_is_grey_in_a_mask_is_kept_or_drawn_anew(solver):
+  # A network that knows data of 1 alone: each pixel ends there, or as it was.
+  made = method(paths.build("straight", low=1e-3), solver, 10)
+  grey = jnp.linspace(0.1, 0.9, 5)[:, None, None]
+  edit = editing.Edit(IMAGE, NOISE, grey)
+  found = draw(made, lambda x, t_B, cond: 0.0 * x + 1.0, edit)
+  np.testing.assert_array_equal(found[:3], IMAGE[:3])
+  np.testing.assert_allclose(found[3:], 1.0, atol=0.01)
 
 
 def test_guidance_with_a_memory_sees_what_is_kept():

@@ -68,6 +68,16 @@ def test_inpainting_tells_the_mask_and_then_what_it_leaves():
   np.testing.assert_array_equal(INPAINTING.shown(told["context"], 3), left_BHWC)
 
 
+def test_of_a_grey_mask_the_network_is_told_black_and_white():
+  image_BHWC, grey = images(1), jnp.linspace(0.0, 1.0, 12)[:, None]
+  mask_BHW1 = jnp.broadcast_to(grey, (1, 8, 12, 1))
+  told_BHWK = tasks.inpainting_context(image_BHWC, mask_BHW1)
+  white_BHW1 = np.asarray(mask_BHW1 > 0.5, np.float32)
+  np.testing.assert_array_equal(told_BHWK[..., :1], white_BHW1)
+  left_BHWC = image_BHWC * (1.0 - white_BHW1)
+  np.testing.assert_array_equal(told_BHWK[..., 1:], left_BHWC)
+
+
 def test_super_resolution_tells_the_means_of_squares():
   image_BHWC = images(channels=1)
   low_BhwC = np.asarray(tasks.lowered(image_BHWC, 2))
