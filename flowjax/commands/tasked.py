@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from flowjax.commands import drawing, obedience, restored
-from flowjax.data import scenes, sources
+from flowjax.data import rows, scenes, sources
 from flowjax.evaluate import digits, pictures
 from flowjax.evaluate import scenes as judges
 from flowjax.parallel import distributed
@@ -28,7 +28,7 @@ def evaluate(
   scenes looks at what was drawn, at what the network was told, and at the
   images themselves.
   """
-  source = sources.open(found.config.data, "held_out")
+  source = drawing.held_out_source(found.run)
   count = min(args.num, len(source))
   images, cond = drawing.held_out(found.run, count)
   with progress.counter("samples", count) as done:
@@ -109,15 +109,15 @@ def _psnr(away: np.ndarray) -> float:
 def _judge(found, source: Any, count: int, args) -> Judge | None:
   """Returns the judge of the first held-out images of a source, if any."""
   if found.config.data.source == "digits":
-    return _of_digits(found, source, count, args)
+    return _of_digits(found, count, args)
   if found.config.data.source == "scenes":
     return _of_scenes(found, source, count, args)
   return None
 
 
-def _of_digits(found, source: Any, count: int, args) -> Judge:
-  images, labels = sources.all_of(sources.open(found.config.data, "train"))
-  held_images, held_labels = sources.all_of(source)
+def _of_digits(found, count: int, args) -> Judge:
+  images, labels = sources.labelled(found.config.data, "train")
+  held_images, held_labels = sources.labelled(found.config.data, "held_out")
   judge = digits.Digits(
     images, labels, held_images, held_labels, seed=args.seed
   )
@@ -131,8 +131,11 @@ def _of_digits(found, source: Any, count: int, args) -> Judge:
 
 def _of_scenes(found, source: Any, count: int, args) -> Judge:
   detector = obedience.fit(found, args.judge_steps, args.seed)
-  # Below the tokens are the scenes.
-  asked = [source.source.scene(i) for i in range(count)]
+  # Below the tokens are the scenes, or those of a bucket among them.
+  made, row_N = source.source, np.arange(len(source))
+  if isinstance(made, rows.Rows):
+    made, row_N = made.source, made.row_N
+  asked = [made.scene(int(row)) for row in row_N[:count]]
 
   def look(images_NHWC):
     seen = detector.see(images_NHWC)

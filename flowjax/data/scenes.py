@@ -243,7 +243,10 @@ def of_digits(
   length: int,
   seed: int = 0,
 ) -> Scenes:
-  """Returns scenes of the digits of `split`, in combinations of any kind."""
+  """Returns scenes of the digits of `split`, in combinations of any kind.
+
+  They are of `config.image_size`, the reference where there are buckets.
+  """
   assert combinations in COMBINATIONS, combinations
   image_NIJ, label_N = digits.load()
   held_N = digits.held_out(image_NIJ, label_N, config.held_out)
@@ -262,6 +265,7 @@ def of_digits(
     combinations,
     length,
     seed,
+    shape=(*config.image_size, 3),
     layout=layouts.of(config),
   )
 
