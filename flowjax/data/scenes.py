@@ -20,6 +20,7 @@ from flowjax import errors
 from flowjax.data import config as config_lib
 from flowjax.data import digits, layouts, order
 
+MOST = 3  # Digits of a scene.
 SIZE, SIDE = 32, 14  # Pixels of a scene and of a digit, both square.
 CELL = SIZE // 2  # A digit has a cell, in one of three rows and columns.
 INKED = 0.25  # Of full ink: what is fainter is no part of a digit.
@@ -226,6 +227,15 @@ def open(config: config_lib.DataConfig, split: str) -> Scenes:
       f"image_size={config.image_size}, channels={config.channels} and "
       f"buckets={config.buckets} do not suit scenes, which are {SIZE}x{SIZE} "
       f"in 3 channels, or of buckets whose sides are at least {SIZE}."
+    )
+  if config.boxes and (
+    config.boxes < MOST or not set(NAMES) <= set(config.box_names)
+  ):
+    raise errors.UserError(
+      f"boxes={config.boxes} of {len(config.box_names)} box_names do not suit "
+      f"scenes, which have up to {MOST} boxes, each of one of the names in "
+      f"flowjax.data.scenes.NAMES: set config.data.boxes={MOST} and "
+      "config.data.box_names to these, in any order."
     )
   # A combination in a box is a class of its own: whoever never saw it knows
   # nothing of it.
