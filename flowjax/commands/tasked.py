@@ -24,8 +24,9 @@ def evaluate(
 ) -> dict[str, Any]:
   """Draws what the network is told of held-out images, and compares with these.
 
-  Errors are root mean squares of images in [-1, 1]. A judge of digits or of
-  scenes looks at what was drawn, at what the network was told, and at the
+  Errors are root mean squares of images in [-1, 1]; those of latents are called
+  so, and have no PSNR, of which the peak would be unknown. A judge of digits or
+  of scenes looks at what was drawn, at what the network was told, and at the
   images themselves.
   """
   source = drawing.held_out_source(found.run)
@@ -39,10 +40,15 @@ def evaluate(
     beside = [part[:SHOWN] for part in (images, shown)]
     sheet = pictures.sheet(drawn[:SHOWN], beside=beside)
     pictures.save_png(sheet, found.directory / "samples.png")
+  scored = SCORES[task.name](task, images, told, drawn)
+  name = task.name
+  if images.shape[-1] not in (1, 3) or "mean" in sources.blank(source):
+    name = f"{task.name}_of_latents"
+    scored = {key: scored[key] for key in scored if not key.startswith("psnr")}
   report = {
     "samples": count,
     "guidance": method.guidance.scale,
-    task.name: SCORES[task.name](task, images, told, drawn),
+    name: scored,
   }
   judge = _judge(found, source, count, args)
   if judge is None:

@@ -130,6 +130,27 @@ def test_larger_images_are_scored_at_both_sizes(monkeypatch, tmp_path):
   assert 5 < scored["psnr_bilinear"] < scored["psnr"] + 20
 
 
+def test_errors_of_latents_are_called_so(monkeypatch, tmp_path):
+  for i in range(8):
+    np.save(tmp_path / f"{i}.npy", np.full((8, 8, 4), i, np.float32))
+  found = untrained(
+    *LOWERED,
+    "--config.model.num_classes=0",
+    "--config.model.context_channels=4",
+    "--config.model.channels=4",
+    "--config.sample.guidance.scale=1",
+    f"--config.data.source=folder:{tmp_path}",
+    "--config.data.images_alone=True",
+    "--config.data.held_out=0.5",
+    "--config.data.channels=4",
+    "--config.data.batch_size=8",
+  )
+  report = scores(found, lambda images, cond: images, monkeypatch, tmp_path)
+  assert "super_resolution" not in report
+  scored = report["super_resolution_of_latents"]
+  assert sorted(scored) == ["consistency", "consistency_bilinear"]
+
+
 def test_scenes_in_buckets_are_judged_at_the_reference(tmp_path):
   found = untrained(
     *LOWERED,
