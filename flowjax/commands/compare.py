@@ -181,10 +181,8 @@ def _judge(runs, seed: int) -> digits.Digits | None:
       "These runs draw images of different sizes: "
       f"{sorted({data.image_size for data in datas})}. Compare like with like."
     )
-  # The judge reads labels, whatever the networks are told.
-  data = dataclasses.replace(datas[0], images_alone=False)
   training, held_out = (
-    sources.all_of(sources.open(data, split)) for split in sources.SPLITS
+    sources.labelled(datas[0], split) for split in sources.SPLITS
   )
   return digits.Digits(*training, *held_out, seed=seed)
 

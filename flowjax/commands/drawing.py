@@ -43,7 +43,7 @@ def build(
     )
   origin = None
   if run.experiment.data.pair_source is not None:
-    origin = _held_out(run)
+    origin = held_out_source(run)
   with errors.naming("config.sample"):
     made = method.method(flow, flows.tokens_of(model))
     made = made.inverse() if inverse else made.from_images(strength)
@@ -75,7 +75,6 @@ def build(
       starts = np.stack([record["source"] for record in chosen])
     cond = latents.with_negative(run.experiment.data, cond)
     if aspects.is_told_sizes(model) and "size_crop" not in cond:
-      count = len(jax.tree.leaves(cond)[0])
       cond = {**cond, "size_crop": aspects.whole(drawn_size(run), count)}
     with meshes.use(run.mesh), loop.out_of_memory_advice():
       return sampling.draw(
@@ -176,7 +175,7 @@ def held_out(
   run: parts.Parts, count: int
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
   """Returns images that training never sees, over and over, and their cond."""
-  source = _held_out(run)
+  source = held_out_source(run)
   records = [source[i % len(source)] for i in range(count)]
   told = jax.eval_shape(lambda: run.network.example(1)).keys()
   keys = [key for key in records[0] if key in (*told, "text_mask")]
@@ -212,11 +211,11 @@ def captions(run: parts.Parts, count: int) -> list[str]:
   if not reads_captions(run.network):
     return []
   # Below the tokens are the words.
-  source = _held_out(run).source
+  source = held_out_source(run).source
   return [source[i % len(source)]["caption"] for i in range(count)]
 
 
-def _held_out(run: parts.Parts) -> Any:
+def held_out_source(run: parts.Parts) -> Any:
   """Returns the held-out split; of aspect buckets that of the reference."""
   return buckets.reference(sources.open(run.experiment.data, "held_out"))
 
@@ -233,5 +232,4 @@ def reads_context(network: models.Network) -> bool:
 
 def reads_text(network: models.Network) -> bool:
   """Whether the network is told a text or its tokens, and not a label."""
-  told = jax.eval_shape(lambda: network.example(1))
-  return "label" not in told and bool(told.keys() - {"context"})
+  return models.told(network.config) == "texts"

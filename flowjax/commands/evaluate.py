@@ -12,14 +12,16 @@ of other captions; or, of a run on layouts, whether in each box is what was
 asked for, and how well the boxes around the ink cover those of the layout. Of a
 run that fills in or makes larger, instead: how far from held-out images it
 draws what it was told of them, and what a judge sees in its pictures
-(docs/tasks.md). For any source: the validation loss. Of an autoencoder: PSNR
-and losses of held-out images, and `reconstructions.png`.
+(docs/tasks.md). For any source, and whatever the network is told: the
+validation loss. Of an autoencoder: PSNR and losses of held-out images, and
+`reconstructions.png`.
 
 example:
   flowjax evaluate --workdir=runs/digits
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 
@@ -96,23 +98,35 @@ def run(args) -> None:
   }
   if likelihood is not None:
     report |= _bits(found, likelihood)
-  if found.config.task.name in tasked.SCORES:
-    report |= tasked.evaluate(found, method, args)
-  elif untold.between_digits(found.config.data):
-    report |= untold.translation(found, method, args)
-  elif found.config.data.source == "digits":
-    # The judge reads labels, whatever the network is told.
-    data = dataclasses.replace(found.config.data, images_alone=False)
-    splits = [sources.open(data, s) for s in sources.SPLITS]
-    both = [sources.all_of(split) for split in splits]
-    scored = variations.evaluate if found.config.embedding.size else _digits
-    if models.told(found.config.model) == "nothing":
-      scored = untold.evaluate
-    report |= scored(found, method, args, *both)
-  elif found.config.data.source == "scenes":
-    told = placement if found.config.layout.classes else obedience
-    report |= told.evaluate(found, method, args)
+  report |= _scores(found, method, args)
   _write(report, args)
+
+
+def _scores(
+  found: restored.Restored, method: methods.SampleConfig, args
+) -> dict:
+  """Scores pictures by what the network is told, where a judge knows of it."""
+  data = found.config.data
+  if found.config.task.name in tasked.SCORES:
+    return tasked.evaluate(found, method, args)
+  if untold.between_digits(data):
+    return untold.translation(found, method, args)
+  if data.source == "digits" and (scored := _of_digits(found)):
+    splits = [sources.labelled(data, split) for split in sources.SPLITS]
+    return scored(found, method, args, *splits)
+  if data.source == "scenes" and found.config.layout.classes:
+    return placement.evaluate(found, method, args)
+  if data.source == "scenes" and drawing.reads_captions(found.run.network):
+    return obedience.evaluate(found, method, args)
+  return {}
+
+
+def _of_digits(found: restored.Restored) -> Callable[..., dict] | None:
+  """Returns what scores digits by what the network is told, if anything."""
+  if found.config.embedding.size:
+    return variations.evaluate
+  told = models.told(found.config.model)
+  return {"labels": _digits, "nothing": untold.evaluate}.get(told)
 
 
 def _write(report: dict, args) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from flowjax import errors
 from flowjax.commands import restored
 from flowjax.data import scenes
 from flowjax.evaluate import pictures
@@ -116,8 +115,7 @@ def _cond(
   found: restored.Restored, asked: list[scenes.Scene]
 ) -> dict[str, np.ndarray]:
   tokenizer = found.config.data.build_tokenizer()
-  if tokenizer is None:
-    raise errors.UserError("A run on scenes reads captions: set tokenizer.")
+  assert tokenizer is not None
   token_BL, mask_BL = tokenizer([scene.caption for scene in asked])
   return {"token": token_BL, "token_mask": mask_BL}
 

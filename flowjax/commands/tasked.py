@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from flowjax.commands import drawing, obedience, restored
-from flowjax.data import scenes, sources
+from flowjax.data import rows, scenes, sources
 from flowjax.evaluate import digits, pictures
 from flowjax.evaluate import scenes as judges
 from flowjax.parallel import distributed
@@ -24,11 +24,12 @@ def evaluate(
 ) -> dict[str, Any]:
   """Draws what the network is told of held-out images, and compares with these.
 
-  Errors are root mean squares of images in [-1, 1]. A judge of digits or of
-  scenes looks at what was drawn, at what the network was told, and at the
+  Errors are root mean squares of images in [-1, 1]; those of latents are called
+  so, and have no PSNR, of which the peak would be unknown. A judge of digits or
+  of scenes looks at what was drawn, at what the network was told, and at the
   images themselves.
   """
-  source = sources.open(found.config.data, "held_out")
+  source = drawing.held_out_source(found.run)
   count = min(args.num, len(source))
   images, cond = drawing.held_out(found.run, count)
   with progress.counter("samples", count) as done:
@@ -39,10 +40,15 @@ def evaluate(
     beside = [part[:SHOWN] for part in (images, shown)]
     sheet = pictures.sheet(drawn[:SHOWN], beside=beside)
     pictures.save_png(sheet, found.directory / "samples.png")
+  scored = SCORES[task.name](task, images, told, drawn)
+  name = task.name
+  if images.shape[-1] not in (1, 3) or "mean" in sources.blank(source):
+    name = f"{task.name}_of_latents"
+    scored = {key: scored[key] for key in scored if not key.startswith("psnr")}
   report = {
     "samples": count,
     "guidance": method.guidance.scale,
-    task.name: SCORES[task.name](task, images, told, drawn),
+    name: scored,
   }
   judge = _judge(found, source, count, args)
   if judge is None:
@@ -109,15 +115,15 @@ def _psnr(away: np.ndarray) -> float:
 def _judge(found, source: Any, count: int, args) -> Judge | None:
   """Returns the judge of the first held-out images of a source, if any."""
   if found.config.data.source == "digits":
-    return _of_digits(found, source, count, args)
+    return _of_digits(found, count, args)
   if found.config.data.source == "scenes":
     return _of_scenes(found, source, count, args)
   return None
 
 
-def _of_digits(found, source: Any, count: int, args) -> Judge:
-  images, labels = sources.all_of(sources.open(found.config.data, "train"))
-  held_images, held_labels = sources.all_of(source)
+def _of_digits(found, count: int, args) -> Judge:
+  images, labels = sources.labelled(found.config.data, "train")
+  held_images, held_labels = sources.labelled(found.config.data, "held_out")
   judge = digits.Digits(
     images, labels, held_images, held_labels, seed=args.seed
   )
@@ -131,8 +137,11 @@ def _of_digits(found, source: Any, count: int, args) -> Judge:
 
 def _of_scenes(found, source: Any, count: int, args) -> Judge:
   detector = obedience.fit(found, args.judge_steps, args.seed)
-  # Below the tokens are the scenes.
-  asked = [source.source.scene(i) for i in range(count)]
+  # Below the tokens are the scenes, or those of a bucket among them.
+  made, row_N = source.source, np.arange(len(source))
+  if isinstance(made, rows.Rows):
+    made, row_N = made.source, made.row_N
+  asked = [made.scene(int(row)) for row in row_N[:count]]
 
   def look(images_NHWC):
     seen = detector.see(images_NHWC)

@@ -28,19 +28,15 @@ def translation(
   found: restored.Restored, method: methods.SampleConfig, args
 ) -> dict:
   """Scores what becomes of the held-out images that a flow starts from."""
-  data = dataclasses.replace(
-    found.config.data, images_alone=False, pair_source=None
-  )
+  data = found.config.data
 
-  def opened(source: str | None, split: str) -> Labelled:
-    assert source is not None
-    named = dataclasses.replace(data, source=source)
-    return sources.all_of(sources.open(named, split))
+  def opened(source: str, split: str) -> Labelled:
+    return sources.labelled(dataclasses.replace(data, source=source), split)
 
   judge = digits.Digits(
     *opened("digits", "train"), *opened("digits", "held_out"), seed=args.seed
   )
-  starts, _ = opened(found.config.data.pair_source or "", "held_out")
+  starts, _ = opened(data.pair_source or "", "held_out")
   cond = drawing.conditions(found.run, len(starts))
   with progress.counter("samples", len(starts)) as done:
     images = found.draw(

@@ -15,8 +15,13 @@ class Columns:
   """The columns of a data set that are read."""
 
   image: str
-  told: str  # Of the caption, or of the label.
-  class_names: tuple[str, ...]  # None of them: it has captions.
+  told: str | None  # Of the caption, or of the label; of images alone None.
+  class_names: tuple[str, ...]  # None of them: it has no labels.
+
+  @property
+  def all(self) -> tuple[str, ...]:
+    """The names of the columns."""
+    return (self.image,) if self.told is None else (self.image, self.told)
 
 
 def choose(file: tables.File, config: config_lib.DataConfig) -> Columns:
@@ -24,6 +29,8 @@ def choose(file: tables.File, config: config_lib.DataConfig) -> Columns:
   kinds = {field.name: _kind(field.type) for field in file.schema}
   classes = _class_names(file.schema)
   image = _choose(file, kinds, "image", config.image_key)
+  if config.images_alone:
+    return Columns(image, None, ())
   asked = config.captions or config.caption_key is not None
   if asked or (config.captions is None and not classes):
     return Columns(image, _choose(file, kinds, "text", config.caption_key), ())

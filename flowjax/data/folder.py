@@ -34,6 +34,7 @@ class Folder:
   read: images.Reader
   caption_key: str | None
   alone: bool = False  # Of no image anything is said.
+  boxes: bool = False  # Captions may be lists of them.
 
   @property
   def name(self) -> str:
@@ -86,7 +87,8 @@ class Folder:
     try:
       with pathlib.Path(place).open("rb") as file:
         file.seek(line)
-        name, text = listing.parse(file.readline(), self.caption_key)
+        said = file.readline()
+        name, text = listing.parse(said, self.caption_key, self.boxes)
     except OSError as error:
       raise errors.DataError(f"{place} cannot be read: {error}.") from error
     except ValueError as error:
@@ -143,6 +145,7 @@ def open(config: config_lib.DataConfig, split: str) -> Folder:
     read,
     config.caption_key,
     config.images_alone,
+    bool(config.boxes),
   )
 
 

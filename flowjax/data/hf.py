@@ -108,6 +108,8 @@ class Hf:
     name = f"Row {place.first + row} of {place.path}"
     content = _bytes(group.column(self.columns.image)[row])
     image = self.read.record(content or b"", name)
+    if self.columns.told is None:
+      return image
     told = group.column(self.columns.told)[row]
     if not self.num_classes:
       text = b"" if not told.is_valid else told.as_buffer().to_pybytes()
@@ -139,15 +141,14 @@ class Hf:
     return dataclasses.replace(self, read=read, cache=cache)
 
   def _group(self, place: Place) -> tuple[Any, np.ndarray]:
-    wanted = (self.columns.image, self.columns.told)
-    table = tables.open(place.path).read(place.group, wanted)
+    table = tables.open(place.path).read(place.group, self.columns.all)
     return table, place.kept(*self.split)
 
   def fingerprint(self) -> dict[str, Any]:
     """Returns what the order of the records hangs on, as JSON can hold it."""
     told = {"classes": list(self.class_names)}
     if not self.num_classes:
-      told = {"captions": [self.columns.told]}
+      told = {"captions": list(self.columns.all[1:])}
     rows = [
       (os.path.basename(place.path), place.group, place.rows, int(count))
       for place, count in zip(self.places, self.windows.count_G, strict=True)
@@ -169,8 +170,7 @@ def open(config: config_lib.DataConfig, split: str) -> Hf:
   columns = columns_lib.choose(files[0], config)
   for file in files:
     _check_schema(file, files[0], columns)
-  wanted = (columns.image, columns.told)
-  groups = [(file, file.groups(wanted)) for file in files]
+  groups = [(file, file.groups(columns.all)) for file in files]
   places = _places(groups, place, columns, config)
   count_G = np.array([len(p.kept(config.held_out, split)) for p in places])
   if not count_G.sum():
@@ -254,7 +254,7 @@ def _sound(paths: list[str], config) -> list[tables.File]:
 
 
 def _check_schema(file, first, columns: columns_lib.Columns) -> None:
-  for name in (columns.image, columns.told):
+  for name in columns.all:
     found = file.schema.field(name).type if name in file.schema.names else None
     if found != first.schema.field(name).type:
       raise errors.DataError(
@@ -274,7 +274,7 @@ def _places(
     first = 0
     for number, group in enumerate(each):
       lost_N = None
-      if not columns.class_names:
+      if columns.told is not None and not columns.class_names:
         lost_N = file.missing(number, columns.told)
       if lost_N is not None:
         missing += int(lost_N.sum())

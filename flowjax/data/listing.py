@@ -101,6 +101,8 @@ def _open(root, endings, config) -> Listing:
   }
   if config.buckets:
     header["sizes"] = True
+  if config.boxes:
+    header["boxes"] = True
   kept = _place(header, config.index_dir)
   if kept and (found := index.load(kept, header)) and _is_fresh(found):
     return _listing(root, found)
@@ -294,7 +296,7 @@ def _lines(root, path, config, notes) -> Iterator[tuple[int, int]]:
       if not line.strip():
         continue
       try:
-        name, text = parse(line, config.caption_key)
+        name, text = parse(line, config.caption_key, bool(config.boxes))
       except ValueError as error:
         bad, first = bad + 1, first or f"line {number}: {error}"
         if config.on_corrupt == "stop":
@@ -309,16 +311,19 @@ def _lines(root, path, config, notes) -> Iterator[tuple[int, int]]:
     notes.append(f"{bad} lines of {place} are left out, the first is {first}.")
 
 
-def parse(line: bytes, key: str | None) -> tuple[str, str | None]:
+def parse(
+  line: bytes, key: str | None, boxes: bool = False
+) -> tuple[str, str | None]:
   """Returns the image and the caption of one line of JSON.
 
+  A list is a caption only where it is one of `boxes`, as JSON.
   Raises ValueError for a line that is none, and UnicodeDecodeError is one.
   """
   found = json.loads(line.removeprefix(b"\xef\xbb\xbf").decode())
   if not isinstance(found, dict) or not isinstance(found.get("file_name"), str):
     raise ValueError('it is no JSON object with a "file_name"')
   text = found.get(key or "text")
-  if isinstance(text, list):
+  if boxes and isinstance(text, list):
     text = json.dumps(text)  # Boxes, which data/layouts.py reads.
   if text is not None and not isinstance(text, str):
     raise ValueError(f"{key or 'text'!r} is {type(text).__name__}, not a text")

@@ -20,6 +20,7 @@ from flowjax import errors
 from flowjax.data import config as config_lib
 from flowjax.data import digits, layouts, order
 
+MOST = 3  # Digits of a scene.
 SIZE, SIDE = 32, 14  # Pixels of a scene and of a digit, both square.
 CELL = SIZE // 2  # A digit has a cell, in one of three rows and columns.
 INKED = 0.25  # Of full ink: what is fainter is no part of a digit.
@@ -227,6 +228,15 @@ def open(config: config_lib.DataConfig, split: str) -> Scenes:
       f"buckets={config.buckets} do not suit scenes, which are {SIZE}x{SIZE} "
       f"in 3 channels, or of buckets whose sides are at least {SIZE}."
     )
+  if config.boxes and (
+    config.boxes < MOST or not set(NAMES) <= set(config.box_names)
+  ):
+    raise errors.UserError(
+      f"boxes={config.boxes} of {len(config.box_names)} box_names do not suit "
+      f"scenes, which have up to {MOST} boxes, each of one of the names in "
+      f"flowjax.data.scenes.NAMES: set config.data.boxes={MOST} and "
+      "config.data.box_names to these, in any order."
+    )
   # A combination in a box is a class of its own: whoever never saw it knows
   # nothing of it.
   seen = split == "train" or config.boxes
@@ -243,7 +253,10 @@ def of_digits(
   length: int,
   seed: int = 0,
 ) -> Scenes:
-  """Returns scenes of the digits of `split`, in combinations of any kind."""
+  """Returns scenes of the digits of `split`, in combinations of any kind.
+
+  They are of `config.image_size`, the reference where there are buckets.
+  """
   assert combinations in COMBINATIONS, combinations
   image_NIJ, label_N = digits.load()
   held_N = digits.held_out(image_NIJ, label_N, config.held_out)
@@ -262,6 +275,7 @@ def of_digits(
     combinations,
     length,
     seed,
+    shape=(*config.image_size, 3),
     layout=layouts.of(config),
   )
 

@@ -234,8 +234,22 @@ def check(
       )
 
 
-def all_of(source: Source) -> tuple[np.ndarray, np.ndarray]:
-  """Returns every image and label of a source that fits into memory."""
+def labelled(
+  config: config_lib.DataConfig, split: str
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns every image and label of a source that fits into memory.
+
+  Whatever a network is told of them.
+  """
+  plain = dataclasses.replace(
+    config,
+    images_alone=False,
+    pair_source=None,
+    templates=(),
+    tokenizer=None,
+    words=(),
+  )
+  source = open(plain, split)
   records = [source[i] for i in range(len(source))]
   images = np.stack([record["image"] for record in records])
   return images, np.array([record["label"] for record in records])

@@ -20,8 +20,8 @@ class Tfds:
   name: str
   data: Any  # Its records have the image still encoded.
   image_key: str
-  told_key: str  # The feature of its label, or of its text.
-  class_names: tuple[str, ...]  # None of them: it has texts.
+  told_key: str | None  # Of its label, or of its text; of images alone None.
+  class_names: tuple[str, ...]  # None of them: it has no labels.
   read: images.Reader
   shards: tuple[tuple[str, int, int], ...]  # Path, records skipped and taken.
 
@@ -40,6 +40,8 @@ class Tfds:
     record = self._record(i)
     content = record[self.image_key] or b""
     image = self.read.record(content, self._place(i))
+    if self.told_key is None:
+      return image
     if not self.num_classes:
       caption = texts.decode(_bytes(record[self.told_key]), self._place(i))
       return {**image, "caption": caption}
@@ -72,7 +74,7 @@ class Tfds:
     rows = [(os.path.basename(path), *rest) for path, *rest in self.shards]
     told = {"classes": list(self.class_names)}
     if not self.num_classes:
-      told = {"captions": [self.told_key]}
+      told = {"captions": [self.told_key] if self.told_key else []}
     return {
       "records": len(self),
       **told,
@@ -152,11 +154,14 @@ def _how_to_prepare(name: str, data_dir: str | None) -> str:
   )
 
 
-def _told(tfds, builder, config) -> tuple[str, tuple[str, ...]]:
+def _told(tfds, builder, config) -> tuple[str | None, tuple[str, ...]]:
   """Returns the feature that says what is in an image, and its classes.
 
-  That is the label where there is one, unless the config asks for captions.
+  That is the label where there is one, unless the config asks for captions; and
+  of images alone there is none.
   """
+  if config.images_alone:
+    return None, ()
   features = builder.info.features
   labels = _of_kind(features, tfds.features.ClassLabel)
   texts_only = not labels and _of_kind(features, tfds.features.Text)

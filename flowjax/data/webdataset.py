@@ -69,6 +69,7 @@ class WebDataset:
   caption_key: str
   name: str
   hash: str
+  alone: bool = False  # Of no image anything is said.
   class_names: tuple[str, ...] = ()
   num_classes: int = 0
 
@@ -86,10 +87,10 @@ class WebDataset:
     row = int(rows[i - int(self.end_S[number]) + len(rows)])
     found = _member(path, shard, self.choice.kind, row)
     assert found is not None
-    return {
-      **self.read.record(*found),
-      "caption": self._caption(path, shard, row),
-    }
+    image = self.read.record(*found)
+    if self.alone:
+      return image
+    return {**image, "caption": self._caption(path, shard, row)}
 
   def sizes(self) -> np.ndarray:
     """Returns the height and width of each original, [N, 2]."""
@@ -116,7 +117,8 @@ class WebDataset:
 
   def fingerprint(self) -> dict[str, Any]:
     """Returns what the order of the records hangs on, as JSON can hold it."""
-    return {"records": len(self), "captions": True, "hash": self.hash}
+    told = {"captions": not self.alone}
+    return {"records": len(self), **told, "hash": self.hash}
 
 
 def open(config: config_lib.DataConfig, split: str) -> WebDataset:
@@ -153,6 +155,7 @@ def open(config: config_lib.DataConfig, split: str) -> WebDataset:
     caption_key=config.caption_key or "text",
     name=f"webdataset:{os.path.basename(pattern)}",
     hash=hashlib.blake2b(repr(rows).encode(), digest_size=8).hexdigest(),
+    alone=config.images_alone,
   )
 
 
@@ -230,6 +233,8 @@ def _tell(pattern: str, found: list[shards.Shard], config) -> None:
 
 def _captions(pattern, found, read: images.Reader, config) -> bool:
   """Tells whether samples without a caption are to stay; says how many."""
+  if config.images_alone:
+    return True
   kind = "latent" if read.endings is images.LATENTS else "image"
   count = lost = 0
   first = ""

@@ -148,7 +148,7 @@ def _same(one: Seen, thing: Any) -> bool:
 
 def _targets(things: list, size: tuple[int, ...], colours: tuple[str, ...]):
   """Returns for each cell its digit, 0 for none, and its colour."""
-  rows, columns = (side // CELL for side in size)
+  rows, columns = (-(-side // CELL) for side in size)
   digit_BRX = np.zeros((len(things), rows, columns), np.int32)
   colour_BRX = np.zeros_like(digit_BRX)
   for i, each in enumerate(things):
@@ -189,9 +189,8 @@ def _logits(weights: Weights, x_BHWC: jax.Array):
     return x @ weights[name]["kernel"] + bias[(None,) * (x.ndim - 1)]
 
   # Cells of twice the width, that overlap by half.
-  x_BHWC = jnp.pad(
-    x_BHWC, ((0, 0), *[(CELL // 2, CELL // 2)] * 2, (0, 0)), constant_values=-1
-  )
+  ends = [(CELL // 2, CELL // 2 + -side % CELL) for side in x_BHWC.shape[1:3]]
+  x_BHWC = jnp.pad(x_BHWC, ((0, 0), *ends, (0, 0)), constant_values=-1)
   batch, height, width, channels = x_BHWC.shape
   x = x_BHWC.reshape(batch, height // CELL, CELL, width // CELL, CELL, channels)
   x = x.transpose(0, 1, 3, 2, 4, 5).reshape(*x.shape[:2], x.shape[3], -1)

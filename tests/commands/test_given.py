@@ -17,7 +17,8 @@ READS_TEXT = types.SimpleNamespace(
   config=types.SimpleNamespace(model=MODEL),
   run=types.SimpleNamespace(
     network=types.SimpleNamespace(
-      example=lambda batch: {"text": np.zeros((batch, LENGTH, 6))}
+      config=MODEL,
+      example=lambda batch: {"text": np.zeros((batch, LENGTH, 6))},
     )
   ),
 )

@@ -85,7 +85,7 @@ def drawing_by(found, draw, directory=pathlib.Path("run")):
 
   class Drawn(restored.Restored):
     def draw(self, cond, **options):
-      images, _ = drawing.held_out(found.run, len(cond["label"]))
+      images, _ = drawing.held_out(found.run, len(cond["context"]))
       return draw(images, cond)
 
   return Drawn(directory, found.run, 0, found.params, {})
@@ -128,6 +128,50 @@ def test_larger_images_are_scored_at_both_sizes(monkeypatch, tmp_path):
   assert scored["consistency"] == pytest.approx(0.2, abs=1e-5)
   assert scored["consistency_bilinear"] < 0.3
   assert 5 < scored["psnr_bilinear"] < scored["psnr"] + 20
+
+
+def test_errors_of_latents_are_called_so(monkeypatch, tmp_path):
+  for i in range(8):
+    np.save(tmp_path / f"{i}.npy", np.full((8, 8, 4), i, np.float32))
+  found = untrained(
+    *LOWERED,
+    "--config.model.num_classes=0",
+    "--config.model.context_channels=4",
+    "--config.model.channels=4",
+    "--config.sample.guidance.scale=1",
+    f"--config.data.source=folder:{tmp_path}",
+    "--config.data.images_alone=True",
+    "--config.data.held_out=0.5",
+    "--config.data.channels=4",
+    "--config.data.batch_size=8",
+  )
+  report = scores(found, lambda images, cond: images, monkeypatch, tmp_path)
+  assert "super_resolution" not in report
+  scored = report["super_resolution_of_latents"]
+  assert sorted(scored) == ["consistency", "consistency_bilinear"]
+
+
+def test_scenes_in_buckets_are_judged_at_the_reference(tmp_path):
+  found = untrained(
+    *LOWERED,
+    "--config.model.num_classes=0",
+    "--config.sample.guidance.scale=1",
+    "--config.data.source=scenes",
+    "--config.data.images_alone=True",
+    "--config.data.buckets=((32, 32), (34, 48))",
+    "--config.model.patch_size=2",
+    "--config.model.context_channels=3",
+    *(
+      f"--config.{group}.{key}"
+      for group in ("data", "model")
+      for key in ("image_size=(34, 48)", "channels=3")
+    ),
+  )
+  found = drawing_by(found, lambda images, cond: images, tmp_path)
+  args = types.SimpleNamespace(num=3, seed=0, judge_steps=1)
+  report = tasked.evaluate(found, found.config.sample, args)
+  assert report["judge_of_drawn"] == report["judge_of_held_out"]
+  assert report["super_resolution"]["consistency"] == 0.0
 
 
 @pytest.mark.slow

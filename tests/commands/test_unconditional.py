@@ -3,10 +3,14 @@
 import json
 import pathlib
 
+import jax
 import numpy as np
+import PIL.Image
 import pytest
 
 from flowjax import __main__ as door
+from flowjax.commands import configs, drawing, evaluate, restored
+from flowjax.train import parts
 
 CONFIG = f"{pathlib.Path(__file__).parents[2]}/configs/digits_unconditional.py"
 TINY = [
@@ -86,6 +90,44 @@ def test_it_goes_to_others_and_comes_back(run, tmp_path, format):
   np.testing.assert_allclose(*grids, atol=1e-5)
 
 
+def test_scenes_of_which_it_is_told_nothing_have_no_judge(tmp_path):
+  words = [
+    "--config.data.source=scenes",
+    "--config.data.images_alone=True",
+    "--config.data.image_size=(32, 32)",
+    "--config.data.channels=3",
+    "--config.model.image_size=(32, 32)",
+    "--config.model.channels=3",
+    "--config.model.patch_size=16",
+  ]
+  run = parts.build(configs.load(CONFIG, [*TINY[1:], *words]))
+  found = restored.Restored(tmp_path, run, 0, {}, {})
+  assert evaluate._scores(found, run.experiment.sample, None) == {}
+
+
 def test_it_is_described(capsys):
   assert flowjax("describe", *TINY) == 0
   assert "parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("told", [{}, {"num_classes": 2}])
+def test_it_may_be_told_sizes_and_nothing_else(told, tmp_path):
+  for i in range(4):
+    place = tmp_path / "ab"[i % 2]
+    place.mkdir(exist_ok=True)
+    PIL.Image.new("L", (8, 12)).save(place / f"{i}.png")
+  words = [
+    f"--config.data.source=folder:{tmp_path}",
+    "--config.data.originals=True",
+    f"--config.data.images_alone={not told}",
+    "--config.data.batch_size=8",
+    "--config.model.size_conditioning=True",
+    *(f"--config.model.{key}={value}" for key, value in told.items()),
+  ]
+  run = parts.build(configs.load(CONFIG, [*TINY[1:], *words]))
+  params = jax.tree.map(lambda x: np.zeros(x.shape), run.abstract.params)
+  found = restored.Restored(tmp_path, run, 0, params, {})
+  cond = drawing.conditions(run, 3)
+  assert set(cond) == ({"label"} if told else set())
+  assert not drawing.reads_text(run.network)
+  assert found.draw(cond, seed=0, count=3).shape == (3, 8, 8, 1)

@@ -169,6 +169,7 @@ def test_a_text_of_another_encoding_is_named_skipped_and_counted(beside):
     (b'{"text": "of nothing"}', "file_name"),
     (b'["0.png", "text"]', "file_name"),
     (b'{"file_name": "1.png", "text": 3}', "'text' is int"),
+    (b'{"file_name": "1.png", "text": ["a", "b"]}', "'text' is list"),
     ('{"file_name": "1.png", "text": "ä"}'.encode("latin-1"), "utf-8"),
   ],
 )

@@ -89,3 +89,14 @@ def test_digits_alone_come_in_the_same_order():
   ]
   assert set(batches[0]) == {"image"} and "label" in batches[1]
   np.testing.assert_array_equal(batches[0]["image"], batches[1]["image"])
+
+
+@pytest.mark.parametrize(
+  "told",
+  [{"images_alone": True}, {"templates": ("a {}",), "tokenizer": "bytes"}],
+)
+def test_a_judge_has_the_labels_whatever_a_network_is_told(told):
+  plain = sources.labelled(config_lib.DataConfig(), "held_out")
+  found = sources.labelled(config_lib.DataConfig(**told), "held_out")
+  for one, other in zip(plain, found, strict=True):
+    np.testing.assert_array_equal(one, other)

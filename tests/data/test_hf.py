@@ -171,6 +171,17 @@ def test_rows_without_a_caption(tmp_path, ending, policy, caplog):
   assert [source[i]["caption"] for i in range(len(source))] == expected
 
 
+@pytest.mark.parametrize("text", [None, "text"])
+def test_images_alone_need_neither_labels_nor_captions(tmp_path, text):
+  made = table(range(9), text=None)
+  if text:
+    made = made.append_column(text, pa.array([None] * 9, pa.string()))
+  write(tmp_path / "a.parquet", made)
+  source = opened(tmp_path, images_alone=True)
+  assert shades(source) == list(range(9))
+  assert set(source[0]) == set(sources.blank(source)) == {"image"}
+
+
 def test_a_corrupt_image_is_named_by_its_row(tmp_path):
   made = table(range(10))
   rows = made.to_pylist()

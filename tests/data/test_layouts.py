@@ -161,6 +161,16 @@ def test_boxes_that_do_not_go_together_are_refused(changes, said):
 
 
 @pytest.mark.parametrize(
+  "changes", [dict(boxes=2), dict(box_names=scenes.NAMES[1:])]
+)
+def test_scenes_refuse_boxes_that_theirs_do_not_fit(changes):
+  with pytest.raises(
+    errors.UserError, match=f"boxes={changes.get('boxes', 3)} of"
+  ):
+    sources.open(dataclasses.replace(SCENES, **changes), "train")
+
+
+@pytest.mark.parametrize(
   ("content", "said"),
   [
     ({}, "boxes are a list"),

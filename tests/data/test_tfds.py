@@ -257,6 +257,8 @@ def refused(config) -> str:
 def test_a_data_set_without_labels_is_refused(data_dir):
   text = refused(config_of(data_dir, "bare"))
   assert "ClassLabel" in text and "number" in text
+  alone = sources.open(config_of(data_dir, "bare", images_alone=True), "train")
+  assert set(alone[0]) == set(sources.blank(alone)) == {"image"}
 
 
 def test_a_split_that_is_not_there_names_those_that_are(data_dir):

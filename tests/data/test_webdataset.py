@@ -180,6 +180,15 @@ def test_samples_without_a_caption(tmp_path, policy, expected, caplog):
   assert "1 of 2 samples" in caplog.text
 
 
+def test_images_alone_need_no_captions(tmp_path):
+  rows = [("a.png", encoded(0)), ("b.png", encoded(1)), ("b.txt", b"\xff")]
+  write(tmp_path / "a.tar", rows)
+  source = opened(tmp_path / "a.tar", images_alone=True)
+  assert [shade(source[i]) for i in range(len(source))] == [0, 1]
+  assert all(set(source[i]) == {"image"} for i in range(2))
+  assert source.fingerprint()["captions"] is False
+
+
 @pytest.mark.parametrize(
   "name", ["/abs/x.png", "../x.png", "a/../../x.png", "a\\..\\x.png"]
 )
