@@ -146,6 +146,11 @@ def test_what_is_not_of_these_buckets_is_refused(photos, tmp_path):
     encoded(out, config_of(photos, buckets=PIXELS[:2]), Encoder())
   with pytest.raises(errors.UserError, match="something else than what"):
     encoded(out, config_of(photos, max_pixels=10**6), Encoder())
+  # By the size of a batch buckets are merged.
+  with pytest.raises(errors.UserError, match="data.batch_size: 2 -> 3"):
+    encoded(out, config_of(photos, batch_size=3), Encoder())
+  with pytest.raises(errors.UserError, match="batch_size says which are merg"):
+    encoded(out, config_of(photos, batch_size=6), Encoder())
   with pytest.raises(errors.UserError, match="is not empty .'10x6'"):
     encoded(out, config_of(photos, buckets=()), Encoder())
   one = tmp_path / "one"
