@@ -129,7 +129,7 @@ def by_bucket(
       if part.shape[:2] == size
     }
     if parts:
-      alone = dataclasses.replace(config, image_size=size, buckets=())
+      alone = dataclasses.replace(config, image_size=size)
       found.append((folder / buckets.said(size), parts, alone))
   if distributed.is_first():
     names = [place.name for place, _, _ in found]

@@ -14,9 +14,10 @@ from flowjax import errors, schema
 from flowjax.data import archive, embeddings, reading, records, sources
 from flowjax.data import config as data_config
 
-# What of config.data changes neither the records nor their order.
+# What of config.data changes neither the records nor their order; nor does its
+# batch_size without buckets, the smallest of which are merged by it.
 _FREE = (
-  "batch_size", "shuffle_seed", "workers", "flip", "prefetch", "data_dir",
+  "shuffle_seed", "workers", "flip", "prefetch", "data_dir",
   "on_corrupt", "index_dir", "tokenizer", "tokens", "words", "padded_patch",
 )  # fmt: skip
 # What a source may tell of an original, [2] each: its height and width, and
@@ -88,7 +89,8 @@ def plan(
     fields += texts.fields(_floats(dtype))
   layout = records.Layout(tuple(fields), "caption" in blank)
   chosen = schema.to_dict(config)
-  data = {key: chosen[key] for key in chosen if key not in _FREE}
+  free = _FREE if config.buckets else (*_FREE, "batch_size")
+  data = {key: chosen[key] for key in chosen if key not in free}
   return archive.Plan(
     layout,
     {split: len(opened) for split, opened in splits.items()},

@@ -56,7 +56,7 @@ def begin_buckets(folder: pathlib.Path, names: Sequence[str]) -> None:
       raise errors.UserError(
         f"{folder} holds the buckets {', '.join(before)}, and these are "
         f"{', '.join(names)}: choose another --out, or go on with the command "
-        "that began it."
+        "that began it. config.data.batch_size says which are merged."
       )
   else:
     ours = {archive.INDEX, archive.PLAN}

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from flowjax import errors
+from flowjax import errors, schema
 from flowjax.data import (
   archive,
   buckets,
@@ -80,6 +80,18 @@ class Encoded:
         f"{path}, the empty caption, cannot be read: {error}. Copy it again."
       ) from error
     return {k: v[0] for k, v in self.texts.together(fields).items()}
+
+  @property
+  def origin(self) -> dict[str, Any]:
+    """What all buckets of a folder must have in common."""
+    about = self.about
+    return {
+      # In which dtype they computed is no matter.
+      "frozen": about["frozen"] and {**about["frozen"], "dtype": None},
+      "texts": about["texts"],
+      "class_names": about["class_names"],
+      "fields": {field.name: field.dtype for field in self.layout.fields},
+    }
 
   def read(self, parts: Sequence[bytes]) -> dict[str, np.ndarray]:
     """Returns the batch that records are; raises ValueError for a broken one.
@@ -285,6 +297,32 @@ def _check_buckets(
       f"buckets={sizes}, image_size to one of them, and channels="
       f"{found[0][2]}."
     )
+  for other in every[1:]:
+    _check_alike(every[0], other)
+
+
+def _check_alike(one: Encoded, other: Encoded) -> None:
+  """Refuses buckets that others encoded: they would train as one."""
+  rows = schema.difference(one.origin, other.origin, "records")
+  if not rows and not _same(one.empty, other.empty):
+    rows = ["records.empty: the embedded empty caption is another"]
+  if rows:
+    raise errors.DataError(
+      f"{one.folder} and {other.folder} were not encoded alike:\n  "
+      + "\n  ".join(rows)
+      + f"\n({one.folder.name} -> {other.folder.name}). Encode both by the "
+      "same networks, in one `flowjax encode`."
+    )
+
+
+def _same(one: Any, other: Any) -> bool:
+  """Whether two embeddings are one, but for how their devices rounded."""
+  if one is None or other is None:
+    return one is other
+  return all(
+    np.allclose(other[key], value, rtol=0, atol=0.05 * np.max(np.abs(value)))
+    for key, value in one.items()
+  )
 
 
 @functools.lru_cache(maxsize=64)

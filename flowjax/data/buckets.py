@@ -237,6 +237,13 @@ def paired(first: Bucketed, other: Bucketed) -> Bucketed:
         f"for a bucket, and {first.name} has {len(part)}: leave that out of "
         "config.data.buckets."
       )
+  shapes = [part.shape for part in first.parts]
+  for part in other.parts:
+    if part.shape not in shapes:
+      log.warning(
+        "%d images of %s are left out: %s has none nearest to %s.",
+        len(part), other.name, first.name, said(part.shape[:2]),
+      )  # fmt: skip
   name = f"{first.name} from {other.name}"
   pair = [pairs.paired(part, by_shape[part.shape]) for part in first.parts]
   return Bucketed(name, tuple(pair), first.shape)

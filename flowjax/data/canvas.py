@@ -48,12 +48,3 @@ def to_canvas(image_BHWC: np.ndarray, patch: int, tokens: int) -> np.ndarray:
   canvas = image.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, patch, channels)
   missing = (tokens - rows * columns) * patch
   return np.pad(canvas, ((0, 0), (0, missing), (0, 0), (0, 0)))
-
-
-def from_canvas(canvas: np.ndarray, rows: int, columns: int) -> np.ndarray:
-  """Returns the images of canvases, all of so many rows and columns."""
-  batch, _, patch, channels = canvas.shape
-  kept = canvas[:, : rows * columns * patch]
-  image = kept.reshape(batch, rows, columns, patch, patch, channels)
-  image = image.transpose(0, 1, 3, 2, 4, 5)
-  return image.reshape(batch, rows * patch, columns * patch, channels)

@@ -7,8 +7,6 @@ from flowjax import errors
 from flowjax.data import config as config_lib
 from flowjax.data import tables
 
-SIZES = ("height", "width")
-
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
@@ -42,13 +40,6 @@ def choose(file: tables.File, config: config_lib.DataConfig) -> Columns:
     )
   label = "label" if "label" in classes else next(iter(classes))
   return Columns(image, label, classes[label])
-
-
-def sizes(file: tables.File) -> tuple[str, ...]:
-  """Returns the columns of the height and width of originals, if both exist."""
-  kinds = {field.name: str(field.type) for field in file.schema}
-  there = all("int" in kinds.get(name, "") for name in SIZES)
-  return SIZES if there else ()
 
 
 def _choose(file, kinds: dict[str, str], kind: str, asked: str | None) -> str:

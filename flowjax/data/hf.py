@@ -290,24 +290,23 @@ def _places(
 
 
 def _sizes(path: str, column: str) -> sizes.Sizes:
-  """Returns the sizes of all rows: its columns of them, or from the images."""
-  file = tables.open(path)
-  wanted = columns_lib.sizes(file) or (column,)
-  parts, first = [], 0
-  for number, group in enumerate(file.groups(wanted)):
-    try:
-      table = file.read(number, wanted)
-    except sources.Corrupt:
-      table = None  # When its rows are read, it is said.
+  """Returns the sizes of all images of a file, from their headers.
 
-    def measure(i: int, table=table) -> tuple[int, int] | None:
-      if table is None:
+  Columns "height" and "width" are passed over: in data from the web they are
+  often those of another file, from which this one was cut.
+  """
+  file = tables.open(path)
+  parts, first = [], 0
+  for number, group in enumerate(file.groups((column,))):
+    try:
+      images_N = file.read(number, (column,)).column(column)
+    except sources.Corrupt:
+      images_N = None  # When its rows are read, it is said.
+
+    def measure(i: int, images_N=images_N) -> tuple[int, int] | None:
+      if images_N is None:
         return None
-      values = [table.column(name)[i] for name in wanted]
-      if wanted == (column,):
-        return images.size(io.BytesIO(_bytes(values[0]) or b""))
-      height, width = (value.as_py() or 0 for value in values)
-      return (height, width) if min(height, width) > 0 else None
+      return images.size(io.BytesIO(_bytes(images_N[i]) or b""))
 
     def name(i: int, first=first) -> str:
       return f"row {first + i}"

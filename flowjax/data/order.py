@@ -56,7 +56,8 @@ def shares(counts: Sequence[int]) -> tuple[int, ...]:
   """Returns how many turns of a cycle each has, as the counts are.
 
   By largest remainder. The cycle is as short as gives the smallest 32 turns, so
-  that nobody's share is further than 1/32 from what it should be.
+  that nobody's share is further than 1/32 from what it should be. It has 2^22
+  at most, where a part smaller than 1 in 2^17 may be further.
   """
   whole = sum(counts)
   turns = min(-(-_FEWEST_TURNS * whole // min(counts)), _MOST_TURNS)

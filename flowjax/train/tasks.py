@@ -64,6 +64,13 @@ class TaskConfig:
       raise ValueError(
         f"name = {self.name!r}. {schema.closest(self.name, TASKS)}"
       )
+    for field in dataclasses.fields(self)[1:]:
+      value, heeded = getattr(self, field.name), TASKS[self.name].options
+      if field.name not in heeded and value != field.default:
+        raise ValueError(
+          f"{field.name} = {value} would be without effect on the task "
+          f"{self.name!r}; leave it as it is by default, {field.default}."
+        )
     if len(self.hole) != 2 or not 0.0 < self.hole[0] <= self.hole[1] <= 1.0:
       raise ValueError(
         f"hole = {self.hole} must be the least and the largest share of an "
@@ -254,6 +261,7 @@ def _pixels(size: tuple[int, int]) -> jax.Array:
 class Task:
   """How a task is told: by so many channels, and by what it adds to a batch.
 
+  `options` are those of a `TaskConfig` that it heeds.
   `channels(config, of_image)`; `add(config, batch, rng)` is pure; and
   `check(config, size)` raises ValueError for images that it is not for.
   Among the channels an image begins at the `first`.
@@ -267,6 +275,7 @@ class Task:
     None
   )
   first: int = 0
+  options: tuple[str, ...] = ()
 
 
 def _add_mask(config: TaskConfig, batch: Batch, rng: jax.Array):
@@ -315,15 +324,17 @@ def _add_original(config: TaskConfig, batch: Batch, rng: jax.Array):
 TASKS: dict[str, Task] = {
   "none": Task(),
   "layout": Task(),  # The data has the boxes.
-  "variation": Task(add=_add_original),
+  "variation": Task(add=_add_original, options=("noise",)),
   "inpainting": Task(
     channels=lambda config, of_image: 1 + of_image,
     add=_add_mask,
     first=1,
+    options=("hole", "boxes", "whole"),
   ),
   "super_resolution": Task(
     channels=lambda config, of_image: of_image + bool(config.noise),
     add=_add_low,
     check=_check_factor,
+    options=("factor", "noise"),
   ),
 }

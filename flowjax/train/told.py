@@ -77,6 +77,12 @@ def _check_task(config: Any) -> None:
       f"{config.data.tokenizer!r}: a network is told an image or a caption; "
       "leave one out."
     )
+  if config.task.name == "variation" and not config.embedding.depth:
+    if config.task.noise:
+      raise ValueError(
+        f"task.noise = {config.task.noise} is of what a learned encoder sees, "
+        "and embedding.depth = 0 takes embeddings from the data: set 0.0."
+      )
   if config.embedding.size and config.embedding.depth:
     for size in (config.model.image_size, *config.data.buckets):
       if any(side % config.embedding.patch_size for side in size):

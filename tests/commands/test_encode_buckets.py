@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import numpy as np
 import PIL.Image
@@ -21,8 +22,9 @@ LATENTS = ((4, 4), (3, 5), (5, 3))
 class Encoder:
   """Latents of half the size; a text is how many letters it has."""
 
-  def __init__(self, kill_after: int = 10**9):
+  def __init__(self, kill_after: int = 10**9, vae="halves", empty: int = 0):
     self.calls, self.kill_after = 0, kill_after
+    self.vae, self.empty = vae, empty
 
   def encode(self, image_BHWC):
     self.calls += 1
@@ -33,14 +35,14 @@ class Encoder:
     return mean, mean - 4.0
 
   def texts(self, captions):
-    count_B = np.array([len(caption) for caption in captions], np.float32)
+    count_B = np.array([len(c) or self.empty for c in captions], np.float32)
     return {
       "text": np.broadcast_to(count_B[:, None, None], (len(count_B), 2, 3)),
       "pooled": np.broadcast_to(count_B[:, None], (len(count_B), 2)),
     }
 
   def fingerprint(self):
-    return {"vae": "halves"}
+    return {"vae": self.vae}
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +146,11 @@ def test_what_is_not_of_these_buckets_is_refused(photos, tmp_path):
     encoded(out, config_of(photos, buckets=PIXELS[:2]), Encoder())
   with pytest.raises(errors.UserError, match="something else than what"):
     encoded(out, config_of(photos, max_pixels=10**6), Encoder())
+  # By the size of a batch buckets are merged.
+  with pytest.raises(errors.UserError, match="data.batch_size: 2 -> 3"):
+    encoded(out, config_of(photos, batch_size=3), Encoder())
+  with pytest.raises(errors.UserError, match="batch_size says which are merg"):
+    encoded(out, config_of(photos, batch_size=6), Encoder())
   with pytest.raises(errors.UserError, match="is not empty .'10x6'"):
     encoded(out, config_of(photos, buckets=()), Encoder())
   one = tmp_path / "one"
@@ -158,6 +165,31 @@ def test_what_is_not_of_these_buckets_is_refused(photos, tmp_path):
   # A bucket of the config may be of nobody.
   more = sources.open(latents_of(out, buckets=(*LATENTS, (2, 7))), "train")
   assert len(more.parts) == 3
+
+
+@pytest.mark.parametrize(
+  "other, text",
+  [
+    (Encoder(vae="thirds"), "records.frozen.vae: 'halves' -> 'thirds'"),
+    (Encoder(empty=7), "records.empty: the embedded empty caption"),
+    (None, "records.fields.mean: 'float16' -> None"),
+  ],
+)
+def test_buckets_that_others_encoded_are_refused(photos, tmp_path, other, text):
+  ours, theirs, config = tmp_path / "a", tmp_path / "b", config_of(photos)
+  encoded(ours, config, Encoder())
+  encoded(theirs, config, other)
+  shutil.rmtree(ours / "10x6")
+  shutil.copytree(theirs / "10x6", ours / "10x6")
+  if other is None:  # Pixels have twice the size of latents.
+    path = ours / "10x6" / archive.INDEX
+    values = json.loads(path.read_text())
+    values["about"]["shape"] = [5, 3, 3]
+    path.write_text(json.dumps(values))
+  with pytest.raises(errors.DataError, match="not encoded alike") as error:
+    sources.open(latents_of(ours), "train")
+  said = str(error.value)
+  assert text in said and str(ours / "8x8") in said and "(8x8 -> 10x6)" in said
 
 
 def test_the_command_encodes_and_verifies(photos, tmp_path, capsys):

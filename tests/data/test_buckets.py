@@ -284,7 +284,7 @@ def test_a_checkpoint_names_the_bucket_that_changed():
     loader.check_state(saved, config_of(buckets=()), sized(20, 15, 10))
 
 
-def test_pairs_are_of_one_bucket():
+def test_pairs_are_of_one_bucket(caplog):
   pair = buckets.paired(divided(20, 15, 10), divided(6, 7, 8))
   config = config_of()
   for batch in batches(pair, config, 20):
@@ -292,6 +292,9 @@ def test_pairs_are_of_one_bucket():
   assert pair.blank["source"].shape == (8, 8, 1)
   with pytest.raises(errors.DataError, match="6x10.* has 15"):
     buckets.paired(divided(20, 15, 10), divided(6, 0, 8))
+  assert "left out" not in caplog.text
+  assert len(buckets.paired(divided(20, 0, 10), divided(6, 7, 8)).parts) == 2
+  assert "7 images of" in caplog.text and "nearest to 6x10" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,21 @@ def test_a_network_that_is_shown_something_else_is_refused(
     experiment.build(config_of(task, **changes))
 
 
+@pytest.mark.parametrize(
+  "task, option",
+  [
+    ("none", {"factor": 2}),
+    ("inpainting", {"noise": 0.1}),
+    ("super_resolution", {"hole": (0.1, 0.2)}),
+    ("variation", {"whole": 0.5}),
+    ("layout", {"boxes": 0.1}),
+  ],
+)
+def test_an_option_of_another_task_is_refused(task, option):
+  with pytest.raises(ValueError, match="would be without effect on the task"):
+    tasks.TaskConfig(task, **option)
+
+
 def test_what_a_task_cannot_be_is_refused_at_the_door():
   fits = dict(context_channels=2)
   assert experiment.build(config_of("inpainting", **fits)).task.hole[0] == 0.1

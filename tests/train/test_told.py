@@ -147,6 +147,14 @@ def test_embeddings_may_come_with_the_data(tmp_path):
       dict(embedding=image_encoder.EmbeddingConfig()),
       "'variation' and embedding.size = 0",
     ),
+    (
+      varied,
+      dict(
+        task=tasks.TaskConfig("variation", noise=0.4),
+        embedding=dataclasses.replace(EMBEDDING, depth=0),
+      ),
+      "embedding.depth = 0 takes embeddings from the data",
+    ),
     (laid_out, dict(task=tasks.TaskConfig()), "layout.classes = 60"),
     (
       laid_out,
