@@ -163,7 +163,7 @@ def begin(
   if distributed.is_first():
     archive_writing.begin(folder, plan)
     part = encode_plan.empty(plan, encoder, batch_size)
-    if part is not None and not (folder / archive.EMPTY).exists():
+    if part is not None:
       archive_writing.write_empty(folder, part)
   return encoding.Work(
     folder, splits, plan, encoder, batch_size, config.on_corrupt
@@ -214,7 +214,8 @@ def _verify(folder: pathlib.Path) -> None:
     raise errors.DataError(
       f"{len(found)} files of {folder} are wrong:\n  "
       + "\n  ".join(found[:20])
-      + "\nBring them back from a copy, or encode anew."
+      + "\nBring them back from a copy, or remove them and give the same "
+      "`flowjax encode` again, which writes what is missing."
     )
   print(f"{summary(folder, index)} Every byte is as it was written.")
 

@@ -195,7 +195,8 @@ def check_sizes(folder: pathlib.Path, index: Index, split: str) -> None:
       state = "is missing" if size is None else f"has {size} bytes"
       raise errors.DataError(
         f"{path} {state}, and the index says {shard.bytes} bytes: the copy is "
-        "incomplete. Copy it again; `flowjax encode --verify` looks at all."
+        "incomplete. Copy it again, or give the same `flowjax encode` again, "
+        "which writes such shards anew; with --verify it looks at all."
       )
 
 

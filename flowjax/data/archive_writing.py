@@ -6,6 +6,7 @@ under another name, brought to the disk and renamed; then its JSON is, which
 makes it count. Which records a shard holds is a pure function of its number, so
 that whoever goes on after a kill, with however many processes, writes what is
 missing and nothing twice. `index.json` comes last and takes the place of both.
+A shard that is lost after that is written again, and has to be what it was.
 """
 
 import contextlib
@@ -40,9 +41,16 @@ def begin(folder: pathlib.Path, plan: archive.Plan) -> None:
       return
   others = sorted(p.name for p in folder.iterdir() if p.suffix != ".json")
   if others:
+    made = any(folder.glob("*.array_record"))
     raise errors.UserError(
-      f"{folder} is not empty ({others[0]!r}), and nothing was encoded into it "
-      "before: choose another --out."
+      f"{folder} is not empty ({others[0]!r}), and has neither {archive.INDEX} "
+      f"nor {archive.PLAN}: "
+      + (
+        f"what its shards hold is not known. Bring {archive.INDEX} back from a "
+        "copy, or remove the shards, or choose another --out."
+        if made
+        else "choose another --out."
+      )
     )
   archive.write_json(folder / archive.PLAN, plan.to_json())
 
@@ -64,9 +72,11 @@ def begin_buckets(folder: pathlib.Path, names: Sequence[str]) -> None:
       p.name for p in folder.iterdir() if p.suffix != ".json" or p.name in ours
     )
     if others:
+      lost = any((folder / name / archive.INDEX).exists() for name in others)
       raise errors.UserError(
-        f"{folder} is not empty ({others[0]!r}), and no buckets were encoded "
-        "into it before: choose another --out."
+        f"{folder} is not empty ({others[0]!r}), and has no {archive.BUCKETS}: "
+        + ("bring that back from a copy, or " if lost else "")
+        + "choose another --out."
       )
     archive.write_json(path, {"buckets": list(names)})
   for name in names:
@@ -74,9 +84,15 @@ def begin_buckets(folder: pathlib.Path, names: Sequence[str]) -> None:
 
 
 def missing(folder: pathlib.Path, plan: archive.Plan) -> list[tuple[str, int]]:
-  """Returns the shards that are yet to be written."""
+  """Returns the shards that are yet to be written, or are lost since."""
   if (folder / archive.INDEX).exists():
-    return []
+    index = archive.read(folder)
+    return [
+      (split, number)
+      for split, shards in index.shards.items()
+      for number, shard in enumerate(shards)
+      if not _is_whole(folder / archive.name(split, number), shard)
+    ]
   return [key for key in plan.shards() if finished(folder, *key) is None]
 
 
@@ -89,14 +105,22 @@ def finished(
     found = archive.Shard.from_json(json.loads(_beside(path).read_text()))
   except (OSError, ValueError, KeyError, TypeError):
     return None
-  whole = not found.records or archive.size_of(path) == found.bytes
-  return found if whole else None
+  return found if _is_whole(path, found) else None
+
+
+def _is_whole(path: pathlib.Path, shard: archive.Shard) -> bool:
+  return not shard.records or archive.size_of(path) == shard.bytes
 
 
 @contextlib.contextmanager
 def writing(folder: pathlib.Path, split: str, shard: int) -> Iterator["Writer"]:
-  """Yields a `Writer` of a shard, which counts when all went well."""
+  """Yields a `Writer` of a shard, which counts when all went well.
+
+  One that an index knows must come out as the same bytes.
+  """
   path = folder / archive.name(split, shard)
+  indexed = (folder / archive.INDEX).exists()
+  before = archive.read(folder).shards[split][shard] if indexed else None
   _beside(path).unlink(missing_ok=True)
   partial = path.with_name(path.name + ".partial")
   writer = Writer(partial)
@@ -113,16 +137,40 @@ def writing(folder: pathlib.Path, split: str, shard: int) -> Iterator["Writer"]:
           bytes=partial.stat().st_size,
           checksum=archive.checksum(partial),
         )
+      if before is not None:
+        _require_same(path, before, known)
+      if known.records:
         os.replace(partial, path)
       else:
         path.unlink(missing_ok=True)
-      archive.write_json(_beside(path), dataclasses.asdict(known))
+      if before is None:
+        archive.write_json(_beside(path), dataclasses.asdict(known))
+      else:
+        archive.sync(folder)
   finally:
     # What was written so far goes, so it does not matter that it does not fit.
     with contextlib.suppress(errors.UserError):
       writer.close()
     with contextlib.suppress(OSError):
       partial.unlink(missing_ok=True)
+
+
+def _require_same(
+  path: pathlib.Path, before: archive.Shard, now: archive.Shard
+) -> None:
+  """Refuses a shard written again that is not the one of the index."""
+  if now.checksum == before.checksum:
+    return
+  reason = "The source, the device or a library has changed since"
+  if now.records != before.records:
+    reason = f"It had {before.records} records, and now has {now.records}"
+    if now.failed:
+      reason += f" ({now.failed[0][1]})"
+  raise errors.DataError(
+    f"{path} was encoded again, and its checksum is {now.checksum or 'none'}, "
+    f"where the index says {before.checksum}. {reason.rstrip('.')}: bring the "
+    "shard back from a copy, or encode all of it into another --out."
+  )
 
 
 class Writer:
@@ -152,17 +200,32 @@ class Writer:
 
 
 def write_empty(folder: pathlib.Path, part: bytes) -> None:
-  """Keeps the record of the empty caption."""
+  """Keeps the record of the empty caption, unless it is there and whole."""
+  path = folder / archive.EMPTY
+  if archive.size_of(path) == len(part):
+    return
   partial = folder / f"{archive.EMPTY}.partial"
   partial.write_bytes(part)
   archive.sync(partial)
-  os.replace(partial, folder / archive.EMPTY)
+  if (folder / archive.INDEX).exists():
+    before = archive.read(folder).empty
+    if (found := archive.checksum(partial)) != before:
+      partial.unlink()
+      raise errors.DataError(
+        f"{path} was encoded again, and its checksum is {found}, where the "
+        f"index says {before}. The device or a library has changed since: "
+        "bring it back from a copy, or encode all of it into another --out."
+      )
+  os.replace(partial, path)
 
 
 def finish(folder: pathlib.Path, plan: archive.Plan) -> archive.Index:
   """Writes the index of a folder that has all its shards, and tidies up."""
   if (folder / archive.INDEX).exists():
-    return archive.read(folder)
+    index = archive.read(folder)
+    for split in index.shards:
+      archive.check_sizes(folder, index, split)
+    return index
   found: dict[str, list[archive.Shard]] = {split: [] for split in plan.splits}
   for split, shard in plan.shards():
     known = finished(folder, split, shard)

@@ -309,6 +309,43 @@ def test_killed_and_gone_on_with_by_two_processes(tmp_path, capsys):
   assert "is in use by process" in capsys.readouterr().err
 
 
+def test_what_a_finished_folder_lost_is_written_again(photos, tmp_path):
+  config, out = config_of(photos), tmp_path / "out"
+  encode.encode(work_of(out, config, Encoder()))
+  want = content(out)
+  cut = out / archive.name("train", 1)
+  cut.write_bytes(cut.read_bytes()[:-5])
+  (out / archive.name("train", 2)).unlink()
+  (out / archive.EMPTY).unlink()
+  encode.encode(work_of(out, config, Encoder()))
+  assert content(out) == want
+
+  class Other(Encoder):
+    """The same networks by name, on a device with other last digits."""
+
+    def encode(self, image_BHWC):
+      mean, log_variance = super().encode(image_BHWC)
+      return mean * 1.01, log_variance
+
+  class Blind(Encoder):
+    def encode(self, image_BHWC):
+      mean, log_variance = super().encode(image_BHWC)
+      return np.nan * mean, log_variance
+
+  cut.write_bytes(b"")
+  for encoder, text in (
+    (Other(), "where the index says .* a library has changed"),
+    (Blind(), "It had . records, and now has 0 .Record . is not finite"),
+  ):
+    with pytest.raises(errors.DataError, match=text):
+      encode.encode(work_of(out, config, encoder))
+    # Nothing took its place.
+    assert content(out) == {**want, cut.name: b""}
+  (out / archive.INDEX).unlink()
+  with pytest.raises(errors.UserError, match="Bring index.json back from a"):
+    work_of(out, config, Encoder())
+
+
 def test_another_command_into_the_folder_is_refused(photos, tmp_path):
   config, out = config_of(photos), tmp_path / "out"
   with pytest.raises(KeyboardInterrupt):
@@ -459,10 +496,11 @@ def test_verify_names_what_is_wrong(photos, tmp_path, capsys):
     plan, shard = index.plan, index.shards["train"][1]
     reader = archive.library().ArrayRecordReader(str(folder / name))
     parts = reader.read_all()
+    values = json.loads((folder / archive.INDEX).read_text())
+    (folder / archive.INDEX).unlink()
     with archive_writing.writing(folder, "train", 1) as writer:
       writer.write([parts[0], *parts[:-1]])
     known = archive_writing.finished(folder, "train", 1)
-    values = json.loads((folder / archive.INDEX).read_text())
     values["shards"]["train"][1] |= {
       "checksum": known.checksum, "bytes": known.bytes
     }  # fmt: skip

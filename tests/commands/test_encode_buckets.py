@@ -155,7 +155,7 @@ def test_what_is_not_of_these_buckets_is_refused(photos, tmp_path):
     encoded(out, config_of(photos, buckets=()), Encoder())
   one = tmp_path / "one"
   encoded(one, config_of(photos, buckets=()), Encoder())
-  with pytest.raises(errors.UserError, match="no buckets were encoded into"):
+  with pytest.raises(errors.UserError, match="no buckets.json: choose an"):
     encoded(one, config, Encoder())
   with pytest.raises(errors.UserError, match="are all of one size"):
     sources.open(latents_of(one), "train")
@@ -226,3 +226,8 @@ def test_the_command_encodes_and_verifies(photos, tmp_path, capsys):
   assert "0 bytes" in capsys.readouterr().err
   index = json.loads((out / "6x10" / archive.INDEX).read_text())
   assert index["about"]["data"]["image_size"] == [6, 10]
+  assert door.main(words) == 0
+  assert door.main(["encode", "--verify", f"--out={out}"]) == 0
+  (out / archive.BUCKETS).unlink()
+  assert door.main(words) == 2
+  assert "has no buckets.json: bring that back" in capsys.readouterr().err
