@@ -124,7 +124,7 @@ def open(config: config_lib.DataConfig, split: str) -> Folder:
   if config.images_alone:
     row_N, label_N, classes = _all_rows(found), None, ()
   elif _is_captioned(found, config.captions):
-    row_N, label_N, classes = _captioned_rows(found, config), None, ()
+    row_N, label_N, classes = _captioned_rows(found, config, split), None, ()
   else:
     row_N, label_N, classes = _labels(found, read.endings)
   split_N = listing.of_split(found.arrays["hashes"][row_N], config, split)
@@ -178,14 +178,14 @@ def _is_captioned(found: listing.Listing, asked: bool | None) -> bool:
 
 
 def _captioned_rows(
-  found: listing.Listing, config: config_lib.DataConfig
+  found: listing.Listing, config: config_lib.DataConfig, split: str
 ) -> np.ndarray:
   without_N = found.arrays["line_of"] == listing.NO_CAPTION
   missing = np.flatnonzero(without_N)
   if len(missing):
     hint = f"the first is {found.names[int(missing[0])]}"
     total, what = len(without_N), f"images of {found.root}"
-    texts.without(len(missing), total, config, what, hint)
+    texts.without(len(missing), total, config, split, what, hint)
     if config.on_no_caption == "skip":
       return np.flatnonzero(~without_N)
   return np.arange(len(without_N))

@@ -171,7 +171,7 @@ def open(config: config_lib.DataConfig, split: str) -> Hf:
   for file in files:
     _check_schema(file, files[0], columns)
   groups = [(file, file.groups(columns.all)) for file in files]
-  places = _places(groups, place, columns, config)
+  places = _places(groups, place, columns, config, split)
   count_G = np.array([len(p.kept(config.held_out, split)) for p in places])
   if not count_G.sum():
     raise errors.DataError(
@@ -264,7 +264,7 @@ def _check_schema(file, first, columns: columns_lib.Columns) -> None:
 
 
 def _places(
-  groups, place: str, columns: columns_lib.Columns, config
+  groups, place: str, columns: columns_lib.Columns, config, split: str
 ) -> tuple[Place, ...]:
   """Lists the groups of all files, and which of their rows have no caption."""
   places: list[Place] = []
@@ -285,7 +285,7 @@ def _places(
       places.append(Place(file.path, number, first, group.rows, lost_N))
       first += group.rows
     total += first
-  texts.without(missing, total, config, f"rows of {place}", hint)
+  texts.without(missing, total, config, split, f"rows of {place}", hint)
   return tuple(places)
 
 

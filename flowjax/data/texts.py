@@ -47,11 +47,17 @@ def from_json(content: bytes, key: str, name: str) -> str:
 
 
 def without(
-  count: int, total: int, config: config_lib.DataConfig, what: str, hint: str
+  count: int,
+  total: int,
+  config: config_lib.DataConfig,
+  split: str,
+  what: str,
+  hint: str,
 ) -> None:
   """Says what becomes of images that are known to have no caption.
 
-  Under on_no_caption="stop" there may be none.
+  `count` and `total` are of all splits. Under on_no_caption="stop" there may be
+  none.
   """
   if not count:
     return
@@ -62,9 +68,9 @@ def without(
       "these images out, or 'empty' to give them the empty caption."
     )
   if config.on_no_caption == "skip":
-    log.warning("%s: they are left out.", said)
+    log.warning("%s: those of the split %r are left out.", said, split)
   else:
-    log.warning("%s: theirs is the empty one.", said)
+    log.warning("%s: those of the split %r have the empty one.", said, split)
 
 
 @dataclasses.dataclass(frozen=True)

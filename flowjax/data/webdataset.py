@@ -130,7 +130,7 @@ def open(config: config_lib.DataConfig, split: str) -> WebDataset:
   _tell(pattern, found, config)
   choice = Choice(
     latents=read.endings is images.LATENTS,
-    without_caption=_captions(pattern, found, read, config),
+    without_caption=_captions(pattern, found, read, config, split),
     held_out=config.held_out,
     split=split,
   )
@@ -231,7 +231,7 @@ def _tell(pattern: str, found: list[shards.Shard], config) -> None:
     log.warning("In %r of shards and members %s; left out.", pattern, line)
 
 
-def _captions(pattern, found, read: images.Reader, config) -> bool:
+def _captions(pattern, found, read: images.Reader, config, split) -> bool:
   """Tells whether samples without a caption are to stay; says how many."""
   if config.images_alone:
     return True
@@ -244,7 +244,7 @@ def _captions(pattern, found, read: images.Reader, config) -> bool:
     first = first or (each.name if without else "")
     count, lost = count + int(image_M.sum()), lost + without
   hint, what = f"the first is in {first}", f"samples of {pattern}"
-  texts.without(lost, count, config, what, hint)
+  texts.without(lost, count, config, split, what, hint)
   return config.on_no_caption == "empty"
 
 

@@ -147,6 +147,7 @@ def test_an_image_without_a_caption(tmp_path, kind, policy, expected, caplog):
     source = opened(tmp_path, on_no_caption=policy)
     assert captions_of(source) == expected
     assert "1 of 3 images" in caplog.text and "1.png" in caplog.text
+    assert "those of the split 'train'" in caplog.text
 
 
 def test_a_text_of_another_encoding_is_named_skipped_and_counted(beside):
