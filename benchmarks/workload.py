@@ -64,6 +64,7 @@ class Workload:
       values,
       image_size=(32, 32),
       channels=4,
+      context_channels=0,
       out_channels=None,
       patch_size=self.patch_size,
       mlp_ratio=4.0,
