@@ -50,8 +50,6 @@ from flowjax.evaluate import pictures
 from flowjax.parallel import distributed
 from flowjax.train import methods, progress, workdir
 
-COLUMNS = 10
-
 
 def add_flags(parser) -> None:
   """Adds the flags of `sample`; what is not given is as in the config."""
@@ -371,7 +369,8 @@ def _write(
     pictures.save_png(shows.sheet(images), out)
     return
   if originals is not None:
-    images = pictures.pairs(originals, images, columns=COLUMNS)
+    pictures.save_png(pictures.pairs(originals, images), out)
+    return
   if captions:
     captions = [captions[i % len(captions)] for i in range(len(images))]
   pictures.save_png(pictures.sheet(images, captions, beside=beside), out)
