@@ -202,7 +202,9 @@ def run(args) -> None:
       images - originals, args.guidance or (method.guidance.scale,)
     )
   beside = []  # What is shown has a sheet of its own.
-  if edit is None and shows is None and originals is None:
+  if edit is not None:
+    beside = edit.beside(found.config.task, count)
+  elif shows is None and originals is None:
     beside = drawing.beside(found.run, cond)
   if parts and not args.latents:
     images = pipeline.pictures(parts, images, tiled=args.tiles)

@@ -197,6 +197,9 @@ def test_a_network_for_inpainting_is_told_mask_and_image(sample, write):
   np.testing.assert_array_equal(told[1, ..., 0], mask_HW / 255)
   wanted = np.where(mask_HW > 0, 0.0, pixels)
   np.testing.assert_array_equal(told[1, ..., 1], wanted)
+  beside = made.beside(untrained(DIT, *INPAINTING).config.task, 2)
+  np.testing.assert_array_equal(beside[0][1, ..., 0], np.float32(pixels))
+  np.testing.assert_array_equal(beside[1][1, ..., 0], np.float32(wanted))
 
 
 def test_a_network_for_super_resolution_is_told_the_small_image(
@@ -210,6 +213,14 @@ def test_a_network_for_super_resolution_is_told_the_small_image(
   np.testing.assert_allclose(told[..., 0], 1.0)
   np.testing.assert_array_equal(told[..., 1], 0.0)
   assert made.turns(1) == {}
+  (beside,) = made.beside(untrained(DIT, *SUPER).config.task, 2)
+  np.testing.assert_array_equal(beside, np.ones((2, 8, 8, 1)))
   assert sample(f"--init-image={image}", "--num=2", keys=SUPER).shape[0] == 2
+  sheet = image.with_name("sheet.png")
+  sample(f"--init-image={image}", "--num=2", f"--out={sheet}", keys=SUPER)
+  pixels = np.asarray(PIL.Image.open(sheet))
+  # On the left of each what it was told: white.
+  assert (pixels[2:34, 2:34] == 255).all()
+  assert pixels.shape == (36, 2 * (4 * (2 * 8 + 3) + 4), 3)
   assert sample(f"--init-image={image}", "--strength=1", keys=SUPER) == 2
   assert "this network makes --init-image larger" in capsys.readouterr().err
