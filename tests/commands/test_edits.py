@@ -1,7 +1,9 @@
 """Images and masks that `sample` is given, of a network that is not trained."""
 
 import pathlib
+import struct
 import types
+import zlib
 
 import jax
 import numpy as np
@@ -140,7 +142,10 @@ def test_a_flow_between_images_starts_from_them(sample, write):
     (["--init-image=none.png"], 2, "none.png cannot be read"),
     (["--init-image=empty.png"], 3, "empty.png is corrupt: it is empty"),
     (["--init-image=cut.png"], 3, "cut.png is corrupt"),
-    (["--init-image=bomb.png"], 3, "more than config.data.max_pixels"),
+    (["--init-image=cut.png"], 3, "Take a whole copy of it"),
+    (["--init-image=bomb.png"], 3, "40x40 are 1,600 pixels, more than config"),
+    (["--init-image=huge.png"], 3, "has 400,000,000 pixels, more than config"),
+    (["--init-image=huge.png"], 3, "max_pixels=1,000. Make it smaller.\n"),
     (["--init-image=a.png", "--mask=wide.png"], 2, "wide.png is of 8x9, and"),
     (["--init-image=a.png", "--mask=cut.png"], 3, "--mask=cut.png is corrupt"),
     (["--init-image=a.png", *["--mask=a.png"] * 2], 2, "one for all, or one"),
@@ -153,6 +158,10 @@ def test_what_cannot_be_is_refused(
   write("a.png", steps_of((8, 8)))
   write("wide.png", steps_of((8, 9)))
   write("bomb.png", np.zeros((40, 40)))
+  bomb = (tmp_path / "bomb.png").read_bytes()
+  header = b"IHDR" + struct.pack(">II", 20_000, 20_000) + bomb[24:29]
+  summed = header + struct.pack(">I", zlib.crc32(header))
+  (tmp_path / "huge.png").write_bytes(bomb[:12] + summed + bomb[33:])
   (tmp_path / "empty.png").write_bytes(b"")
   (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
   keys = ["--config.data.max_pixels=1000"]
