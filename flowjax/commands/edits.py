@@ -40,6 +40,18 @@ class Edits:
       return {}
     return {"context": self.context[np.arange(count) % len(self.images)]}
 
+  def beside(self, task: tasks.TaskConfig, count: int) -> list[np.ndarray]:
+    """Returns what stands beside pictures: each image, and what is told of it.
+
+    A small image that is made larger is shown as it is told alone.
+    """
+    if self.context is None:
+      return []
+    turn = np.arange(count) % len(self.images)
+    told = task.shown(self.context[turn], self.images.shape[-1])
+    whole = self.images.shape[1:] == told.shape[1:]
+    return [self.images[turn], told] if whole else [told]
+
   def turns(self, count: int) -> dict[str, Any]:
     """Returns the options of `Restored.draw` for so many images, in turn."""
     turn = np.arange(count) % len(self.images)

@@ -151,7 +151,7 @@ def _reconstructions(found: restored.Restored, args) -> None:
     **scores,
   }
   pair = drawing.reconstructor(found.run, SHOWN)(found.params)
-  grid = pictures.grid(pictures.pairs(*pair), columns=10)
+  grid = pictures.pairs(*pair)
   path = found.directory / "reconstructions.png"
   if distributed.is_first():
     pictures.save_png(grid, path)

@@ -12,7 +12,7 @@ import numpy as np
 
 from flowjax import errors, models
 from flowjax.commands import drawing, restored
-from flowjax.data import images
+from flowjax.data import images, sources
 from flowjax.interop import frozen, pipelines
 from flowjax.train import aspects
 
@@ -152,7 +152,14 @@ def image(
     content = path.read_bytes()
   except OSError as error:
     raise errors.UserError(f"{flag}={path} cannot be read: {error}.") from error
-  return reader.record(content, f"{flag}={path}")
+  try:
+    return reader.record(content, f"{flag}={path}")
+  except images.TooLarge:
+    raise
+  except sources.Corrupt as error:
+    raise sources.Corrupt(
+      f"{error} Take a whole copy of it, or another image."
+    ) from error
 
 
 def sizes(args, found: restored.Restored, count: int) -> dict[str, Any]:

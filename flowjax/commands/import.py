@@ -33,6 +33,7 @@ import numpy as np
 
 from flowjax import errors, models, schema
 from flowjax.commands import configs, flags, pipeline, restored
+from flowjax.data import config as data_config
 from flowjax.interop import lazy, lora, tables, weights
 from flowjax.models import patches
 from flowjax.parallel import placing
@@ -86,9 +87,22 @@ def run(args) -> None:
   begin.save(built, placed, args.workdir)
   for line in [*_summary(found, built, fresh), *kept]:
     print(line)
-  print(f"Step 0 of a run in {args.workdir}. To train on:")
+  print(f"Step 0 of a run in {args.workdir}. {_to_train_on(args, config)}")
+
+
+def _to_train_on(args, config: experiment.Experiment) -> str:
+  """Returns how to train on, also where no one has said yet of what."""
   saved = args.workdir / "config.json"
-  print(f"  flowjax train --config={saved} --workdir={args.workdir}")
+  line = f"  flowjax train --config={saved} --workdir={args.workdir}"
+  data, default = config.data, data_config.DataConfig()
+  size = (*data.image_size, data.channels)
+  suits = args.config and size == (*default.image_size, default.channels)
+  if data.source != default.source or suits:
+    return f"To train on:\n{line}"
+  return (
+    "To train on, with a SOURCE such as folder:/data/images:\n"
+    f"{line} --config.data.source=SOURCE --allow_config_change"
+  )
 
 
 def _leaves_of(

@@ -50,8 +50,6 @@ from flowjax.evaluate import pictures
 from flowjax.parallel import distributed
 from flowjax.train import methods, progress, workdir
 
-COLUMNS = 10
-
 
 def add_flags(parser) -> None:
   """Adds the flags of `sample`; what is not given is as in the config."""
@@ -204,7 +202,9 @@ def run(args) -> None:
       images - originals, args.guidance or (method.guidance.scale,)
     )
   beside = []  # What is shown has a sheet of its own.
-  if edit is None and shows is None and originals is None:
+  if edit is not None:
+    beside = edit.beside(found.config.task, count)
+  elif shows is None and originals is None:
     beside = drawing.beside(found.run, cond)
   if parts and not args.latents:
     images = pipeline.pictures(parts, images, tiled=args.tiles)
@@ -371,7 +371,8 @@ def _write(
     pictures.save_png(shows.sheet(images), out)
     return
   if originals is not None:
-    images = pictures.pairs(originals, images, columns=COLUMNS)
+    pictures.save_png(pictures.pairs(originals, images), out)
+    return
   if captions:
     captions = [captions[i % len(captions)] for i in range(len(images))]
   pictures.save_png(pictures.sheet(images, captions, beside=beside), out)

@@ -187,7 +187,7 @@ def _reconstructions(built: parts.Parts, directory: pathlib.Path):
 
   def look(state: states.TrainState):
     pair = reconstruct(states.averaged(state))
-    grid = pictures.grid(pictures.pairs(*pair), columns=10)
+    grid = pictures.pairs(*pair)
     _save(grid, directory, state)
     return {}, {"samples": grid[None]}
 

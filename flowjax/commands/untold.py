@@ -49,8 +49,8 @@ def translation(
     )
   path = found.directory / "samples.png"
   if distributed.is_first():
-    pairs = pictures.pairs(starts[:SHOWN], images[:SHOWN], columns=10)
-    pictures.save_png(pictures.grid(pairs, columns=10), path)
+    pairs = pictures.pairs(starts[:SHOWN], images[:SHOWN])
+    pictures.save_png(pairs, path)
   return {
     "samples": len(starts),
     "classifier_accuracy": judge.accuracy,

@@ -4,6 +4,7 @@
 
 import dataclasses
 import io
+import re
 import warnings
 from typing import IO
 
@@ -18,6 +19,10 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 LATENTS = (".npy",)
 # A tag of Exif, and its values for an image that is stored on its side.
 _ORIENTATION, _LYING = 0x0112, (5, 6, 7, 8)
+
+
+class TooLarge(sources.Corrupt):
+  """An image of more pixels than one wants to decode. The text has a remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +100,8 @@ def decode(
   """Decodes an image, turns it upright and cuts it to `image_size`.
 
   The short side is resized to fit and the long side cropped around the centre.
-  What is transparent becomes white. Raises `sources.Corrupt` with `name`, also
-  where the header of an image claims more than `max_pixels`.
+  What is transparent becomes white. Raises `sources.Corrupt` with `name`, and
+  `TooLarge` where the header of an image claims more than `max_pixels`.
   """
   PIL = _pillow()
   if not content:
@@ -105,14 +110,17 @@ def decode(
     with PIL.Image.open(io.BytesIO(content), formats=FORMATS) as image:
       # Only the header is read so far.
       if (count := image.width * image.height) > max_pixels:
-        raise ValueError(
-          f"{image.width}x{image.height} are {count:,} pixels, more than "
-          f"config.data.max_pixels={max_pixels:,}"
-        )
+        sides = f"{image.width}x{image.height} are "
+        raise _too_large(name, f"{sides}{count:,} pixels", max_pixels)
       upright = PIL.ImageOps.exif_transpose(image)
       pixels = np.asarray(_cover(_opaque(upright, channels), image_size))
-  except MemoryError:
-    raise  # It says nothing about the image.
+  except (MemoryError, TooLarge):
+    raise  # The first says nothing about the image.
+  except PIL.Image.DecompressionBombError as error:
+    # Far above `max_pixels`, Pillow does not even say of which sides.
+    count = re.search(r"\d+", str(error))
+    it = f"it has {int(count[0]):,} pixels" if count else "its header says so"
+    raise _too_large(name, it, max_pixels) from error
   # Decoders answer to broken bytes with errors of a dozen types.
   except Exception as error:
     raise sources.Corrupt(f"{name} is corrupt: {_reason(error)}.") from error
@@ -225,6 +233,13 @@ def _cover(image, image_size: tuple[int, int]):
   box = (left, top, left + width * scale, top + height * scale)
   bicubic = _pillow().Image.Resampling.BICUBIC
   return image.resize((width, height), bicubic, box=box)
+
+
+def _too_large(name: str, it: str, max_pixels: int) -> TooLarge:
+  return TooLarge(
+    f"{name} is too large: {it}, more than config.data.max_pixels="
+    f"{max_pixels:,}. Make it smaller."
+  )
 
 
 def _reason(error: Exception) -> str:

@@ -35,15 +35,17 @@ def grid(
 ) -> np.ndarray:
   """Returns one uint8 RGB image [H, W, 3] of many, in rows of `columns`.
 
-  Images are float in [-1, 1] or uint8. Of more than three channels the first
-  three are shown, of two the first. Each pixel becomes `scale` by `scale`, by
-  default as large as makes the shorter side 32. `labels` stand under their
-  images, a line or more, and `row_titles` on the left of their rows.
+  Fewer images than that are one row, as wide as they are. Images are float in
+  [-1, 1] or uint8. Of more than three channels the first three are shown, of
+  two the first. Each pixel becomes `scale` by `scale`, by default as large as
+  makes the shorter side 32. `labels` stand under their images, a line or more,
+  and `row_titles` on the left of their rows.
   """
   if images_NHWC.ndim != 4 or not len(images_NHWC):
     raise ValueError(
       f"A grid is made of images [N, H, W, C], not {images_NHWC.shape}."
     )
+  columns = min(columns, len(images_NHWC))
   tiles_NHWC = _rgb(to_uint8(images_NHWC))
   side = min(tiles_NHWC.shape[1:3])
   scale = scale or max(1, -(-32 // side))
@@ -78,7 +80,6 @@ def captioned(
   columns: int = 8,
 ) -> np.ndarray:
   """Returns a grid of images that are wide enough for captions beneath."""
-  columns = min(columns, len(images_NHWC))
   width = images_NHWC.shape[2]
   scale = max(1, -(-CAPTION_WIDTH // width))
   letters = scale * width // LETTER_WIDTH
@@ -140,7 +141,8 @@ def boxed(
 def pairs(
   above_NHWC: np.ndarray, below_NHWC: np.ndarray, *, columns: int = 10
 ) -> np.ndarray:
-  """Returns the images of two arrays for a grid: a row of each, in turn."""
+  """Returns a grid of the images of two arrays: a row of each, in turn."""
+  columns = min(columns, len(above_NHWC))
   missing = -len(above_NHWC) % columns
   blank = np.full((missing, *above_NHWC.shape[1:]), -1.0)
   rows = [
@@ -148,7 +150,7 @@ def pairs(
     for images in (above_NHWC, below_NHWC)
   ]
   both = np.concatenate(rows, axis=1)
-  return both.reshape(-1, *above_NHWC.shape[1:])
+  return grid(both.reshape(-1, *above_NHWC.shape[1:]), columns=columns)
 
 
 def save_png(image_HWC: np.ndarray, path: pathlib.Path | str) -> None:

@@ -1,7 +1,9 @@
 """Images and masks that `sample` is given, of a network that is not trained."""
 
 import pathlib
+import struct
 import types
+import zlib
 
 import jax
 import numpy as np
@@ -140,7 +142,10 @@ def test_a_flow_between_images_starts_from_them(sample, write):
     (["--init-image=none.png"], 2, "none.png cannot be read"),
     (["--init-image=empty.png"], 3, "empty.png is corrupt: it is empty"),
     (["--init-image=cut.png"], 3, "cut.png is corrupt"),
-    (["--init-image=bomb.png"], 3, "more than config.data.max_pixels"),
+    (["--init-image=cut.png"], 3, "Take a whole copy of it"),
+    (["--init-image=bomb.png"], 3, "40x40 are 1,600 pixels, more than config"),
+    (["--init-image=huge.png"], 3, "has 400,000,000 pixels, more than config"),
+    (["--init-image=huge.png"], 3, "max_pixels=1,000. Make it smaller.\n"),
     (["--init-image=a.png", "--mask=wide.png"], 2, "wide.png is of 8x9, and"),
     (["--init-image=a.png", "--mask=cut.png"], 3, "--mask=cut.png is corrupt"),
     (["--init-image=a.png", *["--mask=a.png"] * 2], 2, "one for all, or one"),
@@ -153,6 +158,10 @@ def test_what_cannot_be_is_refused(
   write("a.png", steps_of((8, 8)))
   write("wide.png", steps_of((8, 9)))
   write("bomb.png", np.zeros((40, 40)))
+  bomb = (tmp_path / "bomb.png").read_bytes()
+  header = b"IHDR" + struct.pack(">II", 20_000, 20_000) + bomb[24:29]
+  summed = header + struct.pack(">I", zlib.crc32(header))
+  (tmp_path / "huge.png").write_bytes(bomb[:12] + summed + bomb[33:])
   (tmp_path / "empty.png").write_bytes(b"")
   (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
   keys = ["--config.data.max_pixels=1000"]
@@ -197,6 +206,9 @@ def test_a_network_for_inpainting_is_told_mask_and_image(sample, write):
   np.testing.assert_array_equal(told[1, ..., 0], mask_HW / 255)
   wanted = np.where(mask_HW > 0, 0.0, pixels)
   np.testing.assert_array_equal(told[1, ..., 1], wanted)
+  beside = made.beside(untrained(DIT, *INPAINTING).config.task, 2)
+  np.testing.assert_array_equal(beside[0][1, ..., 0], np.float32(pixels))
+  np.testing.assert_array_equal(beside[1][1, ..., 0], np.float32(wanted))
 
 
 def test_a_network_for_super_resolution_is_told_the_small_image(
@@ -210,6 +222,14 @@ def test_a_network_for_super_resolution_is_told_the_small_image(
   np.testing.assert_allclose(told[..., 0], 1.0)
   np.testing.assert_array_equal(told[..., 1], 0.0)
   assert made.turns(1) == {}
+  (beside,) = made.beside(untrained(DIT, *SUPER).config.task, 2)
+  np.testing.assert_array_equal(beside, np.ones((2, 8, 8, 1)))
   assert sample(f"--init-image={image}", "--num=2", keys=SUPER).shape[0] == 2
+  sheet = image.with_name("sheet.png")
+  sample(f"--init-image={image}", "--num=2", f"--out={sheet}", keys=SUPER)
+  pixels = np.asarray(PIL.Image.open(sheet))
+  # On the left of each what it was told: white.
+  assert (pixels[2:34, 2:34] == 255).all()
+  assert pixels.shape == (36, 2 * (4 * (2 * 8 + 3) + 4), 3)
   assert sample(f"--init-image={image}", "--strength=1", keys=SUPER) == 2
   assert "this network makes --init-image larger" in capsys.readouterr().err

@@ -157,7 +157,9 @@ def test_an_imported_run_samples_and_trains_on(tmp_path, capsys):
   ]
   given = [f"--from={tmp_path}/pipeline", f"--workdir={workdir}", *words]
   assert flowjax("import", *given) == 0
-  assert "44 tensors" in capsys.readouterr().out
+  out = capsys.readouterr().out
+  assert "44 tensors" in out
+  assert out.endswith(" --config.data.source=SOURCE --allow_config_change\n")
   assert flowjax("import", *given) == 2
   assert "holds a run already, at step 0" in capsys.readouterr().err
 

@@ -42,6 +42,23 @@ def test_small_images_are_enlarged_by_whole_pixels():
   assert pictures.grid(np.zeros((1, 64, 64, 3))).shape[0] == 64 + 4
 
 
+def test_a_grid_of_few_images_is_as_wide_as_they_are():
+  images = np.zeros((3, 32, 32, 1))
+  assert pictures.grid(images).shape == (36, 3 * 36, 3)
+  beside = pictures.sheet(images[:1], beside=[images[:1]])
+  assert beside.shape == (36, 2 * 32 + 3 + 4, 3)
+
+
+def test_pairs_are_below_each_other():
+  above, below = np.full((2, 3, 32, 32, 1), -1.0)
+  below[1] = 1.0
+  tiles = pictures.pairs(above, below)[..., 0].reshape(2, 36, 3, 36)
+  assert tiles[:, 18, :, 18].tolist() == [[0, 0, 0], [0, 255, 0]]
+  tiles = pictures.pairs(above, below, columns=2)[..., 0].reshape(4, 36, 2, 36)
+  assert tiles[1, 18, :, 18].tolist() == [0, 255]
+  assert tiles[3, 18, 0, 18] == 0
+
+
 @pytest.mark.parametrize("channels, seen", [(1, 0), (2, 0), (3, 1), (4, 1)])
 def test_channels(channels, seen):
   """The second channel is green where there are colours."""
