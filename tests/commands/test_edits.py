@@ -15,6 +15,8 @@ from flowjax.commands import configs, edits, restored
 from flowjax.data import images
 from flowjax.train import parts
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 DIT = f"{pathlib.Path(__file__).parents[2]}/configs/digits_dit.py"
 NF = DIT.replace("_dit", "_nf")
 SMALL = {

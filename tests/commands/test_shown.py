@@ -11,6 +11,8 @@ from flowjax import errors
 from flowjax.commands import shown, variations
 from flowjax.data import layouts, scenes
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 SMALL = (
   "--config.steps=2",
   "--config.optim.warmup_steps=0",

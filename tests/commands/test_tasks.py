@@ -15,6 +15,8 @@ from flowjax.commands import configs, drawing, restored, tasked
 from flowjax.interop import torch_export
 from flowjax.train import parts, tasks
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 INPAINTING = f"{pathlib.Path(__file__).parents[2]}/configs/digits_inpainting.py"
 SMALL = [
   "--config.model.patch_size=4",

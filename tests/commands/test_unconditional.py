@@ -12,6 +12,8 @@ from flowjax import __main__ as door
 from flowjax.commands import configs, drawing, evaluate, restored
 from flowjax.train import parts
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 CONFIG = f"{pathlib.Path(__file__).parents[2]}/configs/digits_unconditional.py"
 TINY = [
   f"--config={CONFIG}",
