@@ -6,7 +6,7 @@
 At t = 1 there is no noise but a digit from 0 to 4, and at t = 0 one from 5 to 9
 (arXiv:2209.03003, section 5.2). No pairs are known: within a batch optimal
 transport brings together what is alike, so that a digit changes no more than it
-has to. 2 CPU cores, about 2 minutes. `flowjax evaluate` shows held-out digits
+has to. 2 CPU cores will do. `flowjax evaluate` shows held-out digits
 and what became of them, and says how many of these are of the other set.
 """
 

@@ -3,7 +3,7 @@
   flowjax train --config=configs/digits_unconditional.py \\
     --workdir=runs/unconditional
 
-2 CPU cores, twice as long as configs/digits_dit.py. The data is inside
+2 CPU cores; twice the steps of configs/digits_dit.py. The data is inside
 scikit-learn, and its labels are left out. `flowjax evaluate` then finds samples
 of all ten classes, at a Fréchet distance of 6.7 (real digits: 3.0).
 """
