@@ -7,31 +7,17 @@ what was drawn of held-out digits recognised, of what their holes leave of them
 69.4%, and of themselves 98.9%.
 """
 
-from flowjax.train import experiment
+import pathlib
+import runpy
+
+DIGITS = pathlib.Path(__file__).parent / "digits_dit.py"
 
 
 def get_config():
-  config = experiment.defaults("dit")
-  config.steps = 1000
+  """Returns the config."""
+  config = runpy.run_path(str(DIGITS))["get_config"]()
   config.task.name = "inpainting"
-  config.model.update(
-    image_size=(8, 8),
-    channels=1,
-    context_channels=2,  # The mask, and what it leaves of the image.
-    patch_size=2,
-    width=128,
-    depth=4,
-    heads=4,
-    num_classes=10,
-  )
-  config.data.update(source="digits", batch_size=128)
-  config.optim.update(
-    learning_rate=2e-3, schedule="cosine", warmup_steps=100, clip_norm=1.0
-  )
-  config.ema.decay = 0.995
-  config.sample.steps = 25
-  config.log.update(
-    metrics_every=10, validation_every=100, samples_every=500, sample_count=30
-  )
-  config.checkpoint.every = 500
+  config.model.context_channels = 2  # The mask, and what it leaves.
+  config.sample.guidance.scale = 1.0
+  config.log.sample_count = 30
   return config

@@ -10,37 +10,22 @@ has to. 2 CPU cores will do. `flowjax evaluate` shows held-out digits
 and what became of them, and says how many of these are of the other set.
 """
 
-from flowjax.train import experiment
+import pathlib
+import runpy
+
+DIGITS = pathlib.Path(__file__).parent / "digits_dit.py"
 
 
 def get_config():
   """Returns the config."""
-  config = experiment.defaults("dit")
-  config.steps = 1000
-  config.model.update(
-    image_size=(8, 8),
-    channels=1,
-    patch_size=2,
-    width=128,
-    depth=4,
-    heads=4,
-    num_classes=0,
-  )
+  config = runpy.run_path(str(DIGITS))["get_config"]()
+  config.model.num_classes = 0
   config.data.update(
     source="digits:5,6,7,8,9",
     pair_source="digits:0,1,2,3,4",
     images_alone=True,
-    batch_size=128,
   )
   config.flow.coupling.update(name="pairs", then="optimal_transport")
   config.flow.law.name = "uniform"
-  config.optim.update(
-    learning_rate=2e-3, schedule="cosine", warmup_steps=100, clip_norm=1.0
-  )
-  config.ema.decay = 0.995
-  config.sample.steps = 25
-  config.log.update(
-    metrics_every=10, validation_every=100, samples_every=500, sample_count=50
-  )
-  config.checkpoint.every = 500
+  config.sample.guidance.scale = 1.0
   return config
