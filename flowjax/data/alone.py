@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from flowjax.data import sources
+from flowjax.data import retold, sources
 
 # What a network may be told of an image.
 TOLD = (
@@ -22,38 +22,18 @@ TOLD = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Alone:
+class Alone(retold.Retold):
   """The records of a source without what is said of them."""
 
-  source: Any
   class_names: tuple[str, ...] = ()
   num_classes: int = 0
-
-  @property
-  def name(self) -> str:
-    return self.source.name
-
-  @property
-  def shape(self) -> tuple[int, int, int]:
-    return self.source.shape
 
   @property
   def blank(self) -> sources.Record:
     return untold(sources.blank(self.source))
 
-  def __len__(self) -> int:
-    return len(self.source)
-
   def __getitem__(self, i: int) -> sources.Record:
     return untold(self.source[i])
-
-  def draw(self, seed: int, position_B: np.ndarray) -> np.ndarray:
-    """Returns the record that the source has at each position."""
-    return sources.draw(self.source, seed, position_B)
-
-  def fingerprint(self) -> dict[str, Any]:
-    """Returns what the order of the records hangs on, as JSON can hold it."""
-    return self.source.fingerprint()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,51 +8,25 @@ from typing import Any
 import numpy as np
 
 from flowjax import errors
-from flowjax.data import sources, tokenizers
+from flowjax.data import retold, sources, tokenizers
 
 
 @dataclasses.dataclass(frozen=True)
-class Captioned:
+class Captioned(retold.Retold):
   """The records of a source of {"image", "caption"}, with tokens.
 
   A record has "token" [L] and "token_mask" [L] in place of its caption, and
   "truncated", 1 where that was cut: for counting, not for the model.
   """
 
-  source: Any
   tokenizer: tokenizers.Tokenizer
-
-  @property
-  def name(self) -> str:
-    return self.source.name
-
-  @property
-  def class_names(self) -> tuple[str, ...]:
-    return self.source.class_names
-
-  @property
-  def shape(self) -> tuple[int, int, int]:
-    return self.source.shape
-
-  @property
-  def num_classes(self) -> int:
-    return self.source.num_classes
 
   @property
   def blank(self) -> dict[str, np.ndarray]:
     return self._one(sources.blank(self.source))
 
-  def __len__(self) -> int:
-    return len(self.source)
-
   def __getitem__(self, i: int) -> dict[str, np.ndarray]:
     return self._one(self.source[i])
-
-  def draw(self, seed: int, position_B: np.ndarray) -> np.ndarray:
-    return sources.draw(self.source, seed, position_B)
-
-  def fingerprint(self) -> dict[str, Any]:
-    return self.source.fingerprint()
 
   def _one(self, record: dict[str, Any]) -> dict[str, np.ndarray]:
     told = self._told([record["caption"]])

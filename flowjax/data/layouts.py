@@ -13,7 +13,7 @@ import numpy as np
 
 from flowjax import errors, schema
 from flowjax.data import config as config_lib
-from flowjax.data import sources
+from flowjax.data import retold, sources
 
 # (name, top, left, bottom, right), the sides from 0 to 1.
 Box = Sequence[Any]
@@ -94,39 +94,19 @@ def parse(content: Any) -> list[Box]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Boxed:
+class Boxed(retold.Retold):
   """The records of a source whose captions are boxes, in JSON, with these.
 
   A box belongs to the whole image in a file; of a part that was cut out those
   whose middle is in it are kept, as far as they are in it.
   """
 
-  source: Any
   layout: Layout
   originals: bool
 
   @property
-  def name(self) -> str:
-    return self.source.name
-
-  @property
-  def class_names(self) -> tuple[str, ...]:
-    return self.source.class_names
-
-  @property
-  def shape(self) -> tuple[int, int, int]:
-    return self.source.shape
-
-  @property
-  def num_classes(self) -> int:
-    return self.source.num_classes
-
-  @property
   def blank(self) -> dict[str, np.ndarray]:
     return self._with(sources.blank(self.source), [])
-
-  def __len__(self) -> int:
-    return len(self.source)
 
   def __getitem__(self, i: int) -> dict[str, np.ndarray]:
     record = self.source[i]
@@ -144,9 +124,6 @@ class Boxed:
     gone = ("caption", *(() if self.originals else ("size", "crop")))
     rest = {key: record[key] for key in record if key not in gone}
     return {**rest, **self.layout.arrays(boxes)}
-
-  def draw(self, seed: int, position_B: np.ndarray) -> np.ndarray:
-    return sources.draw(self.source, seed, position_B)
 
   def fingerprint(self) -> dict[str, Any]:
     return {**self.source.fingerprint(), "boxes": self.layout.fingerprint()}

@@ -11,7 +11,7 @@ import numpy as np
 
 from flowjax import errors
 from flowjax.data import config as config_lib
-from flowjax.data import order, sources
+from flowjax.data import order, retold, sources
 
 log = logging.getLogger(__name__)
 
@@ -74,28 +74,21 @@ def without(
 
 
 @dataclasses.dataclass(frozen=True)
-class Templated:
+class Templated(retold.Retold):
   """A labelled source whose labels became captions, as "a photo of a {}".
 
   Record i + k * len(self) is record i in the words of template k. Which one it
   is while training follows from the seed and the position.
   """
 
-  source: sources.Source
   templates: tuple[str, ...]
   class_names: tuple[str, ...] = ()
   num_classes: int = 0
 
   @property
-  def name(self) -> str:
-    return self.source.name
-
-  @property
-  def shape(self) -> tuple[int, int, int]:
-    return self.source.shape
-
-  def __len__(self) -> int:
-    return len(self.source)
+  def blank(self) -> sources.Record:
+    rest = sources.blank(self.source)
+    return {**{key: rest[key] for key in rest if key != "label"}, "caption": ""}
 
   def __getitem__(self, i: int) -> sources.Record:
     template, i = divmod(i, len(self))
