@@ -326,3 +326,23 @@ def test_a_command_line_can_name_a_mixture_and_what_is_none_by_default():
   assert data.mixture == (("folder:x", 1.0), ("digits", 2.5))
   assert data.templates == ("a {}",)
   assert data.captions is True and data.caption_key == "said"
+
+
+def test_a_blank_of_templates_has_what_their_records_have():
+  class Sized:
+    name, shape, class_names, num_classes = "sized", (2, 2, 1), ("a",), 1
+    record = {
+      "image": np.zeros((2, 2, 1), np.float32),
+      "label": np.int32(0),
+      "size": np.array([4, 4], np.int32),
+    }
+    blank = record
+
+    def __len__(self):
+      return 1
+
+    def __getitem__(self, i):
+      return self.record
+
+  source = texts.Templated(Sized(), ("a {}",))
+  assert sources.blank(source).keys() == source[0].keys()
