@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from flowjax import errors, models
-from flowjax.commands import drawing, restored
+from flowjax.commands import drawing, flags, restored
 from flowjax.data import images, sources
 from flowjax.interop import frozen, pipelines
 from flowjax.train import aspects
@@ -20,6 +20,44 @@ from flowjax.train import aspects
 LONGEST = 10_000
 _KEYS = ("text", "pooled", "text_mask")
 _NEGATIVE = "negative_"
+
+
+def add_flags(parser) -> None:
+  """Adds the flags of what is read here."""
+  parser.add_argument(
+    "--embeddings", type=flags.path, help="embedded texts, in turn: a .npz"
+  )
+  parser.add_argument(
+    "--prompt",
+    action="append",
+    help="a caption; once more for one more, which come in turn",
+  )
+  parser.add_argument(
+    "--prompts", type=flags.path, help="a file of captions, one a line"
+  )
+  parser.add_argument(
+    "--negative-prompt",
+    dest="negative_prompt",
+    help="a caption to be guided away from, instead of from the empty one",
+  )
+  parser.add_argument(
+    "--start",
+    type=flags.path,
+    help="what to start from instead of noise: a .npy of [N, H, W, C]",
+  )
+  parser.add_argument(
+    "--original-size",
+    dest="original_size",
+    type=flags.pixels,
+    help="what a network that is told sizes hears of the original: small is "
+    "blurred; default: the size of the images",
+  )
+  parser.add_argument(
+    "--crop",
+    type=flags.offset,
+    help="what it hears of how far from the top and the left it was cut, as "
+    "64,0; default: 0,0",
+  )
 
 
 def captions(args) -> list[str]:

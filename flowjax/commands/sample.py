@@ -70,41 +70,13 @@ def add_flags(parser) -> None:
   parser.add_argument(
     "--labels", help="classes in turn, such as 3,1,4; default: all"
   )
-  parser.add_argument(
-    "--embeddings", type=flags.path, help="embedded texts, in turn: a .npz"
-  )
-  parser.add_argument(
-    "--prompt",
-    action="append",
-    help="a caption; once more for one more, which come in turn",
-  )
-  parser.add_argument(
-    "--prompts", type=flags.path, help="a file of captions, one a line"
-  )
-  parser.add_argument(
-    "--negative-prompt",
-    dest="negative_prompt",
-    help="a caption to be guided away from, instead of from the empty one",
-  )
+  given.add_flags(parser)
   shown.add_flags(parser)
   parser.add_argument(
     "--size",
     type=flags.pixels,
     help="height and width of the images, as 1024x768; default: those of "
     "training",
-  )
-  parser.add_argument(
-    "--original-size",
-    dest="original_size",
-    type=flags.pixels,
-    help="what a network that is told sizes hears of the original: small is "
-    "blurred; default: the size of the images",
-  )
-  parser.add_argument(
-    "--crop",
-    type=flags.offset,
-    help="what it hears of how far from the top and the left it was cut, as "
-    "64,0; default: 0,0",
   )
   parser.add_argument(
     "--latents",
@@ -124,11 +96,6 @@ def add_flags(parser) -> None:
     help="a workdir to be guided away from, instead of from no label",
   )
   parser.add_argument("--seed", type=flags.seed, default=0, help="of the noise")
-  parser.add_argument(
-    "--start",
-    type=flags.path,
-    help="what to start from instead of noise: a .npy of [N, H, W, C]",
-  )
   edits.add_flags(parser)
   parser.add_argument(
     "--invert",
