@@ -3,13 +3,14 @@
 # Shape suffixes: B positions or records.
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from flowjax.data import retold, sources
 
-# What a network may be told of an image.
+# What a network may be told of an image by its source, and in place of nothing.
 TOLD = (
   "label",
   "caption",
@@ -18,6 +19,7 @@ TOLD = (
   "text",
   "pooled",
   "text_mask",
+  "negative",
 )
 
 
@@ -50,6 +52,6 @@ def alone(source: Any) -> Alone:
   return kind(source)
 
 
-def untold(record: dict[str, Any]) -> dict[str, Any]:
+def untold(record: Mapping[str, Any]) -> dict[str, Any]:
   """Returns a record, or a batch, without what is said of its images."""
   return {key: record[key] for key in record if key not in TOLD}

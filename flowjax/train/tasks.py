@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from flowjax import schema
+from flowjax.data import alone
 from flowjax.flow import losses
 
 Batch = Mapping[str, Any]
@@ -30,8 +31,6 @@ Batch = Mapping[str, Any]
 _TASK = 0x7A5C
 # What tasks make of images, beside what a source says of them.
 MADE = ("context", "original", "original_mask", "embedding_mask")
-# What a source may say of an image in words.
-_SAID = ("label", "text", "pooled", "text_mask", "negative")
 # A brush stroke has so many corners, and turns about so far at each (radians).
 _CORNERS, _TURN = 6, 0.9
 
@@ -310,7 +309,7 @@ def _check_factor(config: TaskConfig, size: tuple[int, int]) -> None:
 def _add_original(config: TaskConfig, batch: Batch, rng: jax.Array):
   image_BHWC = batch["image"]
   # What else is said of an image would have to be said of its variations.
-  rest = {key: batch[key] for key in batch if key not in _SAID}
+  rest = alone.untold(batch)
   there_B = jnp.ones(len(image_BHWC), bool)
   if "embedding" in batch:
     rest["embedding_mask"] = there_B
