@@ -2,23 +2,18 @@
 
 Texts become conditions as the pipeline's own `encode_prompt` makes them, and
 images become latents, and come back, by its autoencoder. A part is read from
-the folder when it is first asked for: over a mesh each device keeps its slice,
-and no device ever holds a large encoder whole.
+the folder when it is first asked for.
 """
 
 # Shape suffixes: B batch, L tokens of a text, E its width, P width of the
 # pooled text, H height, W width, C channels; N rows of any kind.
 
 import collections.abc
-import contextlib
 import dataclasses
-import functools
 import hashlib
 import pathlib
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -26,17 +21,13 @@ from flowjax import errors
 from flowjax.data import embeddings, tokenizer_files
 from flowjax.interop import (
   folder_export,
+  frozen_parts,
   pipelines,
-  safetensors,
   shards,
-  tables,
   text_encoders,
   vae,
   weights,
 )
-from flowjax.models import autoencoder, clip_vision, tiles
-from flowjax.parallel import mesh as meshes
-from flowjax.parallel import placing, rules
 
 # How many tokens T5 reads in each pipeline, unless another number is asked for.
 T5_TOKENS = {"sd3": 256, "flux": 512}
@@ -44,15 +35,6 @@ DTYPES = ("bfloat16", "float32")
 _SAMPLED = 64  # numbers of a tensor that are looked at for a fingerprint
 
 Captions = collections.abc.Sequence[str]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Part:
-  """A network that was read, and what it computes: `run(params, rows)`."""
-
-  config: Any
-  params: Any
-  run: collections.abc.Mapping[str, collections.abc.Callable[..., Any]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -115,7 +97,7 @@ class Frozen:
   def embed(self, x_BHWC: Any) -> np.ndarray:
     """Returns embeddings [B, P] of images in [-1, 1], of any size."""
     part = self._part(pipelines.IMAGE_ENCODER)
-    return self._on_rows(part, "embed", x_BHWC)
+    return frozen_parts.on_rows(part, "embed", x_BHWC, self.mesh)
 
   def truncated(self, captions: Captions) -> dict[str, np.ndarray]:
     """Says of which captions each encoder reads the beginning alone: bool [B].
@@ -132,7 +114,7 @@ class Frozen:
 
     They are shifted and scaled as the network learns them.
     """
-    return self._on_rows(self._part("vae"), "encode", x_BHWC)
+    return frozen_parts.on_rows(self._part("vae"), "encode", x_BHWC, self.mesh)
 
   def decode(
     self, z_BHWC: Any, at_once: int | None = None, *, tiled: bool = False
@@ -143,7 +125,9 @@ class Frozen:
     of tiles of the size that the autoencoder was trained at.
     """
     what = "decode_tiled" if tiled else "decode"
-    return self._on_rows(self._part("vae"), what, z_BHWC, at_once)
+    return frozen_parts.on_rows(
+      self._part("vae"), what, z_BHWC, self.mesh, at_once
+    )
 
   def fingerprint(self) -> dict[str, Any]:
     """Returns what tells these parts from others, as JSON can hold it.
@@ -229,7 +213,7 @@ class Frozen:
   def _encoded(self, name: str, captions: Captions) -> tuple[np.ndarray, Any]:
     """Returns the text that one encoder makes, and the pooled text of CLIP."""
     token_BL, _ = self._tokenizer(name)(captions)
-    return self._on_rows(self._part(name), "texts", token_BL)
+    return frozen_parts.on_rows(self._part(name), "texts", token_BL, self.mesh)
 
   def _tokenizer(self, encoder: str) -> tokenizer_files.FromFiles:
     """Returns the tokenizer of an encoder; it cuts where the pipeline does."""
@@ -245,15 +229,18 @@ class Frozen:
       self._held[name] = tokenizer_files.read(self.folder / name, length)
     return self._held[name]
 
-  def _part(self, name: str) -> _Part:
+  def _part(self, name: str) -> frozen_parts.Part:
     """Returns a part, read unless it is held already."""
     if name in self._held:
       return self._held[name]
-    read = {
-      pipelines.VAE: self._read_vae,
-      pipelines.IMAGE_ENCODER: self._read_image_encoder,
-    }.get(name, self._read_encoder)
-    part = read(name)
+    folder, over = self.folder / name, (self.mesh, self.dtype)
+    if name == pipelines.VAE:
+      part = frozen_parts.latent_coder(folder, *over)
+    elif name == pipelines.IMAGE_ENCODER:
+      part = frozen_parts.image_encoder(folder, *over)
+    else:
+      skip = int(self.kind == "sd3")
+      part = frozen_parts.text_encoder(self._found(name), *over, skip)
     if self.keep:
       self._held[name] = part
     return part
@@ -268,107 +255,6 @@ class Frozen:
         f"knows {found.config.vocabulary}: they are of different pipelines."
       )
     return found
-
-  def _read_encoder(self, name: str) -> _Part:
-    found = self._found(name)
-    changes: dict[str, Any] = {"dtype": self.dtype}
-    if found.config.name == "clip":
-      changes["skip"] = int(self.kind == "sd3")
-    config = dataclasses.replace(found.config, **changes)
-    module = text_encoders.MODULES[config.name]
-    params = self._placed(
-      found.leaves(),
-      jax.eval_shape(lambda: module.init(config, jax.random.key(0))),
-      rules.for_model(config),
-    )
-    run = jax.jit(functools.partial(module.apply, config))
-    return _Part(config, params, {"texts": run})
-
-  def _read_image_encoder(self, name: str) -> _Part:
-    found = text_encoders.open(self.folder / name)
-    config = dataclasses.replace(found.config, dtype=self.dtype)
-    params = self._placed(
-      found.leaves(),
-      jax.eval_shape(lambda: clip_vision.init(config, jax.random.key(0))),
-      rules.for_model(config),
-    )
-
-    def embed(params, x_BHWC):
-      shown_BHWC = clip_vision.shown(config, x_BHWC)
-      return clip_vision.apply(config, params, shown_BHWC)
-
-    return _Part(config, params, {"embed": jax.jit(embed)})
-
-  def _read_vae(self, name: str) -> _Part:
-    config, params = vae.open(self.folder / name, dtype=self.dtype)
-    config = dataclasses.replace(config, dtype=self.dtype)
-    whole = tables.flatten(params)
-    # It is small: every device holds it whole.
-    params = self._placed(whole.items(), params, ((".*", ()),))
-
-    def encode(params, x_BHWC):
-      mean_BHWC, log_variance_BHWC = autoencoder.encode(config, params, x_BHWC)
-      log_scale = 2.0 * np.log(config.scaling_factor)
-      mean_BHWC = autoencoder.scaled(config, mean_BHWC)
-      return mean_BHWC, log_variance_BHWC + log_scale
-
-    def decode(params, z_BHWC):
-      z_BHWC = autoencoder.unscaled(config, z_BHWC)
-      return autoencoder.decode(config, params, z_BHWC)
-
-    whole_image = jax.jit(decode)
-
-    def decode_tiled(params, z_BHWC):
-      tile = functools.partial(whole_image, params)
-      return tiles.decode(config, tile, z_BHWC)
-
-    run: dict[str, Any] = {
-      "encode": jax.jit(encode),
-      "decode": whole_image,
-      "decode_tiled": decode_tiled,
-    }
-    return _Part(config, params, run)
-
-  def _placed(self, leaves: Any, abstract: Any, table: rules.Rules) -> Any:
-    """Returns the tree of leaves, of which the host holds one at a time."""
-    _, kind = safetensors.DTYPES[self.dtype]
-    spread: dict[str, Any] = {}
-    if self.mesh is not None:
-      spread = tables.flatten(rules.shardings(table, abstract, self.mesh))
-    placed = {}
-    for path, leaf in leaves:
-      whole = np.asarray(leaf, kind)
-      placed[path] = (
-        jax.make_array_from_callback(
-          whole.shape, spread[path], whole.__getitem__
-        )
-        if spread
-        else jnp.asarray(whole)
-      )
-      # The copies to devices read from `whole`, which ends here.
-      placed[path].block_until_ready()
-    return tables.unflatten(placed)
-
-  def _on_rows(
-    self, part: _Part, what: str, rows: Any, at_once: int | None = None
-  ) -> Any:
-    """Returns what a part makes of rows [N, ...], on the host."""
-    rows, run = np.asarray(rows), part.run[what]
-    count, mesh = len(rows), self.mesh
-    size = min(at_once or count, count)
-    context: Any = contextlib.nullcontext()
-    put: Any = jnp.asarray
-    if mesh is not None:
-      context, put = meshes.use(mesh), placing.put_whole(mesh)
-      size = meshes.padded(size, mesh)
-    found = []
-    with context:
-      for start in range(0, count, size):
-        # The last row fills up what the devices share evenly.
-        kept_N = np.minimum(np.arange(start, start + size), count - 1)
-        out = run(part.params, put(rows[kept_N]))
-        found.append(jax.tree.map(placing.fetch, out))
-    return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *found)
 
 
 def open(
