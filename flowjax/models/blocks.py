@@ -1,4 +1,4 @@
-"""The two halves of a transformer block: attention and the MLP.
+"""The two halves of a transformer block, attention and the MLP; and the end.
 
 What is worth saving for the gradient has a name here ("qkv", "attention_out",
 "mlp", "mlp_out") or in `ops.attention` ("attention"), by which `REMAT` chooses.
@@ -157,3 +157,23 @@ def _activate(hidden: jax.Array) -> jax.Array:
   if hidden.ndim == 3:
     return nn.gelu(hidden, approximate=True)
   return nn.silu(hidden[:, :, 0]) * hidden[:, :, 1]
+
+
+class Final(nn.Module):
+  """The last modulated norm and the map to patches, in float32."""
+
+  features: int
+  norm: str
+
+  @nn.compact
+  def __call__(self, x_BTD, c_BD):
+    modulation_BKD = layers.Dense(
+      (2, x_BTD.shape[-1]), init_kernel=layers.zeros, name="modulation"
+    )(c_BD)
+    shift_BD, scale_BD = jnp.unstack(modulation_BKD, axis=1)
+    y_BTD = layers.ModulatedNorm(self.norm, name="norm")(
+      x_BTD.astype(jnp.float32), shift_BD, scale_BD
+    )
+    return layers.Dense(
+      (self.features,), init_kernel=layers.zeros, tokens="tokens", name="out"
+    )(y_BTD)

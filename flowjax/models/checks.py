@@ -49,6 +49,31 @@ def context(config: Any) -> None:
     )
 
 
+def heads(config: Any) -> None:
+  """Raises ValueError for heads that do not divide the width, or a position."""
+  width, count = config.width, config.heads
+  # RoPE turns pairs, in each half of a head.
+  unit = 4 if config.position == "rope2d" else 1
+  fits = [n for n in range(1, width + 1) if width % (unit * n) == 0]
+  near = sorted(sorted(fits, key=lambda n: abs(n - count))[:5])
+  remedy = f"Numbers of heads that do for this width: {near}"
+  if width % count:
+    raise ValueError(f"heads={count} does not divide width={width}. {remedy}.")
+  if config.head_size % unit:
+    raise ValueError(
+      f"position='rope2d' splits a head into rows and columns and each into "
+      f"pairs, so that its size must be divisible by 4, not "
+      f"{config.head_size} (width={width} / heads={count}). {remedy}; widths "
+      f"for {count} heads: multiples of {4 * count}. Or use "
+      f"position='sincos2d'."
+    )
+  if config.position == "sincos2d" and width % 4:
+    raise ValueError(
+      f"position='sincos2d' splits the width into four, and width={width} is "
+      "not divisible by 4."
+    )
+
+
 def patches(image_size: collections.abc.Sequence[int], patch: int) -> None:
   """Raises ValueError unless images are cut into whole patches."""
   if not any(size % patch for size in image_size):

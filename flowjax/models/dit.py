@@ -90,7 +90,7 @@ class DiTConfig:
     checks.patches(self.image_size, self.patch_size)
     checks.context(self)
     _check_ranges(self)
-    _check_heads(self)
+    checks.heads(self)
 
   @property
   def head_size(self) -> int:
@@ -159,26 +159,6 @@ class Block(nn.Module):
     return axes.name(x_BTD, "batch", "tokens", "width"), None
 
 
-class Final(nn.Module):
-  """The last modulated norm and the map to patches, in float32."""
-
-  features: int
-  norm: str
-
-  @nn.compact
-  def __call__(self, x_BTD, c_BD):
-    modulation_BKD = layers.Dense(
-      (2, x_BTD.shape[-1]), init_kernel=layers.zeros, name="modulation"
-    )(c_BD)
-    shift_BD, scale_BD = jnp.unstack(modulation_BKD, axis=1)
-    y_BTD = layers.ModulatedNorm(self.norm, name="norm")(
-      x_BTD.astype(jnp.float32), shift_BD, scale_BD
-    )
-    return layers.Dense(
-      (self.features,), init_kernel=layers.zeros, tokens="tokens", name="out"
-    )(y_BTD)
-
-
 class DiT(nn.Module):
   """From a noisy image, its time and its label to a velocity.
 
@@ -228,7 +208,7 @@ class DiT(nn.Module):
       identity_L,
       sequences.seen(positions.inside(grid_B2, tokens), batch, tokens),
     )
-    x_BTP = Final(
+    x_BTP = blocks.Final(
       patch * patch * config.channels_out, config.norm, name="final"
     )(x_BTD, c_BD)
     return patches.unpatchify(x_BTP[:, :tokens], rows, columns, patch)
@@ -237,11 +217,9 @@ class DiT(nn.Module):
     """Adds the position to each token, or returns how heads are to turn."""
     config, tokens = self.config, rows * columns
     if config.position == "rope2d":
-      half, theta = config.head_size // 2, config.rope_theta
-      if grid_B2 is None:
-        rope = positions.rope2d(rows, columns, config.head_size, theta)
-      else:
-        rope = positions.rope_within(grid_B2, tokens, (half, half), theta)
+      rope = positions.rope2d(
+        rows, columns, config.head_size, config.rope_theta, grid_B2
+      )
       return x_BTD, sequences.even_rope(rope)
     if config.position == "learned":
       table_TD = layers.Table(tokens, config.width, name="pos_embed")()
@@ -400,30 +378,6 @@ def _check_ranges(config: DiTConfig) -> None:
     raise ValueError(
       f"label_dropout={config.label_dropout} must be at least 0 and below 1: "
       "with 1 no label is ever seen. 0.1 is usual."
-    )
-
-
-def _check_heads(config: DiTConfig) -> None:
-  width, heads = config.width, config.heads
-  # RoPE turns pairs, in each half of a head.
-  unit = 4 if config.position == "rope2d" else 1
-  fits = [n for n in range(1, width + 1) if width % (unit * n) == 0]
-  near = sorted(sorted(fits, key=lambda n: abs(n - heads))[:5])
-  remedy = f"Numbers of heads that do for this width: {near}"
-  if width % heads:
-    raise ValueError(f"heads={heads} does not divide width={width}. {remedy}.")
-  if config.head_size % unit:
-    raise ValueError(
-      f"position='rope2d' splits a head into rows and columns and each into "
-      f"pairs, so that its size must be divisible by 4, not "
-      f"{config.head_size} (width={width} / heads={heads}). {remedy}; widths "
-      f"for {heads} heads: multiples of {4 * heads}. Or use "
-      f"position='sincos2d'."
-    )
-  if config.position == "sincos2d" and width % 4:
-    raise ValueError(
-      f"position='sincos2d' splits the width into four, and width={width} is "
-      "not divisible by 4."
     )
 
 

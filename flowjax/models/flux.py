@@ -25,7 +25,6 @@ from flowjax.models import (
   blocks,
   checks,
   conditions,
-  dit,
   joint,
   layers,
   patches,
@@ -226,7 +225,7 @@ class Flux(nn.Module):
 
     _, image_BTD = sequences.parted(x_BSD, lengths[0])
     image_BTD = axes.name(image_BTD, "batch", "tokens", "width")
-    x_BTP = dit.Final(
+    x_BTP = blocks.Final(
       patch * patch * config.channels, norm="layernorm", name="final"
     )(image_BTD, c_BD)
     return patches.unpatchify(x_BTP[:, :tokens], rows, columns, patch)
@@ -273,11 +272,7 @@ def _ropes(config: FluxConfig, length: int, rows: int, columns: int, grid_B2):
   """Returns how to turn text at the origin, and image at (0, row, column)."""
   way = config.rope_axes, config.rope_theta
   text = positions.rope_axes(np.zeros((length, 3)), *way)
-  if grid_B2 is None:
-    image_TA = np.argwhere(np.ones((1, rows, columns)))
-    image: Any = positions.rope_axes(image_TA, *way)
-  else:
-    image = positions.rope_within(grid_B2, rows * columns, *way)
+  image = positions.rope_of_image(rows, columns, grid_B2, *way)
   return sequences.even_rope(text), sequences.even_rope(image)
 
 

@@ -22,7 +22,6 @@ from flowjax.models import (
   blocks,
   checks,
   conditions,
-  dit,
   joint,
   layers,
   patches,
@@ -180,7 +179,7 @@ class MMDiT(nn.Module):
     for layers_of_kind in _blocks(config):
       streams, _ = layers_of_kind(streams, c_BD, (None, rope), masks)
     _, x_BTD = streams
-    x_BTP = dit.Final(
+    x_BTP = blocks.Final(
       patch * patch * config.channels_out, norm="layernorm", name="final"
     )(x_BTD, c_BD)
     return patches.unpatchify(x_BTP[:, :tokens], rows, columns, patch)
@@ -190,11 +189,9 @@ def _place(config: MMDiTConfig, x_BTD, rows: int, columns: int, grid_B2):
   """Adds the position to each token, or returns how heads are to turn."""
   tokens = rows * columns
   if config.position == "rope2d":
-    half, theta = config.head_size // 2, config.rope_theta
-    if grid_B2 is None:
-      rope: Any = positions.rope2d(rows, columns, config.head_size, theta)
-    else:
-      rope = positions.rope_within(grid_B2, tokens, (half, half), theta)
+    rope = positions.rope2d(
+      rows, columns, config.head_size, config.rope_theta, grid_B2
+    )
     return x_BTD, sequences.even_rope(rope)
   table = (
     config.width,

@@ -110,8 +110,12 @@ def _places(grid_B2: jax.Array, tokens: int) -> tuple[jax.Array, jax.Array]:
 
 
 def rope2d(
-  rows: int, columns: int, head_size: int, theta: float
-) -> tuple[np.ndarray, np.ndarray]:
+  rows: int,
+  columns: int,
+  head_size: int,
+  theta: float,
+  grid_B2: jax.Array | None = None,
+) -> tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]:
   """Returns the cosines and sines [T, H] by which `rotate` turns a head.
 
   The first half of the head turns with the row, the second with the column:
@@ -119,8 +123,7 @@ def rope2d(
   (arXiv:2104.09864, eq. 15, once per direction).
   """
   half = head_size // 2
-  place_TA = np.stack(_grid(rows, columns), axis=1)
-  return rope_axes(place_TA, (half, half), theta)
+  return rope_of_image(rows, columns, grid_B2, (half, half), theta)
 
 
 def rope_axes(
@@ -145,13 +148,30 @@ def rope_axes(
   )
 
 
-def rope_within(
+def rope_of_image(
+  rows: int,
+  columns: int,
+  grid_B2: jax.Array | None,
+  sizes: tuple[int, ...],
+  theta: float,
+) -> tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]:
+  """Returns `rope_axes` of an image's tokens, at (..., row, column).
+
+  They are a grid of so many rows and columns, or, where there is a grid for
+  each image, in that. On axes before these two a token is at the origin.
+  """
+  if grid_B2 is not None:
+    return _rope_within(grid_B2, rows * columns, sizes, theta)
+  row_T, column_T = _grid(rows, columns)
+  origin_T = np.zeros_like(row_T)
+  place = [*[origin_T] * (len(sizes) - 2), row_T, column_T]
+  return rope_axes(np.stack(place, axis=1), sizes, theta)
+
+
+def _rope_within(
   grid_B2: jax.Array, tokens: int, sizes: tuple[int, ...], theta: float
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns `rope_axes` [B, T, H] of places (..., row, column) in each grid.
-
-  On axes before these two a token is at the origin.
-  """
+  """Returns the same [B, T, H] in a grid of each image."""
   row_BT, column_BT = _places(grid_B2, tokens)
   origin_BT = jnp.zeros_like(row_BT)
   place = [*[origin_BT] * (len(sizes) - 2), row_BT, column_BT]

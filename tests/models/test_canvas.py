@@ -82,7 +82,7 @@ def test_places_within_a_grid_are_those_of_an_image_of_its_size():
       ),
       *zip(
         positions.rope2d(rows, columns, 8, 100.0),
-        positions.rope_within(grid_B2, TOKENS, (4, 4), 100.0),
+        positions.rope2d(1, TOKENS, 8, 100.0, grid_B2),
         strict=True,
       ),
     ]

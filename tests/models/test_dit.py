@@ -205,7 +205,7 @@ def test_the_end_of_a_bfloat16_network_is_in_float32():
   x_BTD = jnp.asarray(rng.standard_normal((2, 5, 32)), jnp.bfloat16)
   c_BD = rng.standard_normal((2, 32)).astype(np.float32)
   params = parameters(SMALL)["final"]
-  final = jax.jit(dit.Final(12, "layernorm").apply)
+  final = jax.jit(blocks.Final(12, "layernorm").apply)
   np.testing.assert_array_equal(
     final({"params": params}, x_BTD, c_BD),
     final({"params": params}, x_BTD.astype(jnp.float32), c_BD),
