@@ -24,6 +24,8 @@ _ADVICE = (
 )
 # What jax says when the name of process 0's machine has no address.
 _NOWHERE = re.compile("Retry failed|Failed to recognize coordinator address")
+# Seconds within which process 0 answers, if it is there.
+_PATIENCE = 3.0
 
 _terminate: Any = None  # What C++ calls must outlive the call that names it.
 _met = False
@@ -181,10 +183,16 @@ def _ended(*_: Any) -> None:
 
 
 def _answers(address: str) -> bool:
-  """Tells whether somebody listens at HOST:PORT."""
+  """Tells whether the service at HOST:PORT is there and speaks.
+
+  A connection alone says less: the kernel makes it for a process that hangs,
+  or that is killed and whose sockets are not all closed yet. A service of gRPC
+  begins to speak by itself.
+  """
   host, _, port = address.rpartition(":")
   try:
-    socket.create_connection((host.strip("[]"), int(port)), timeout=3).close()
+    where = host.strip("[]"), int(port)
+    with socket.create_connection(where, _PATIENCE) as there:
+      return bool(there.recv(1))
   except OSError:
     return False
-  return True
