@@ -49,6 +49,7 @@ class Peers:
     self._client, self._leave = client, leave or _exit
     self._period = timeout / BEATS
     self._beats = 0
+    self._awaited = 0  # The number of the news that is waited for.
     self._heard: dict[int, tuple[str, float]] = {}
     self._state = threading.Condition()
     self._step: int | None = None  # The one that the main thread is in.
@@ -128,22 +129,26 @@ class Peers:
   def close(self) -> None:
     """Ends the thread: from here on the others may end as they like."""
     self._closed.set()
+    text = json.dumps({"process": self.index, "kind": "done"})
+    with contextlib.suppress(RuntimeError):  # Other news ends the wait as well.
+      self._client.key_value_set(f"flowjax/news/{self._awaited}", text)
     self._thread.join(2 * self._period)
 
   def _listen(self) -> None:
-    number = 0
     while not self._closed.is_set():
       try:
         text = self._client.blocking_key_value_get(
-          f"flowjax/news/{number}", int(1000 * self._period)
+          f"flowjax/news/{self._awaited}", int(1000 * self._period)
         )
       except RuntimeError as error:
+        if self._closed.is_set():
+          return
         if "DEADLINE_EXCEEDED" not in str(error):
           self.lost([0], "where all processes meet")
           return
         self._beat()
       else:
-        number += 1
+        self._awaited += 1
         self._heed(json.loads(text))
       with contextlib.suppress(RuntimeError):  # Process 0 may not have begun.
         self._look_for_silence()
@@ -185,7 +190,7 @@ class Peers:
       threading.Thread(target=self._agree_on_last, daemon=True).start()
     elif news["kind"] == "lost":
       self.lost(news["lost"], f"not heard of for {self._timeout:.0f} s")
-    elif news["process"] != self.index:
+    elif news["kind"] == "failed" and news["process"] != self.index:
       text = f"Process {news['process']} has ended: {news['text']}"
       self._end_too(news, text, news["code"])
 

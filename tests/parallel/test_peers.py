@@ -161,6 +161,15 @@ def test_the_silence_of_process_0_is_heard_too(job):
     assert one.wait_for_end(0)["lost"] == [0]
 
 
+def test_who_is_done_waits_for_no_news_and_is_not_lost(job):
+  _, made = job(3, timeout=600.0)
+  began = time.monotonic()
+  for one, leave in made:
+    one.close()
+    assert not one._thread.is_alive() and leave.code is None
+  assert time.monotonic() - began < 60  # News are waited for in hundreds.
+
+
 def test_those_that_speak_are_not_lost(job):
   _, made = job(3, timeout=1.5)
   time.sleep(2.5)

@@ -90,9 +90,13 @@ sys.exit(code)
 # Meets the others, and then waits for them for ever.
 WAITER = """
 import os, signal, sys, time
-from flowjax.parallel import distributed
+from flowjax.parallel import arrival, distributed
 distributed.start()
-if sys.argv[1] == os.environ["FLOWJAX_PROCESS"]:
+client, me = arrival.state().client, os.environ["FLOWJAX_PROCESS"]
+client.key_value_set(f"here/{me}", "")
+if sys.argv[1] == me:
+  for other in range(2):  # Whoever still starts would say less.
+    client.blocking_key_value_get(f"here/{other}", 60_000)
   os.kill(os.getpid(), int(sys.argv[2]))
 time.sleep(60)
 """
