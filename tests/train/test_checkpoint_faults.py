@@ -122,7 +122,7 @@ LEAVES = ("params/kernel", "params/bias", "ema/kernel", "step")
 def test_flipped_bits_in_arrays_are_detected_and_named(three_steps, tmp_path):
   rng, fingerprinted = random.Random(0), 0
   data = max(files(three_steps / "3" / "state"), key=lambda p: p.stat().st_size)
-  for _ in range(60):
+  for _ in range(30):
     change = functools.partial(flip, rng)
     with damaged(three_steps, tmp_path, data, change) as folder:
       restored = restore(folder)
@@ -130,14 +130,14 @@ def test_flipped_bits_in_arrays_are_detected_and_named(three_steps, tmp_path):
     assert restored.step == 2 and is_exact(restored)
     assert any(leaf in reason for leaf in LEAVES), reason
     fingerprinted += "bits of" in reason
-  assert fingerprinted > 30  # Orbax saw nothing wrong with these.
+  assert fingerprinted > 15  # Orbax saw nothing wrong with these.
 
 
 @pytest.mark.slow
 def test_a_flipped_bit_anywhere_is_detected_or_harmless(three_steps, tmp_path):
   rng, seen = random.Random(1), {2: 0, 3: 0}
   for path in files(three_steps / "3"):
-    for _ in range(4):
+    for _ in range(2):
       change = functools.partial(flip, rng)
       with damaged(three_steps, tmp_path, path, change) as folder:
         restored = restore(folder)
