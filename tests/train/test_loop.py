@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,6 +35,12 @@ TINY = experiment.Experiment(
   optim=optim.OptimConfig(learning_rate=1e-2, warmup_steps=2, max_skipped=2),
   checkpoint=checkpoint.CheckpointConfig(every=2),
   log=experiment.LogConfig(metrics_every=1, tensorboard=False),
+)
+
+# With which TINY may go on after its last step, if that is allowed.
+LONGER = dataclasses.replace(TINY, steps=8)
+OTHER = dataclasses.replace(
+  TINY, steps=9, data=dataclasses.replace(TINY.data, batch_size=8)
 )
 
 # A run of TINY that kills itself after step N.
@@ -95,7 +102,13 @@ def _straight(tmp_path_factory):
   directory = tmp_path_factory.mktemp("straight")
   state = _train(TINY, directory)
   waits = _of_each_step(directory, "data_wait_seconds")
-  return state, _losses(directory), waits
+  return state, _losses(directory), waits, directory
+
+
+@pytest.fixture(name="done")
+def _done(straight, tmp_path):
+  """The folder of the straight run, a copy for this test alone."""
+  return shutil.copytree(straight[3], tmp_path / "done")
 
 
 def test_how_long_steps_wait_for_data_is_written(straight):
@@ -149,21 +162,19 @@ def test_sigterm_before_the_first_step_takes_none(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_left_as_it_is(straight, tmp_path):
-  first = _train(TINY, tmp_path)
-  _assert_same(_train(TINY, tmp_path), first)
-  assert _losses(tmp_path) == straight[1]
+def test_a_finished_run_is_left_as_it_is(straight, done):
+  _assert_same(_train(TINY, done), straight[0])
+  assert _losses(done) == straight[1]
 
 
 @pytest.mark.slow
-def test_another_config_is_refused_with_the_difference(tmp_path):
-  _train(dataclasses.replace(TINY, steps=3), tmp_path)
-  with pytest.raises(errors.UserError, match="steps: 3 -> 7"):
-    _train(TINY, tmp_path)
-  state = _train(TINY, tmp_path, allow_config_change=True)
-  assert int(state.step) == 7
-  kept = json.loads((tmp_path / "config.0.json").read_text())
-  assert kept["steps"] == 3
+def test_another_config_is_refused_with_the_difference(done):
+  with pytest.raises(errors.UserError, match="batch_size: 16 -> 8"):
+    _train(OTHER, done)
+  state = _train(OTHER, done, allow_config_change=True)
+  assert int(state.step) == 9
+  kept = json.loads((done / "config.0.json").read_text())
+  assert kept["data"]["batch_size"] == 16
 
 
 @pytest.mark.slow
@@ -266,13 +277,9 @@ class _Killed(BaseException):
 
 @pytest.mark.slow
 def test_new_data_that_was_allowed_may_be_killed_before_its_first_save(
-  tmp_path, monkeypatch
+  done, monkeypatch
 ):
   """config.json names the new data then, and no checkpoint does."""
-  _train(dataclasses.replace(TINY, steps=3), tmp_path)
-  other = dataclasses.replace(
-    TINY, steps=5, data=dataclasses.replace(TINY.data, batch_size=8)
-  )
 
   def kill(*unused, **also_unused):
     raise _Killed
@@ -280,21 +287,17 @@ def test_new_data_that_was_allowed_may_be_killed_before_its_first_save(
   with monkeypatch.context() as patch:
     patch.setattr(loop.metrics, "Writer", kill)
     with pytest.raises(_Killed):
-      _train(other, tmp_path, allow_config_change=True)
-  assert json.loads((tmp_path / "config.json").read_text())["steps"] == 5
-  assert int(_train(other, tmp_path).step) == 5
+      _train(OTHER, done, allow_config_change=True)
+  assert json.loads((done / "config.json").read_text())["steps"] == 9
+  assert int(_train(OTHER, done).step) == 9
 
 
-@pytest.mark.slow
-def test_data_that_changed_unasked_is_refused(tmp_path, monkeypatch):
-  _train(dataclasses.replace(TINY, steps=3), tmp_path)
+def test_data_that_changed_unasked_is_refused(done, monkeypatch):
   opened = sources.open(TINY.data, "train")
   changed = dataclasses.replace(opened, hash="of other pixels")
   monkeypatch.setattr(sources, "open", lambda config, split: changed)
   with pytest.raises(errors.DataError, match="of other pixels"):
-    _train(
-      dataclasses.replace(TINY, steps=4), tmp_path, allow_config_change=True
-    )
+    _train(LONGER, done, allow_config_change=True)
 
 
 class _Rotten:
@@ -350,42 +353,34 @@ def test_corrupt_records_are_counted_as_in_the_straight_run(
   assert by_step[7] == straight > by_step[3] > 0
 
 
-@pytest.mark.slow
-def test_a_change_that_cannot_be_restored_leaves_the_config(tmp_path):
-  short = dataclasses.replace(TINY, steps=3)
-  _train(short, tmp_path)
-  before = (tmp_path / "config.json").read_bytes()
+def test_a_change_that_cannot_be_restored_leaves_the_config(done):
+  before = (done / "config.json").read_bytes()
   wider = dataclasses.replace(
-    short, steps=4, model=dataclasses.replace(TINY.model, width=32)
+    LONGER, model=dataclasses.replace(TINY.model, width=32)
   )
   with pytest.raises(errors.CheckpointError):
-    _train(wider, tmp_path, allow_config_change=True)
-  assert (tmp_path / "config.json").read_bytes() == before
+    _train(wider, done, allow_config_change=True)
+  assert (done / "config.json").read_bytes() == before
 
 
-@pytest.mark.slow
-def test_how_a_model_is_computed_may_change(tmp_path):
-  _train(dataclasses.replace(TINY, steps=3), tmp_path)
+def test_how_a_model_is_computed_may_change(done):
   other = dataclasses.replace(
-    TINY, steps=3, model=dataclasses.replace(TINY.model, remat="full")
+    TINY, model=dataclasses.replace(TINY.model, remat="full")
   )
-  assert int(_train(other, tmp_path).step) == 3
+  assert int(_train(other, done).step) == 7
 
 
-@pytest.mark.slow
-def test_no_sound_checkpoint_stops_and_never_starts_over(tmp_path):
-  short = dataclasses.replace(TINY, steps=3)
-  _train(short, tmp_path)
+def test_no_sound_checkpoint_stops_and_never_starts_over(done):
   files = [
     path
-    for path in (tmp_path / "checkpoints").rglob("*")
+    for path in (done / "checkpoints").rglob("*")
     if path.is_file() and "/d/" in str(path)
   ]
   assert files
   for path in files:
     path.write_bytes(b"")
   with pytest.raises(errors.CheckpointError):
-    _train(short, tmp_path)
+    _train(TINY, done)
 
 
 def test_a_data_set_of_other_sizes_is_refused_before_any_work(tmp_path):
