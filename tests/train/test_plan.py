@@ -202,7 +202,7 @@ def _compiled():
     pytest.skip("libtpu is not installed (flowjax[tpu-aot])")
   topology.prepare()
   # As wide as a TPU's registers, which would pad what is narrower.
-  config = tiny(batch=1024, data=2, fsdp=4)
+  config = tiny(batch=512, data=2, fsdp=4)
   model = dataclasses.replace(config.model, width=128, heads=1)
   config = dataclasses.replace(config, model=model)
   return config, plan.compiled(config, POD)[0]

@@ -184,20 +184,19 @@ def test_a_codebook_and_its_latents_are_drawn_to_each_other():
   np.testing.assert_allclose(found, 0.7 * wanted, **CLOSE)
 
 
-def trainer(config, network, params, accumulate=1):
+def trainer(config, network, params):
   loss = reconstruction.loss(config, network)
   chosen = optim.OptimConfig(clip_norm=1e-3, weight_decay=0.1)
   optimizer = optim.build(chosen, 10, params)
   step = steps.build(
-    loss, optimizer, seed=0, ema_config=ema.EmaConfig(), accumulate=accumulate
+    loss, optimizer, seed=0, ema_config=ema.EmaConfig(), accumulate=2
   )
   begin = jax.jit(lambda params: states.begin(params, optimizer))
   return jax.jit(step), begin(params)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_codebook_that_is_a_moving_average(accumulate):
-  """Its averages move by the decay, unclipped, alike in parts as whole."""
+def test_a_codebook_that_is_a_moving_average():
+  """Its averages move by the decay, unclipped, in parts as the whole would."""
   config = reconstruction.ReconstructionConfig(codebook_decay=0.4)
   network, params, _ = made(config, VQ)
   averages = params[running.CODEBOOK]
@@ -205,7 +204,7 @@ def test_a_codebook_that_is_a_moving_average(accumulate):
   z_BHWC, _, index = encoded(network.own(params), x_BHWC)
   count_K = summed(index, np.ones(index.shape)) * 5 / index.size
   sum_KD = summed(index, z_BHWC) * 5 / index.size
-  step, state = trainer(config, network, params, accumulate)
+  step, state = trainer(config, network, params)
   state, values = step(state, {"image": x_BHWC})
   moved = state.params[running.CODEBOOK]
   moved, averages = jax.device_get((moved, averages))
