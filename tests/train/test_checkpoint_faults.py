@@ -665,7 +665,7 @@ def test_two_processes_agree_on_what_is_sound(tmp_path):
     for process in (0, 1)
   ]  # fmt: skip
   try:
-    said = [process.communicate(timeout=120)[0] for process in pair]
+    said = [process.communicate(timeout=300)[0] for process in pair]
   finally:
     for process in pair:
       process.kill()

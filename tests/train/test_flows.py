@@ -1,7 +1,6 @@
 """What a config says of the mathematics reaches the mathematics."""
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -55,22 +54,24 @@ def test_each_preset_trains_and_can_be_sampled(name):
 
   net = network(apply)
   loss = built.flow.loss(net)
-  value, slopes = jax.jit(
-    jax.value_and_grad(lambda *inputs: loss(*inputs, jax.random.key(1))[0])
-  )(net.init(None), batch())
-  assert np.isfinite(value) and float(slopes["scale"]) != 0.0
-
   short = dataclasses.replace(built.sample, steps=3)
   method = short.method(built.flow, flows.tokens_of(built.model))
   predict = built.flow.predictor(net, with_variance=method.learns_variance)
 
-  def draw(x, t, cond):
-    return predict(net.init(None), x, t, cond, None)
+  @jax.jit
+  def both(params, batch):
+    trained = jax.value_and_grad(lambda *inputs: loss(*inputs)[0])(
+      params, batch, jax.random.key(1)
+    )
+    drawn = method.sample(
+      lambda x, t, cond: predict(params, x, t, cond, None),
+      {}, {}, batch["image"], jax.random.key(2),
+    )  # fmt: skip
+    return *trained, drawn
 
-  images = jax.jit(functools.partial(method.sample, draw, {}, {}))(
-    batch()["image"], jax.random.key(2)
-  )
-  assert images.shape == SHAPE and bool(jnp.isfinite(images).all())
+  value, slopes, images = both({"scale": np.float32(1.0)}, batch())
+  assert np.isfinite(value) and float(slopes["scale"]) != 0.0
+  assert images.shape == SHAPE and np.isfinite(images).all()
 
 
 def test_an_unknown_preset_names_the_nearest():
@@ -120,15 +121,14 @@ def test_uncertainty_is_learned_beside_the_network():
   net = models.with_uncertainty(plain)
   params = net.init(jax.random.key(0))
   loss = flows.FlowConfig(uncertainty=True).loss(net)
-  slopes = jax.jit(jax.grad(lambda *inputs: loss(*inputs)[0]))(
+  mine, slopes = jax.jit(jax.value_and_grad(lambda *inputs: loss(*inputs)[0]))(
     params, batch(), jax.random.key(1)
   )
   assert float(jnp.abs(slopes["uncertainty"]["kernel"]).max()) > 0.0
   # At its start u = 0, and the loss is the plain one.
-  rest = flows.FlowConfig().loss(plain)(
+  rest = jax.jit(flows.FlowConfig().loss(plain))(
     {"scale": params["scale"]}, batch(), jax.random.key(1)
   )[0]
-  mine = loss(params, batch(), jax.random.key(1))[0]
   np.testing.assert_allclose(mine, rest, rtol=1e-6)
   t = jnp.linspace(0.0, 1.0, 5)
   moved = {**params, "uncertainty": {"kernel": jnp.ones(128)}}
