@@ -73,7 +73,8 @@ def signalled(self, number, state):
       once.touch()
       os.kill(os.getpid(), kind)
       # The others stop soon after, however slow it is to tell them.
-      while distributed.peers()._stop is None:
+      end = time.monotonic() + 60
+      while distributed.peers()._stop is None and time.monotonic() < end:
         time.sleep(0.01)
   return look(self, number, state)
 
