@@ -98,7 +98,7 @@ def _bucketed():
     yield
 
 
-@pytest.mark.slow(10)
+@pytest.mark.slow
 def test_no_bucket_is_compiled_in_mid_run(bucketed, tmp_path, capsys, caplog):
   """Neither by a step nor by a validation; each program is said."""
   caplog.set_level("INFO")
@@ -216,7 +216,7 @@ def test_what_is_compiled_is_what_is_read(bucketed, data):
   assert read == kinds
 
 
-@pytest.mark.slow
+@pytest.mark.slow(2)
 def test_the_loss_of_a_canvas_is_that_of_its_image():
   flow = flows.FlowConfig(
     # So that the noise is given, on the canvas as on the image.

@@ -89,7 +89,7 @@ def _stepped(run, start, batch):
   return [float(v["loss"]) for v in (first, second)], moments
 
 
-@pytest.mark.slow
+@pytest.mark.slow(5)
 def test_eight_devices_train_the_encoder_as_one_does(batch):
   alone = parts.build(captioned(), jax.devices()[:1])
   start = _first(alone)

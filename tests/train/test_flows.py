@@ -43,7 +43,7 @@ def batch(std=1.0, shape=SHAPE):
   return {"image": image, "label": np.zeros(shape[:1], np.int32)}
 
 
-@pytest.mark.slow
+@pytest.mark.slow(0.5)
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_each_preset_trains_and_can_be_sampled(name):
   built = experiment.build(config(name))
@@ -135,7 +135,7 @@ def test_uncertainty_is_learned_beside_the_network():
   assert len(np.unique(np.round(net.uncertainty(moved, t), 4))) == 5
 
 
-@pytest.mark.slow
+@pytest.mark.slow(0.5)
 @pytest.mark.parametrize("solver", ["euler_maruyama", "ddpm", "dpmpp_sde_2m"])
 def test_what_an_example_receives_does_not_depend_on_the_others(solver):
   flow = flows.FlowConfig(
@@ -217,7 +217,7 @@ def test_the_variance_that_a_network_learns_is_the_second_half():
   np.testing.assert_array_equal(flow.predictor(net)(*inputs), value)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(0.5)
 def test_a_network_without_layers_is_the_one_whose_gates_are_shut():
   built = experiment.build(config(depth=3))
   net = models.build(built.model)

@@ -226,7 +226,7 @@ def get_config():
 """
 
 
-@pytest.mark.slow
+@pytest.mark.slow(6)
 def test_the_commands_know_such_a_run(data, tmp_path, capsys, monkeypatch):
   path = tmp_path / "config.py"
   path.write_text(CONFIG.replace("SOURCE", data.source))
