@@ -352,7 +352,7 @@ def test_whoever_is_lost_is_named_and_the_others_end():
   jobs = [
     _each(
       WAITER, 2, {p: (process, kind.value) for p in range(2)},
-      FLOWJAX_LOST_TIMEOUT="3",
+      FLOWJAX_LOST_TIMEOUT="5",
     )
     for process, kind in lost
   ]  # fmt: skip
@@ -368,7 +368,7 @@ def test_whoever_does_not_come_or_is_another_is_named(config, tmp_path):
   other.write_text(CONFIG.replace("batch_size=16", "batch_size=32"))
   words = _train(config, tmp_path / "run")
   start = "import sys; from flowjax import __main__ as d; sys.exit(d.main())"
-  late = {"FLOWJAX_START_TIMEOUT": "6"}
+  late = {"FLOWJAX_START_TIMEOUT": "10"}
   absent = _each(start, 3, {0: words, 2: words}, **late)
   mistyped = [*words, "--config.steps=7"]
   flags = _each(start, 2, {0: words, 1: mistyped})
