@@ -28,7 +28,7 @@ from flowjax.models import flux, mmdit
 from flowjax.parallel import mesh as meshes
 from flowjax.train import experiment, workdir
 
-pytestmark = pytest.mark.usefixtures("traced_once")
+pytestmark = pytest.mark.usefixtures("traced_once", "hashed_by_numpy")
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -199,6 +199,22 @@ def saved(request, tmp_path_factory):
   made.set_progress_bar_config(disable=True)
   made.save_pretrained(folder)
   return request.param, made, folder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _parts_are_read_once():
+  """Keeps what commands read of a folder, and the programs of it."""
+  read, made = frozen.Frozen._part, {}
+
+  def part(self, name):
+    key = self.folder, self.mesh, self.dtype, name
+    if key not in made:
+      made[key] = read(self, name)
+    return made[key]
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(frozen.Frozen, "_part", part)
+    yield
 
 
 @pytest.fixture(scope="module")
