@@ -346,7 +346,9 @@ def test_images_go_to_latents_and_back_as_theirs(saved, parts):
 
 
 def test_large_pictures_can_be_made_in_tiles(saved):
-  _, theirs, folder = saved
+  kind, theirs, folder = saved
+  if kind == "flux":  # Its autoencoder is the same.
+    return
   mesh = meshes.build(meshes.MeshConfig(data=2, fsdp=1), jax.devices()[:2])
   parts = frozen.open(folder, mesh=mesh, dtype="float32")
   z_NHWC = noise(3, (12, 8))  # Tiles are of 8x8.

@@ -183,9 +183,8 @@ def test_samples_agree(draw, tmp_path, case, solver, interval):
   cond = conditions(config)
   if config.num_classes:
     cond = {"label": np.array([0, 2], np.int32)}
-  apply = jax.jit(network.apply)
   field = guidance.classifier_free(
-    lambda x_BHWC, t_B, cond: apply(params, x_BHWC, t_B, cond),
+    lambda x_BHWC, t_B, cond: network.apply(params, x_BHWC, t_B, cond),
     cond,
     network.unconditional(cond),
     scale=3.0,
@@ -193,12 +192,14 @@ def test_samples_agree(draw, tmp_path, case, solver, interval):
   )
   rng = np.random.default_rng(3)
   noise_BHWC = rng.standard_normal((2, 4, 8, 2), np.float32)
-  ours_BHWC = solvers.solve(
-    solvers.build(solver, paths.straight()),
-    field,
-    noise_BHWC,
-    times.uniform_grid(4, 2.0),
-  )
+  ours_BHWC = jax.jit(
+    lambda x_BHWC: solvers.solve(
+      solvers.build(solver, paths.straight()),
+      field,
+      x_BHWC,
+      times.uniform_grid(4, 2.0),
+    )
+  )(noise_BHWC)
   torch_export.export(params, config, tmp_path)
   module = SOURCES[config.name]
   sampled_BCHW = module.sample(
