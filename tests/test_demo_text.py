@@ -99,7 +99,7 @@ def _found(demo):
   return restored.open(demo[0])
 
 
-@pytest.mark.slow(20)
+@pytest.mark.slow(9)
 def test_the_demo_trains_scores_and_draws(demo):
   workdir, code, out = demo
   assert code == 1

@@ -90,7 +90,7 @@ def command(*words):
   assert door.main(list(map(str, words))) == 0
 
 
-@pytest.mark.slow(20)
+@pytest.mark.slow(11)
 def test_a_run_on_layouts_is_drawn_and_scored(tmp_path, capsys):
   into = f"--workdir={tmp_path / 'run'}"
   command(
@@ -116,7 +116,7 @@ def test_a_run_on_layouts_is_drawn_and_scored(tmp_path, capsys):
   assert "reads layouts by an encoder" in capsys.readouterr().err
 
 
-@pytest.mark.slow(20)
+@pytest.mark.slow(11)
 def test_a_run_that_varies_images_is_drawn_and_scored(tmp_path, capsys):
   into = f"--workdir={tmp_path / 'run'}"
   config = "--config=configs/digits_variation.py"

@@ -491,7 +491,7 @@ def our_images(directory, tmp_path, starts, *words):
   return np.clip(np.load(tmp_path / "images.npy"), -1.0, 1.0)
 
 
-@pytest.mark.slow(10)
+@pytest.mark.slow
 def test_prompts_become_the_pictures_that_diffusers_draws(
   saved, run, tmp_path, capsys
 ):
@@ -512,7 +512,7 @@ def test_prompts_become_the_pictures_that_diffusers_draws(
   np.testing.assert_allclose(found, wanted, atol=2e-3)
 
 
-@pytest.mark.slow(10)
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True])
 def test_images_are_changed_as_diffusers_changes_them(
   saved, run, tmp_path, monkeypatch, masked
