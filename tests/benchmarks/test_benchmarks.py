@@ -346,7 +346,15 @@ def test_gpu_script_runs_and_writes_what_it_promises(tmp_path, monkeypatch):
   out = tmp_path / "result.json"
   words = [
     *("gpu_train.py", "--device=cpu", "--size=flux_tiny", f"--out={out}"),
-    *("--seconds=0.2", "--probe-seconds=0.1", "--kernels", "--sides", *sides),
+    # In bfloat16 it would compile three times as long; below DiTs do.
+    *(
+      "--dtype=float32",
+      "--seconds=0.2",
+      "--probe-seconds=0.1",
+      "--kernels",
+      "--sides",
+      *sides,
+    ),
     *("--flowjax-start", f"batch=2,xla={QUICK}", "batch=2,remat=bogus"),
     *("--flowjax-then", "--torch-start", "batch=2", "--torch-then"),
   ]
@@ -382,6 +390,26 @@ def test_gpu_script_runs_and_writes_what_it_promises(tmp_path, monkeypatch):
     assert ours == theirs
 
 
+@needs_torch
+def test_torch_steps_in_bfloat16_over_weights_in_float32(monkeypatch):
+  import side_torch
+  import torch
+
+  monkeypatch.setitem(child.MATMUL_SIZE, "cpu", 16)
+  side = side_torch.Side(dataclasses.replace(TINY, dtype="bfloat16"))
+  seen = []
+  hook = torch.nn.modules.module.register_module_forward_hook(
+    lambda module, given, found: seen.append((type(module), found.dtype))
+  )
+  try:
+    side.build()
+  finally:
+    hook.remove()
+  assert (torch.nn.Linear, torch.bfloat16) in seen
+  assert {param.dtype for param in side.trainer.params} == {torch.float32}
+  assert np.isfinite(side.report()["loss"])
+
+
 def test_settings_to_begin_with_are_settings():
   for size in ("xl", "flux_1024", "mmdit_4096"):
     for library in gpu_train.LIBRARIES:
@@ -412,14 +440,14 @@ def test_cpu_script_runs_and_writes_what_it_promises(tmp_path):
     "cpu_train.py",
     *("--size=tiny", "--batch=1", "--threads=1", f"--xla={QUICK}"),
     *("--rounds=1", "--depths", "1", f"--out={out}"),
-    *("--variants", "flowjax", *torch),
+    *("--variants", "flowjax_bf16", *torch),
     pythonpath=str(tmp_path),
   )
   result = json.loads(out.read_text())
   assert result["machine"]["cpu"] and result["machine"]["load_average"]
   assert result["cores_used_by_others"] >= 0
   assert result["compile"]["1"]["compile_seconds"] > 0
-  assert set(result["variants"]) == {"flowjax", *torch}
+  assert set(result["variants"]) == {"flowjax_bf16", *torch}
   for row in result["variants"].values():
     assert len(row["step_seconds"]) == 1
     assert row["step_seconds_min"] == min(row["step_seconds"])
@@ -427,7 +455,8 @@ def test_cpu_script_runs_and_writes_what_it_promises(tmp_path):
     assert row["share_of_matmul"] == pytest.approx(share)
     flops = result["train_gflops_per_step"]
     assert row["gflops"] == pytest.approx(flops / row["step_seconds_min"])
-    assert row["parameters"] == result["variants"]["flowjax"]["parameters"]
+    ours = result["variants"]["flowjax_bf16"]
+    assert row["parameters"] == ours["parameters"]
 
 
 class Counting:

@@ -18,7 +18,9 @@ from flowjax.interop import mmdit as layouts
 from flowjax.models import dit, flux, mmdit
 from flowjax.train import checkpoint
 
-pytestmark = pytest.mark.usefixtures("traced_once", "hashed_by_numpy")
+pytestmark = pytest.mark.usefixtures(
+  "on_one_device", "traced_once", "hashed_by_numpy"
+)
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 # The network of a file is that of --config.

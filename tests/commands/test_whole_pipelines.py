@@ -28,7 +28,9 @@ from flowjax.models import flux, mmdit
 from flowjax.parallel import mesh as meshes
 from flowjax.train import experiment, workdir
 
-pytestmark = pytest.mark.usefixtures("traced_once", "hashed_by_numpy")
+pytestmark = pytest.mark.usefixtures(
+  "on_one_device", "traced_once", "hashed_by_numpy"
+)
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -40,6 +42,7 @@ NEGATIVE = "a blue dog"
 LENGTH, T5_WIDTH = 16, 32
 SIZE = 16  # pixels, of which the autoencoder makes 8 x 8 latents
 KINDS = ("sd3", "flux")
+DEVICES = jax.devices()  # All, over which parts are read where it is said.
 
 
 def clip_tokenizer():
@@ -242,7 +245,7 @@ def command(*words):
 
 
 def mesh():
-  return meshes.build(meshes.MeshConfig(data=1, fsdp=4, tensor=2))
+  return meshes.build(meshes.MeshConfig(data=1, fsdp=4, tensor=2), DEVICES)
 
 
 def test_texts_are_those_of_encode_prompt(saved):
@@ -349,7 +352,7 @@ def test_large_pictures_can_be_made_in_tiles(saved):
   kind, theirs, folder = saved
   if kind == "flux":  # Its autoencoder is the same.
     return
-  mesh = meshes.build(meshes.MeshConfig(data=2, fsdp=1), jax.devices()[:2])
+  mesh = meshes.build(meshes.MeshConfig(data=2, fsdp=1), DEVICES[:2])
   parts = frozen.open(folder, mesh=mesh, dtype="float32")
   z_NHWC = noise(3, (12, 8))  # Tiles are of 8x8.
   vae = theirs.vae

@@ -331,7 +331,7 @@ def test_diffusers_loads_what_we_write(tmp_path, theirs, name, options):
   np.testing.assert_allclose(output(model, net), ours, atol=2e-5)
   assert np.abs(before - ours).max() > 0.01
   # Merged weights are the same network again.
-  merged = lora.merged(options, params)
+  merged = jax.jit(lora.merged, static_argnums=0)(options, params)
   found = output(theirs(config, merged), models.build(config))
   np.testing.assert_allclose(found, ours, atol=2e-5)
 
