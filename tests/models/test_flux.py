@@ -238,14 +238,14 @@ def test_each_example_has_a_mask_of_its_own():
 
 
 def test_examples_do_not_see_each_other():
-  cond = draw(SMALL)[2]
-  x_BHWC, t_B, beside = draw(SMALL, seed=3)
-  inputs = dict(zip(("x", "t"), draw(SMALL), strict=False))
-  x_BHWC[1:], t_B[1:] = (inputs[name][1:] for name in ("x", "t"))
-  for name, value in cond.items():
-    beside[name][1:] = value[1:]
-  together = velocity(SMALL, cond)
-  changed = velocity(SMALL, beside, x=x_BHWC, t=t_B)
+  inputs = draw(SMALL)
+  x_BHWC, t_B, cond = jax.tree.map(
+    lambda own, other: np.concatenate([other[:1], own[1:]]),
+    inputs,
+    draw(SMALL, seed=3),
+  )
+  together = velocity(SMALL, inputs[2])
+  changed = velocity(SMALL, cond, x=x_BHWC, t=t_B)
   np.testing.assert_allclose(together[1:], changed[1:], atol=1e-5)
   assert np.abs(together[0] - changed[0]).max() > 1e-2
 
@@ -314,7 +314,7 @@ def test_conditions_are_dropped_at_the_rate_of_the_config():
   )
   params = parameters(config)
   x_BHWC, t_B, cond = draw(config, batch=200)
-  empty = jax.tree.map(np.zeros_like, cond)
+  empty = models.build(config).unconditional(cond)
   v_BHWC, *others = (
     np.asarray(compiled(config)(params, x_BHWC, t_B, *told))
     for told in ((cond, jax.random.key(0)), (cond,), (empty,))
