@@ -114,10 +114,13 @@ def measured(dtype, *, rounded=False):
 def interpolated():
   """Returns x_t of both, of eps alone, of x alone: at t = 0 and at t = 1."""
   x, eps = draw()
-  parts = ((x, eps), (0.0 * x, eps), (x, 0.0 * eps))
+  parts = np.stack([x, 0.0 * x, x]), np.stack([eps, eps, 0.0 * eps])
 
   def interpolate(path, times):
-    return [[path.interpolate(*part, t) for part in parts] for t in times]
+    return [
+      jax.vmap(lambda x, eps, t=t: path.interpolate(x, eps, t))(*parts)
+      for t in times
+    ]
 
   times = dict.fromkeys(PATHS, np.float32([0.0, 1.0]))
   return jax.tree.map(np.asarray, of_all(interpolate)(times))

@@ -66,9 +66,14 @@ def deviation(path, t):
   return jnp.sqrt((path.alpha(t) * STD) ** 2 + path.sigma(t) ** 2)
 
 
+# Each where alpha falls evenly; where it does not, the two kinds of step.
 @pytest.mark.slow
-@every_method
-@pytest.mark.parametrize("path", ["straight", "gvp"])
+@pytest.mark.parametrize(
+  "name, options, path",
+  [(*method, "straight") for method in STOCHASTIC]
+  + [(*method, "gvp") for method in (STOCHASTIC[0], STOCHASTIC[-1])],
+  ids=str,
+)
 def test_the_moments_of_the_samples_approach_those_of_the_data(
   name, options, path
 ):

@@ -59,21 +59,24 @@ def moments(solver, path, grid):
   return float(end[-1]), float(np.linalg.norm(end[:-1] - end[-1]))
 
 
+# A diffusion is a function of t to either method, and one is asked for all.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "path, diffusion, scale, steps",
+  "path, diffusion, scale, methods",
   [
-    *((STRAIGHT, form, 0.3, 200) for form in sde.DIFFUSIONS),
-    (paths.build("gvp"), "sbdm", 1.0, 200),
-    (paths.build("vp"), "sbdm", 1.0, 200),
-    (paths.build("sub_vp"), "sigma", 2.0, 200),
-    (paths.build("ddpm"), "sbdm", 1.0, 200),
-    (paths.build("edm", sigma_max=5.0), "sbdm", 1.0, 200),
+    *((STRAIGHT, form, 0.3, METHODS[1:]) for form in sde.DIFFUSIONS),
+    (paths.build("gvp"), "sbdm", 1.0, METHODS),
+    (paths.build("vp"), "sbdm", 1.0, METHODS),
+    (paths.build("sub_vp"), "sigma", 2.0, METHODS),
+    (paths.build("ddpm"), "sbdm", 1.0, METHODS),
+    (paths.build("edm", sigma_max=5.0), "sbdm", 1.0, METHODS),
   ],
   ids=lambda value: getattr(value, "name", None),
 )
-def test_mean_and_variance_are_those_of_the_data(path, diffusion, scale, steps):
-  for method in METHODS:
+def test_mean_and_variance_are_those_of_the_data(
+  path, diffusion, scale, methods
+):
+  for method in methods:
     solver = solvers.build(
       method,
       path,
@@ -82,7 +85,7 @@ def test_mean_and_variance_are_those_of_the_data(path, diffusion, scale, steps):
       last_step="euler",
       last_step_size=0.01,
     )
-    mean, std = moments(solver, path, falling(path, steps))
+    mean, std = moments(solver, path, falling(path, 200))
     assert mean == pytest.approx(MEAN, abs=0.005)
     assert std == pytest.approx(STD, rel=0.015)
 
