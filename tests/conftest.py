@@ -9,7 +9,9 @@ import collections
 import dataclasses
 import functools
 import gc
+import hashlib
 import os
+import pickle
 import shutil
 import sys
 import tempfile
@@ -47,6 +49,7 @@ if tuple(map(int, metadata.version("jaxlib").split(".")[:2])) < (0, 11):
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_flags])
 
 import jax  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -63,12 +66,29 @@ def _what_is_old_stays():
 
 
 @pytest.fixture(scope="module")
+def on_one_device():
+  """Has jax find one device alone, for which programs compile faster.
+
+  For modules that say nothing of a mesh: that commands run on eight devices is
+  seen in those of tests/commands that do not ask for this.
+  """
+  (first, *_) = jax.devices()
+  with pytest.MonkeyPatch.context() as patch:
+    for name in ("devices", "local_devices"):
+      patch.setattr(jax, name, lambda *_: [first])
+    for name in ("device_count", "local_device_count"):
+      patch.setattr(jax, name, lambda *_: 1)
+    yield
+
+
+@pytest.fixture(scope="module")
 def traced_once():
   """Gives equal runs of a module what was traced and compiled for the first.
 
   For modules of many runs; a test that changes what is traced says so by
   `traced_anew`.
   """
+  from flowjax.commands import drawing, train
   from flowjax.train import loop, parts
 
   def of(config):
@@ -79,14 +99,19 @@ def traced_once():
       if field.name not in ("log", "checkpoint", "sample")
     )
 
+  def key_of(item):
+    if not isinstance(item, parts.Parts):
+      return item
+    return of(item.experiment), item.network.config, item.mesh
+
   made: dict = {}
 
   def once(make):
     @functools.wraps(make)
-    def found(run):
-      key = (make.__name__, of(run.experiment), run.mesh)
+    def found(*items, **options):
+      key = make.__name__, *map(key_of, items), *options.items()
       if key not in made:
-        made[key] = make(run)
+        made[key] = make(*items, **options)
       return made[key]
 
     return found
@@ -104,6 +129,15 @@ def traced_once():
     patch.setattr(loop, "jit_step", once(loop.jit_step))
     initial = once(parts.Parts.lower_initial)
     patch.setattr(parts.Parts, "lower_initial", initial)
+    patch.setattr(drawing, "build", once(drawing.build))
+    look = once(train.held_out_loss)
+    patch.setattr(
+      train,
+      "held_out_loss",  # Compiled ahead it is another for buckets alone.
+      lambda run, ahead=False: look(
+        run, ahead=ahead and bool(run.experiment.data.buckets)
+      ),
+    )
     yield made
 
 
@@ -113,6 +147,71 @@ def traced_anew(traced_once):
   traced_once.clear()
   yield
   traced_once.clear()
+
+
+@pytest.fixture(scope="module")
+def fitted_once(tmp_path_factory):
+  """Gives all judges of the same digits, in all processes, one fit's weights.
+
+  It takes seconds.
+  """
+  from flowjax.evaluate import classifier
+
+  fit, folder = classifier.fit, tmp_path_factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    folder = folder.parent  # What all workers of this run share.
+
+  def once(images_NHWC, labels_N, **options):
+    told = images_NHWC, labels_N, classifier.STEPS, sorted(options.items())
+    name = hashlib.sha256(pickle.dumps(told)).hexdigest()
+    path = folder / f"judge_{name}.pickle"
+    if not path.exists():
+      partial = path.with_suffix(f".{os.getpid()}")
+      partial.write_bytes(pickle.dumps(fit(images_NHWC, labels_N, **options)))
+      partial.rename(path)
+    return pickle.loads(path.read_bytes())
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(classifier, "fit", once)
+    yield
+
+
+@pytest.fixture(scope="module")
+def hashed_by_numpy():
+  """Has numpy find the fingerprints of checkpoints, as tests/train does not.
+
+  For modules whose runs are many and small, and about something else: of a
+  state of 200 leaves the program takes seconds to compile. That the numbers
+  are its own is looked at once a module.
+  """
+  from flowjax.train import manifest
+
+  def mixed(x):
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+  def fingerprint(array):
+    words = np.asarray(array).reshape(-1)
+    words = words.view(f"u{words.itemsize}").astype(np.uint32)
+    index = np.arange(words.size, dtype=np.uint32)
+    first = mixed(words + mixed(index + np.uint32(0x9E3779B9)))
+    second = mixed(first + np.uint32(0x7F4A7C15))
+    low, high = (int(x.sum(dtype=np.uint32)) for x in (first, second))
+    return f"{high:08x}{low:08x}"
+
+  def fingerprints(named):
+    return {path: fingerprint(array) for path, array in named.items()}
+
+  examples = {"float32": (2, 3), "bfloat16": (4,), "int32": ()}
+  named = {
+    name: jax.device_put(np.full(shape, 3, jax.numpy.dtype(name)))
+    for name, shape in examples.items()
+  }
+  assert fingerprints(named) == manifest.fingerprints(named)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(manifest, "fingerprints", fingerprints)
+    yield
 
 
 def pytest_addoption(parser):

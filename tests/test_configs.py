@@ -86,14 +86,14 @@ def test_it_builds_and_its_header_says_how_to_run_it(name):
     assert abs(count / 1e6 - MILLIONS[size][int(patch)]) < 1.0
 
 
-# digits_autoencoder.py:vq_ema takes its steps in commands/test_autoencoder.py.
+# digits_dit.py takes its steps in commands/test_commands.py, and
+# digits_autoencoder.py:vq_ema in commands/test_autoencoder.py.
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("name", "sizes"),
   [
-    ("digits_dit.py", dict(width=16, depth=1, heads=2)),
     ("imagenet_dit.py:s_8", dict(width=16, depth=1, heads=2)),
-    ("sd3.py:3.5_medium", dict(heads=1, depth=3, dual_layers=1, **TEXT)),
+    ("sd3.py:3.5_medium", dict(heads=1, depth=2, dual_layers=1, **TEXT)),
     (
       "flux_dev.py",
       dict(width=128, heads=1, double_depth=1, single_depth=1, **TEXT),

@@ -6,7 +6,9 @@ import pathlib
 
 import pytest
 
-pytestmark = pytest.mark.usefixtures("traced_once")
+pytestmark = pytest.mark.usefixtures(
+  "on_one_device", "traced_once", "hashed_by_numpy", "fitted_once"
+)
 
 DEMO = pathlib.Path(__file__).parents[1] / "launch" / "demo.py"
 SMALL = (
@@ -17,6 +19,9 @@ SMALL = (
   "--config.model.depth=1",
   "--config.model.heads=2",
   "--config.sample.steps=1",
+  # As many at once while it trains as when it is scored: one program.
+  "--config.data.batch_size=64",
+  "--config.log.sample_count=64",
   "--config.log.tensorboard=False",
 )
 

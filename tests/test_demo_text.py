@@ -13,7 +13,9 @@ from PIL import Image
 from flowjax import __main__ as door
 from flowjax.commands import configs, restored
 
-pytestmark = pytest.mark.usefixtures("traced_once")
+pytestmark = pytest.mark.usefixtures(
+  "on_one_device", "traced_once", "hashed_by_numpy"
+)
 
 LAUNCH = pathlib.Path(__file__).parents[1] / "launch"
 SMALL = (
@@ -30,7 +32,8 @@ SMALL = (
   "--config.sample.steps=2",
   "--config.log.tensorboard=False",
   "--config.log.validation_every=0",
-  "--config.log.sample_count=8",
+  # As many at once while it trains, is scored and draws: one program.
+  "--config.log.sample_count=4",
   # The mesh of a run that is only read, so that its programs are the same.
   "--config.mesh.data=1",
   "--config.mesh.fsdp=-1",
@@ -83,7 +86,7 @@ def test_goals_are_met_or_missed(demo_text, changed, missed):
 def _demo(demo_text, tmp_path_factory):
   """Returns the workdir of a demo, its exit code, and what it said."""
   workdir, said = tmp_path_factory.mktemp("demo"), io.StringIO()
-  words = (*SMALL, *TOKENS, "--num=8", "--judge_steps=2")
+  words = (*SMALL, *TOKENS, "--num=4", "--judge_steps=2")
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(demo_text, "PROMPTS", PROMPTS)
     with contextlib.redirect_stdout(said):
@@ -96,7 +99,7 @@ def _found(demo):
   return restored.open(demo[0])
 
 
-@pytest.mark.slow(20)
+@pytest.mark.slow(9)
 def test_the_demo_trains_scores_and_draws(demo):
   workdir, code, out = demo
   assert code == 1
@@ -108,7 +111,7 @@ def test_the_demo_trains_scores_and_draws(demo):
   report = json.loads((workdir / "report.json").read_text())
   for name in ("seen", "held_out", "unguided", "shuffled", "judge"):
     assert set(report[name]) == {"digits", "colours", "relations"}
-  assert report["samples"] == 8
+  assert report["samples"] == 4
   sheet = np.asarray(Image.open(workdir / "prompts.png"))
   assert sheet.shape[1] > 4 * 160
 

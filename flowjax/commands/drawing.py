@@ -2,6 +2,7 @@
 
 import collections.abc
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from flowjax.data import buckets, sources
 from flowjax.evaluate import sampling
 from flowjax.parallel import distributed, placing
 from flowjax.parallel import mesh as meshes
-from flowjax.train import aspects, flows, latents, loop, methods, parts
+from flowjax.train import aspects, flows, latents, loop, methods, parts, tasks
 
 Draw = collections.abc.Callable[..., np.ndarray]
 
@@ -200,10 +201,15 @@ def told_of(
   """
   run.experiment.require_context()
   key = jax.random.key(run.experiment.seed)
-  made = jax.jit(run.experiment.task.drawn().add)(batch, key)
+  made = _told(run.experiment.task, batch, key)
   told = jax.eval_shape(lambda: run.network.example(1)).keys()
   keys = [key for key in (*told, "text_mask") if key in made]
   return {key: np.asarray(made[key]) for key in keys}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _told(task: tasks.TaskConfig, batch: dict[str, Any], key: jax.Array):
+  return task.drawn().add(batch, key)
 
 
 def captions(run: parts.Parts, count: int) -> list[str]:

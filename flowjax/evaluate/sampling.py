@@ -94,7 +94,9 @@ def _of(predict: losses.Predictor, params: Any) -> sampling.Predict:
   return lambda x_BHWC, t_B, cond: predict(params, x_BHWC, t_B, cond, None)
 
 
-def noise(seed: int, indices_B: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def noise(
+  seed: int | jax.Array, indices_B: jax.Array, shape: tuple[int, ...]
+) -> jax.Array:
   """Returns standard normal noise, image i from fold_in(seed, i).
 
   So image i is the same however many are drawn, and in whatever batches.
@@ -137,7 +139,9 @@ def draw(
   if masks is not None and images is None:
     raise ValueError("A mask says what is kept of images: give them, too.")
   count = rows_of(cond, count)
-  make_noise = jax.jit(noise, static_argnums=(0, 2))
+  make_noise = jax.jit(noise, static_argnums=2)
+  # One program serves all seeds; a signed number would not hold all of them.
+  seed_bits = np.uint32(seed % 2**32)
   rows: dict[str, Any] = {
     "cond": cond,
     "index": np.arange(count, dtype=np.uint32),
@@ -155,13 +159,13 @@ def draw(
     cond, index_B = batch["cond"], batch["index"]
     start_BHWC = batch.get("start")
     if start_BHWC is None:
-      start_BHWC = make_noise(seed, index_B, shape)
+      start_BHWC = make_noise(seed_bits, index_B, shape)
     edit = None
     if "known" in batch:
       edit = editing.Edit(batch["known"], start_BHWC, batch.get("mask"))
     scale_B = batch.get("scale")
     images_BHWC, report = sampler.sample(
-      params, cond, start_BHWC, _keys(seed, index_B), scale_B, edit
+      params, cond, start_BHWC, _keys(seed_bits, index_B), scale_B, edit
     )
     if report is not None and not report.finished:
       stopped(sampler.reason(params, cond, scale_B, report, edit))

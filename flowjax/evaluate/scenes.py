@@ -90,11 +90,16 @@ def fit(
   batches: Batches, *, colours: tuple[str, ...], seed: int, steps: int = STEPS
 ) -> Detector:
   """Fits a detector on `batches`; the same seed gives the same one."""
-  weights = _initial(jax.random.key(seed), len(colours))
   optimizer = optax.adamw(
     optax.cosine_decay_schedule(LEARNING_RATE, steps), weight_decay=1e-2
   )
-  state = optimizer.init(weights)
+
+  @jax.jit
+  def begin(key):
+    weights = _initial(key, len(colours))
+    return weights, optimizer.init(weights)
+
+  weights, state = begin(jax.random.key(seed))
 
   @functools.partial(jax.jit, donate_argnums=(0, 1))
   def step(weights, state, image, digit, colour):

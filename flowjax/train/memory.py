@@ -77,10 +77,17 @@ def _outline(config: experiment.Experiment, device: Any) -> Outline:
   with meshes.use(built.mesh):
     kept = free = _kept(built.network)
     if getattr(config.model, "remat", "none") != "none":
-      free = _kept(
-        models.build(dataclasses.replace(config.model, remat="none"))
+      free = _kept_whole(
+        dataclasses.replace(config.model, remat="none"), device
       )
     return Outline(built, _arithmetic(built), kept, free)
+
+
+@functools.lru_cache(maxsize=32)
+def _kept_whole(model: Any, device: Any) -> Kept:
+  """Returns what is kept where nothing is made again: one for every remat."""
+  del device  # Of the mesh that is in use.
+  return _kept(models.build(model))
 
 
 def _arithmetic(built: parts.Parts) -> flops.Count:

@@ -1,6 +1,5 @@
 """solvers.py counts what is evaluated, and compares loops that do the same."""
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -18,16 +17,20 @@ from flowjax.flow import grids, paths, solvers
 SCRIPT = pathlib.Path(__file__).parents[2] / "benchmarks/solvers.py"
 FEW = ("--solvers", "heun", "dpmpp_2m")
 SMALL = (
-  *("--size=tiny", "--batch=1", "--evaluations=4", "--steps=4"),
+  *("--size=tiny", "--batch=1", "--evaluations=4", "--steps=4", "--threads=1"),
   *("--rounds=2", "--small-rounds=2", "--loop-rounds=2", "--guided-rounds=2"),
   *("--guided-steps=8", "--guided-batch=3", *FEW),
 )
 
 
-@pytest.fixture
-def flags(tmp_path, monkeypatch):
-  monkeypatch.setattr(turns, "REST_SECONDS", 0.0)
-  return benchmark.parse([*SMALL, f"--out={tmp_path / 'result.json'}"])
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+  """Returns what the script writes: all its parts, measured once."""
+  out = tmp_path_factory.mktemp("solvers") / "result.json"
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(turns, "REST_SECONDS", 0.0)
+    benchmark.show(benchmark.run(benchmark.parse([*SMALL, f"--out={out}"])))
+  return json.loads(out.read_text())
 
 
 def _uniform(steps):
@@ -75,8 +78,8 @@ def test_all_take_turns_and_another_begins_each_round(monkeypatch):
 
 
 @pytest.mark.slow
-def test_solvers_are_measured_beside_as_many_evaluations(flags):
-  part = benchmark.solver_overhead(flags)
+def test_solvers_are_measured_beside_as_many_evaluations(result):
+  part = result["solvers"]
   assert part["bare_beside_itself"]["seconds_per_evaluation_min"] > 0.0
   assert set(part["by_name"]) == {"heun", "dpmpp_2m"}
   for name, row in part["by_name"].items():
@@ -91,14 +94,16 @@ def test_solvers_are_measured_beside_as_many_evaluations(flags):
 
 
 @pytest.mark.slow
-def test_loops_in_python_end_where_the_solve_ends(flags, monkeypatch):
-  monkeypatch.setattr(benchmark, "has_diffusers", lambda: False)
-  found = benchmark.beside_loops(flags)["networks"]["tiny"]
-  assert set(found["ends_apart"]) == {
-    "python_euler",
-    "python_euler_jitted_step",
-  }
-  assert max(found["ends_apart"].values()) < 1e-6
+def test_loops_end_where_the_solve_ends(result):
+  assert set(result["loops"]["networks"]) == {"multiplication", "tiny"}
+  ours = {"python_euler", "python_euler_jitted_step"}
+  theirs = {"diffusers_euler", "diffusers_dpmpp_2m"}
+  for found in result["loops"]["networks"].values():
+    apart = found["ends_apart"]
+    assert set(apart) == ours | (theirs if benchmark.has_diffusers() else set())
+    assert max(apart[name] for name in ours) < 1e-6
+    assert max(apart.values()) < 1e-5
+  found = result["loops"]["networks"]["tiny"]
   bare = found["by_name"]["flowjax_bare"]
   assert bare["beyond_network_microseconds_min"] == 0.0
   row = found["by_name"]["python_euler"]
@@ -111,8 +116,8 @@ def test_loops_in_python_end_where_the_solve_ends(flags, monkeypatch):
 
 
 @pytest.mark.slow
-def test_guidance_is_counted_where_it_acts(flags):
-  part = benchmark.guidance_interval(flags)
+def test_guidance_is_counted_where_it_acts(result):
+  part = result["guidance"]
   grid, (low, high) = _uniform(8), benchmark.INTERVAL
   inside = int(np.sum((low <= grid[:-1]) & (grid[:-1] <= high)))
   assert 0 < inside < 8
@@ -128,27 +133,52 @@ def test_guidance_is_counted_where_it_acts(flags):
   assert part["saved"]["seconds_min"] == turns.saved(*times)
 
 
-@pytest.mark.slow
-def test_script_runs_and_writes_what_it_promises(tmp_path):
-  out = tmp_path / "result.json"
-  # What tests compile, they compile quickly.
-  words = ("--threads=1", f"--xla={os.environ['XLA_FLAGS']}")
-  run = subprocess.run(
-    [sys.executable, str(SCRIPT), *SMALL, *words, f"--out={out}"],
-    env={**os.environ, "PYTHONPATH": ""},
-    capture_output=True,
-    text=True,
-  )
-  assert run.returncode == 0, run.stdout + run.stderr
-  result = json.loads(out.read_text())
+def test_the_result_says_of_what_it_is(result):
   assert result["machine"]["date"] and result["machine"]["command"]
   assert result["load_average_after"] and "jax" in result["versions"]
   for part in ("solvers", "loops", "guidance"):
     assert result[part]["cores_used_by_others"] >= 0.0
     assert result[part]["seconds"] > 0.0
-  assert set(result["loops"]["networks"]) == {"multiplication", "tiny"}
-  if importlib.util.find_spec("diffusers") is None:
-    return
-  for found in result["loops"]["networks"].values():
-    assert {"diffusers_euler", "diffusers_dpmpp_2m"} < set(found["ends_apart"])
-    assert max(found["ends_apart"].values()) < 1e-5
+
+
+def test_loops_need_no_diffusers(monkeypatch, tmp_path):
+  monkeypatch.setattr(turns, "REST_SECONDS", 0.0)
+  monkeypatch.setattr(benchmark, "has_diffusers", lambda: False)
+  flags = benchmark.parse([*SMALL, f"--out={tmp_path / 'result.json'}"])
+  found = benchmark._loops_of(loops_flowjax.MULTIPLICATION, 1, flags)
+  assert set(found["ends_apart"]) == {
+    "python_euler",
+    "python_euler_jitted_step",
+  }
+
+
+# Of what `main` measures another test looks at each part.
+STARTED = """
+import os, sys
+import solvers
+
+def run(flags):
+  assert "jax" not in sys.modules
+  import loops_flowjax
+  print(loops_flowjax.versions())
+  print(os.environ["XLA_FLAGS"], len(os.sched_getaffinity(0)))
+
+solvers.run, solvers.show = run, lambda result: None
+solvers.main()
+"""
+
+
+@pytest.mark.slow(2)
+def test_libraries_are_imported_once_all_is_set(tmp_path):
+  flag = "--xla_force_host_platform_device_count=3"
+  words = [*SMALL, f"--xla={flag}", f"--out={tmp_path / 'result.json'}"]
+  done = subprocess.run(
+    [sys.executable, "-c", STARTED, *words],
+    env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stdout + done.stderr
+  versions, settings = done.stdout.splitlines()
+  assert versions.startswith("flowjax ")
+  assert settings == f"{flag} 1"

@@ -14,7 +14,9 @@ from flowjax.interop import vae
 from flowjax.models import autoencoder, vq
 from flowjax.train import experiment, parts
 
-pytestmark = pytest.mark.usefixtures("traced_once")
+pytestmark = pytest.mark.usefixtures(
+  "on_one_device", "traced_once", "hashed_by_numpy"
+)
 
 SMALL = [
   "--config.steps=3",
@@ -87,7 +89,7 @@ def test_its_folder_is_loaded_by_diffusers_and_read_again(
   }  # fmt: skip
   images = data_digits.open(restored.open(workdir).config.data, "train")
   encode = jax.jit(lambda x: vq.latents(config, params, x))
-  z = encode(images.image_NHWC[:1024])
+  z = np.asarray(encode(images.image_NHWC[:1024]))
   np.testing.assert_allclose(config.scaling_factor * z.std(), 1.0, rtol=1e-3)
   words = [f"--from={out}", f"--workdir={again}", "--config.steps=5"]
   assert flowjax("import", *words) == 0

@@ -15,7 +15,9 @@ from flowjax.commands import configs, edits, restored
 from flowjax.data import images
 from flowjax.train import parts
 
-pytestmark = pytest.mark.usefixtures("traced_once")
+pytestmark = pytest.mark.usefixtures(
+  "on_one_device", "traced_once", "hashed_by_numpy"
+)
 
 DIT = f"{pathlib.Path(__file__).parents[2]}/configs/digits_dit.py"
 NF = DIT.replace("_dit", "_nf")

@@ -1,6 +1,7 @@
 """Weights come in by a command, train on, and go out again the same."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import struct
@@ -17,7 +18,9 @@ from flowjax.interop import mmdit as layouts
 from flowjax.models import dit, flux, mmdit
 from flowjax.train import checkpoint
 
-pytestmark = pytest.mark.usefixtures("traced_once")
+pytestmark = pytest.mark.usefixtures(
+  "on_one_device", "traced_once", "hashed_by_numpy"
+)
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 # The network of a file is that of --config.
@@ -59,6 +62,7 @@ def config_for(format, network="dit"):
   return dataclasses.replace(config, **shift if network == "dit" else {})
 
 
+@functools.lru_cache
 def draw(config):
   rng = np.random.default_rng(0)
   abstract = jax.eval_shape(models.build(config).init, jax.random.key(0))

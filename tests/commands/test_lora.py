@@ -15,7 +15,7 @@ from flowjax.interop import folder_export, lora
 from flowjax.models import dit
 from flowjax.models import lora as adapters
 
-pytestmark = pytest.mark.usefixtures("traced_once")
+pytestmark = pytest.mark.usefixtures("traced_once", "hashed_by_numpy")
 
 CONFIG = [
   f"--config={pathlib.Path(__file__).parents[2]}/configs/digits_dit.py",

@@ -11,7 +11,9 @@ from flowjax import errors
 from flowjax.commands import shown, variations
 from flowjax.data import layouts, scenes
 
-pytestmark = pytest.mark.usefixtures("traced_once")
+pytestmark = pytest.mark.usefixtures(
+  "traced_once", "hashed_by_numpy", "fitted_once"
+)
 
 SMALL = (
   "--config.steps=2",
@@ -88,13 +90,14 @@ def command(*words):
   assert door.main(list(map(str, words))) == 0
 
 
-@pytest.mark.slow(20)
+@pytest.mark.slow(11)
 def test_a_run_on_layouts_is_drawn_and_scored(tmp_path, capsys):
   into = f"--workdir={tmp_path / 'run'}"
   command(
     "train", "--config=configs/scenes_layout.py", into, *SMALL, *OF_LAYOUT
   )
-  command("evaluate", into, "--num=8", "--judge_steps=2")
+  # As many at once as are drawn below: one program.
+  command("evaluate", into, "--num=4", "--judge_steps=2")
   report = json.loads((tmp_path / "run/report.json").read_text())
   for name in ("drawn", "unguided", "shuffled", "judge"):
     assert set(report[name]) == {"digits", "colours", "both", "iou"}
@@ -113,7 +116,7 @@ def test_a_run_on_layouts_is_drawn_and_scored(tmp_path, capsys):
   assert "reads layouts by an encoder" in capsys.readouterr().err
 
 
-@pytest.mark.slow(20)
+@pytest.mark.slow(11)
 def test_a_run_that_varies_images_is_drawn_and_scored(tmp_path, capsys):
   into = f"--workdir={tmp_path / 'run'}"
   config = "--config=configs/digits_variation.py"
@@ -126,9 +129,10 @@ def test_a_run_that_varies_images_is_drawn_and_scored(tmp_path, capsys):
   Image.fromarray(np.eye(8, dtype=np.uint8) * 255).save(tmp_path / "in.png")
   out = tmp_path / "out.png"
   image = f"--image={tmp_path}/in.png"
-  command("sample", into, image, image, "--num=6", f"--out={out}")
-  # A row for each: itself, and three variations.
-  assert np.asarray(Image.open(out)).shape == (2 * 36, 4 * 36, 3)
+  # As many at once as were scored: one program.
+  command("sample", into, image, image, "--num=8", f"--out={out}")
+  # A row for each: itself, and four variations.
+  assert np.asarray(Image.open(out)).shape == (2 * 36, 5 * 36, 3)
   path = tmp_path / "boxes.json"
   assert door.main(["sample", into, f"--boxes={path}", f"--out={out}"]) == 2
   assert "reads no layouts" in capsys.readouterr().err

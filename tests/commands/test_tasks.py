@@ -15,7 +15,9 @@ from flowjax.commands import configs, drawing, restored, tasked
 from flowjax.interop import torch_export
 from flowjax.train import parts, tasks
 
-pytestmark = pytest.mark.usefixtures("traced_once")
+pytestmark = pytest.mark.usefixtures(
+  "on_one_device", "traced_once", "hashed_by_numpy", "fitted_once"
+)
 
 INPAINTING = f"{pathlib.Path(__file__).parents[2]}/configs/digits_inpainting.py"
 SMALL = [
@@ -193,9 +195,12 @@ def test_weights_of_a_network_without_begin_one_that_is_told(tmp_path):
   x_NHWC = rng.standard_normal((2, 8, 8, 1), np.float32)
   t_N, label_N = np.array([0.2, 0.8], np.float32), np.array([3, 10])
   told = {"label": label_N, "context": np.ones((2, 8, 8, 2), np.float32)}
+  both = (found, told), (run, {"label": label_N})
   np.testing.assert_allclose(
-    found.run.network.apply(found.params, x_NHWC, t_N, told),
-    run.run.network.apply(run.params, x_NHWC, t_N, {"label": label_N}),
+    *(
+      jax.jit(each.run.network.apply)(each.params, x_NHWC, t_N, cond)
+      for each, cond in both
+    ),
     rtol=0,
     atol=1e-5,
   )

@@ -12,7 +12,9 @@ from flowjax import __main__ as door
 from flowjax.commands import configs, drawing, evaluate, restored
 from flowjax.train import parts
 
-pytestmark = pytest.mark.usefixtures("traced_once")
+pytestmark = pytest.mark.usefixtures(
+  "on_one_device", "traced_once", "hashed_by_numpy", "fitted_once"
+)
 
 CONFIG = f"{pathlib.Path(__file__).parents[2]}/configs/digits_unconditional.py"
 TINY = [
@@ -29,7 +31,8 @@ TINY = [
   "--config.sample.steps=2",
   "--config.log.validation_every=2",
   "--config.log.samples_every=2",
-  "--config.log.sample_count=10",
+  # As many as are drawn below: one program.
+  "--config.log.sample_count=9",
   "--config.log.tensorboard=False",
 ]
 
@@ -54,7 +57,7 @@ def test_it_is_sampled_without_a_condition(run, tmp_path, capsys):
   found = np.load(out)
   assert found.shape == (9, 8, 8, 1)
   assert np.abs(found[0] - found[1]).max() > 0.1
-  assert flowjax(*words, "--num=3", "--invert") == 0
+  assert flowjax(*words, "--num=9", "--invert") == 0
   for word, text in (
     ("--labels=3", "this network is told nothing"),
     ("--prompt=a", "it is told nothing"),

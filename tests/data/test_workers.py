@@ -28,7 +28,7 @@ def gone(pid: int) -> bool:
     return file.read().rpartition(")")[2].split()[0] == "Z"
 
 
-def wait_for(condition, seconds=20) -> bool:
+def wait_for(condition, seconds=120) -> bool:
   end = time.monotonic() + seconds
   while not condition() and time.monotonic() < end:
     time.sleep(0.05)

@@ -56,13 +56,20 @@ def test_moves_are_small_various_and_filled_with_the_ground():
   assert moved.min() >= -1.0 - 1e-5 and moved.max() <= 1.0 + 1e-5
 
 
-def test_it_learns_and_computes_what_it_learned(monkeypatch):
+def test_it_learns_by_its_seed_and_computes_what_it_learned(monkeypatch):
   monkeypatch.setattr(classifier, "STEPS", 100)
   rng = np.random.default_rng(0)
   labels = rng.integers(0, 2, 300)
   x = np.concatenate([_blob(8, 8), _blob(8, 8)[:, ::-1, ::-1]])[labels]
   x = x + 0.1 * rng.normal(size=x.shape).astype(np.float32)
-  fitted = classifier.fit(x[:200], labels[:200], classes=2, seed=0)
+  fitted, again, other = (
+    classifier.fit(x[:200], labels[:200], classes=2, seed=seed)
+    for seed in (0, 0, 1)
+  )
   assert np.mean(fitted.predict(x[200:]) == labels[200:]) == 1.0
   assert fitted.features(x).shape == (300, classifier.FEATURES)
   assert fitted.features(x).min() == 0.0
+  for layers, same in ((again.layers, True), (other.layers, False)):
+    pairs = zip(fitted.layers, layers, strict=True)
+    alike = [np.array_equal(a["kernel"], b["kernel"]) for a, b in pairs]
+    assert alike == 3 * [same]

@@ -43,6 +43,11 @@ def levels(path, t):
   return alpha, np.sqrt(alpha**2 * STD**2 + sigma**2), sigma
 
 
+def key(seed=0):
+  # Compiles in a fifth of the time that threefry takes.
+  return jax.random.key(seed, impl="rbg")
+
+
 def draw(made, predict, edit=None, *, start=NOISE, rng=None):
   run = jax.jit(lambda edit, x: made.sample(predict, {}, {}, x, rng, edit))
   return np.asarray(run(edit, start))
@@ -67,12 +72,12 @@ def test_of_a_gaussian_what_is_left_of_an_image_is_known(name):
 @pytest.mark.slow
 def test_fresh_noise_draws_from_what_x_t_leaves_open():
   path, count = paths.build("ddpm"), 4096
-  made = method(path, "ddim", grid="trailing", steps=1000, eta=1.0)
+  made = method(path, "ddim", grid="trailing", steps=500, eta=1.0)
   made = made.from_images(0.5)
-  noise = jax.random.normal(jax.random.key(0), (count, 2))
-  image = jnp.broadcast_to(jnp.array([2.0, -1.0]), noise.shape)
+  noise = RNG.standard_normal((count, 2)).astype(np.float32)
+  image = np.broadcast_to(np.float32([2.0, -1.0]), noise.shape)
   edit = editing.Edit(image, noise)
-  found = draw(made, gaussian(path), edit, start=noise, rng=jax.random.key(1))
+  found = draw(made, gaussian(path), edit, start=noise, rng=key(1))
   alpha, size, sigma = levels(path, made.grid[0])
   shrunk = (alpha * STD / size) ** 2
   np.testing.assert_allclose(
@@ -105,9 +110,7 @@ def test_every_solver_starts_from_images_and_keeps_pixels(solver):
   options = CHOOSE.get(solver, {})
   made = method(paths.build("straight", low=1e-3), solver, 8, **options)
   edit = editing.Edit(IMAGE, NOISE, MASK)
-  found = draw(
-    made.from_images(0.5), gaussian(path), edit, rng=jax.random.key(0)
-  )
+  found = draw(made.from_images(0.5), gaussian(path), edit, rng=key())
   kept = np.broadcast_to(MASK == 0.0, IMAGE.shape)
   np.testing.assert_array_equal(found[kept], IMAGE[kept])
   away = np.abs(found - IMAGE)[~kept]
@@ -145,7 +148,7 @@ def test_what_is_drawn_anew_follows_what_is_kept():
   # and the second solves y' = s (p y + q (k + s e)), where p and q are the
   # entries of the inverse of their covariance at s.
   path, r, top = paths.build("ve", sigma_min=1e-3, sigma_max=20.0), 0.8, 20.0
-  covariance = jnp.array([[1.0, r], [r, 1.0]])
+  covariance = np.float32([[1.0, r], [r, 1.0]])
 
   def predict(x, t_B, cond):
     s = path.sigma(t_B[0])
@@ -154,9 +157,7 @@ def test_what_is_drawn_anew_follows_what_is_kept():
 
   known, (e, e_2) = 1.3, (-0.4, 0.7)
   made = method(path, "heun", 100)
-  edit = editing.Edit(
-    jnp.array([[known, 9.0]]), jnp.array([[e, e_2]]), jnp.array([[0.0, 1.0]])
-  )
+  edit = editing.Edit(*np.float32([[[known, 9.0]], [[e, e_2]], [[0.0, 1.0]]]))
   found = draw(made, predict, edit, start=edit.noise)
 
   # By an integrating factor, in float64.
@@ -175,7 +176,7 @@ def test_what_is_drawn_anew_follows_what_is_kept():
 def test_what_is_grey_in_a_mask_is_kept_or_drawn_anew(solver):
   # A network that knows data of 1 alone: each pixel ends there, or as it was.
   made = method(paths.build("straight", low=1e-3), solver, 10)
-  grey = jnp.linspace(0.1, 0.9, 5)[:, None, None]
+  grey = np.linspace(0.1, 0.9, 5, dtype=np.float32)[:, None, None]
   edit = editing.Edit(IMAGE, NOISE, grey)
   found = draw(made, lambda x, t_B, cond: 0.0 * x + 1.0, edit)
   np.testing.assert_array_equal(found[:3], IMAGE[:3])

@@ -4,7 +4,6 @@ import itertools
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
@@ -17,8 +16,8 @@ ON_ALL_PATHS = ("uniform", "karras", "exponential", "beta")
 
 def log_sigma(path, grid):
   with jax.enable_x64(True):
-    t = jnp.asarray(grid, jnp.float64)
-    return -0.5 * np.asarray(path.log_snr(t))
+    log_snr = jax.jit(path.log_snr)(np.asarray(grid, np.float64))
+    return -0.5 * np.asarray(log_snr)
 
 
 @pytest.mark.parametrize("name", ON_ALL_PATHS)
@@ -232,8 +231,10 @@ SHIFTS = [
 @pytest.mark.parametrize("source", ["table", "even"])
 def test_compat_is_diffusers_to_the_bit(source, spacing):
   diffusers = pytest.importorskip("diffusers")
+  # In both each quantile of beta is found by itself, and slowly.
+  counts = (1, 2, 7) if spacing == "beta" else (1, 2, 7, 20, 28)
   for steps, options, terminal in itertools.product(
-    (1, 2, 7, 20, 28), SHIFTS, (None, 0.1)
+    counts, SHIFTS, (None, 0.1)
   ):
     if terminal is not None and steps == 1:
       continue  # Not a number in diffusers.
@@ -305,7 +306,7 @@ def test_sigmas_are_those_of_euler_discrete(name):
   # Their table is rounded to float32; ours is made of the same numbers.
   path = paths.table(scheduler.alphas_cumprod.double().numpy())
   least = float(np.exp(log_sigma(path, [1 / 1000])[0]))
-  for steps in (2, 5, 20, 50):
+  for steps in (2, 50):
     scheduler.set_timesteps(steps)
     grid = grids.build(name, path, steps, sigma_min=least)
     sigma = np.exp(log_sigma(path, grid[:-1]))
@@ -325,7 +326,7 @@ def test_sigmas_are_those_of_edm(name):
   diffusers = pytest.importorskip("diffusers")
   scheduler = diffusers.EDMEulerScheduler(sigma_schedule=name)
   path = paths.build("edm")
-  for steps in (2, 5, 18):
+  for steps in (2, 18):
     scheduler.set_timesteps(steps)
     # This path ends at sigma_min, before their last step to 0.
     sigma = np.exp(log_sigma(path, grids.build(name, path, steps - 1)))

@@ -1,5 +1,6 @@
 """Likelihood: exact for normal data on every path, and good to train by."""
 
+import functools
 import itertools
 import math
 
@@ -40,9 +41,15 @@ def density(field, path, x, times, **options):
   )(x)
 
 
+@functools.cache
+def levels(path):
+  """Returns a program: alpha and sigma at a time."""
+  return jax.jit(lambda t: path.at(t, t)[:2])
+
+
 def marginal(path, t):
   """The log-density of x_t."""
-  alpha, sigma = map(float, jax.jit(lambda t: path.at(t, t)[:2])(float(t)))
+  alpha, sigma = map(float, levels(path)(float(t)))
   cov = alpha**2 * COV_22 + sigma**2 * np.eye(2)
 
   def log_density(x_B2):
@@ -92,14 +99,14 @@ def test_the_density_of_normal_data_is_exact_on_every_path(name):
 @pytest.mark.slow
 def test_adaptive_solvers_are_exact_to_their_tolerance():
   pytest.importorskip("diffrax")
+  # Of dopri5 as well, whose gradients and probes are looked at below.
   with jax.enable_x64(True):
     x, ends = points(), np.array([0.0, 1.0])
-    for name in ("dopri5", "tsit5"):
-      solver = solvers.build(name, STRAIGHT, rtol=1e-8, atol=1e-8)
-      result = density(correlated(STRAIGHT), STRAIGHT, x, ends, solver=solver)
-      np.testing.assert_allclose(
-        result.log_density_B, marginal(STRAIGHT, 0.0)(x), atol=1e-7
-      )
+    solver = solvers.build("tsit5", STRAIGHT, rtol=1e-8, atol=1e-8)
+    result = density(correlated(STRAIGHT), STRAIGHT, x, ends, solver=solver)
+    np.testing.assert_allclose(
+      result.log_density_B, marginal(STRAIGHT, 0.0)(x), atol=1e-7
+    )
 
 
 def test_a_sample_knows_its_density():
@@ -209,7 +216,6 @@ def test_gradients_are_those_of_the_closed_form(name, divergence):
   solver = solvers.build(name, STRAIGHT)
   x = points(3).astype(np.float32)
 
-  @jax.jit
   def total(k):
     result = likelihood.log_density(
       lambda x, t: k * x,
@@ -223,7 +229,7 @@ def test_gradients_are_those_of_the_closed_form(name, divergence):
     return jnp.sum(result.log_density_B)
 
   exact = np.sum(2.0 - np.sum(np.square(x), axis=-1) * np.exp(2 * 0.3))
-  np.testing.assert_allclose(jax.grad(total)(0.3), exact, rtol=1e-3)
+  np.testing.assert_allclose(jax.jit(jax.grad(total))(0.3), exact, rtol=1e-3)
 
 
 @pytest.mark.slow
@@ -236,7 +242,7 @@ def test_a_flow_is_trained_by_maximum_likelihood():
     return jnp.stack([a, 0.5 * b + 0.5 * a**2 - 0.5], axis=-1)
 
   def init():
-    random, sizes = np.random.default_rng(0), (3, 32, 32, 2)
+    random, sizes = np.random.default_rng(0), (3, 24, 24, 2)
     scales = [
       (0.1 if b == 2 else 1.0) / a**0.5 for a, b in itertools.pairwise(sizes)
     ]
@@ -262,17 +268,17 @@ def test_a_flow_is_trained_by_maximum_likelihood():
     return -jnp.mean(result.log_density_B)
 
   params = init()
-  optimiser = optax.adam(1e-2)
+  optimiser = optax.adam(2e-2)
 
   @jax.jit
   def train(params):
     def step(carry, rng):
       params, memory = carry
-      value, slope = jax.value_and_grad(loss)(params, draw(rng, 256), 4)
+      value, slope = jax.value_and_grad(loss)(params, draw(rng, 256), 3)
       change, memory = optimiser.update(slope, memory)
       return (optax.apply_updates(params, change), memory), value
 
-    keys = jax.random.split(key(1), 300)
+    keys = jax.random.split(key(1), 150)
     (params, _), values = jax.lax.scan(
       step, (params, optimiser.init(params)), keys
     )

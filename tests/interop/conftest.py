@@ -8,7 +8,7 @@ from flowjax import models
 from flowjax.models import dit
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny():
   """Returns a function that builds a tiny DiT's config."""
 
@@ -26,7 +26,7 @@ def tiny():
   return config
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def draw():
   """Returns a function that draws parameters, none of them zero.
 

@@ -289,18 +289,20 @@ def _theirs(tmp_path_factory):
   return load
 
 
-def run(theirs, net, params):
-  """Returns their output and ours."""
+def output(theirs, net):
+  """Returns what their network says of the inputs of ours."""
   import torch
 
   from flowjax.interop import diffusers_check
 
   x_BHWC, t_B, cond = inputs(net)
   with torch.no_grad():
-    out = diffusers_check.run(theirs, net.config, x_BHWC, t_B, cond).numpy()
+    return diffusers_check.run(theirs, net.config, x_BHWC, t_B, cond).numpy()
+
+
+def our_output(net, params):
   with jax.default_matmul_precision("highest"):
-    ours = jax.jit(net.apply)(params, x_BHWC, t_B, cond)
-  return out, np.asarray(ours)
+    return np.asarray(jax.jit(net.apply)(params, *inputs(net)))
 
 
 @pytest.mark.slow
@@ -321,18 +323,17 @@ def test_diffusers_loads_what_we_write(tmp_path, theirs, name, options):
     **(dict(return_alphas=True) if name == "flux" else {}),
   )
   more = dict(network_alphas=alphas[0]) if alphas else {}
-  before, _ = run(model, net, params)
+  before = output(model, net)
   mixin[name].load_lora_into_transformer(
     state, transformer=model, metadata=metadata, **more
   )
-  found, ours = run(model, net, params)
-  np.testing.assert_allclose(found, ours, atol=2e-5)
+  ours = our_output(net, params)
+  np.testing.assert_allclose(output(model, net), ours, atol=2e-5)
   assert np.abs(before - ours).max() > 0.01
   # Merged weights are the same network again.
-  merged = lora.merged(options, params)
-  bare = models.build(config)
-  found, ours = run(theirs(config, merged), bare, merged)
-  np.testing.assert_allclose(found, run(model, net, params)[1], atol=2e-5)
+  merged = jax.jit(lora.merged, static_argnums=0)(options, params)
+  found = output(theirs(config, merged), models.build(config))
+  np.testing.assert_allclose(found, ours, atol=2e-5)
 
 
 @pytest.mark.slow
@@ -388,9 +389,9 @@ def test_we_read_what_peft_writes(tmp_path, theirs, name):
     )
   read = adapters.read(tmp_path, config)
   ours = {**base(params), **tables.unflatten(read.leaves)}
-  found, wanted = run(model, models.with_lora(bare, read.config), ours)
-  np.testing.assert_allclose(found, wanted, atol=2e-5)
-  without = run(model, bare, base(params))[1]
+  wanted = our_output(models.with_lora(bare, read.config), ours)
+  np.testing.assert_allclose(output(model, bare), wanted, atol=2e-5)
+  without = our_output(bare, base(params))
   assert np.abs(without - wanted).max() > 0.01
 
 
@@ -414,5 +415,5 @@ def test_peft_loads_what_we_write_for_a_dit(tmp_path, theirs):
   )
   result = peft.set_peft_model_state_dict(model, state)
   assert not result.unexpected_keys
-  found, ours = run(model, net, params)
-  np.testing.assert_allclose(found, ours, atol=2e-5)
+  ours = our_output(net, params)
+  np.testing.assert_allclose(output(model, net), ours, atol=2e-5)

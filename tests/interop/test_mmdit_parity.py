@@ -32,11 +32,14 @@ SMALL = networks.MMDiTConfig(
   pooled_width=12,
   position_table=16,
 )
+# The norms of queries are met in blocks with and without a second attention.
 CASES = {
   "plain": (dict(), 5),
-  "qk_norm": (dict(qk_norm=True, image_size=(8, 8)), 3),
   "dual": (dict(dual_layers=1, depth=3, image_size=(12, 10)), 7),
-  "qk_norm dual": (dict(qk_norm=True, dual_layers=2, depth=5), 1),
+  "qk_norm dual": (
+    dict(qk_norm=True, dual_layers=2, depth=5, image_size=(8, 8)),
+    1,
+  ),
   "patch 1": (dict(patch_size=1, image_size=(4, 6), head_size=8), 5),
   "patch 4": (dict(patch_size=4, head_size=12, heads=3, out_channels=2), 5),
   "one block": (dict(depth=1, qk_norm=True, image_size=(2, 32)), 9),

@@ -18,7 +18,9 @@ from flowjax.interop import diffusers_configs, folder_export
 from flowjax.models import flux, mmdit
 from flowjax.train import experiment, parts
 
-pytestmark = pytest.mark.usefixtures("traced_once")
+pytestmark = pytest.mark.usefixtures(
+  "on_one_device", "traced_once", "hashed_by_numpy"
+)
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -5,6 +5,7 @@
 
 import ast
 import dataclasses
+import functools
 import importlib
 import inspect
 import re
@@ -82,28 +83,37 @@ def config_of(case):
   return dataclasses.replace(base, **changes)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_outputs_agree(draw, tmp_path, case):
-  config = config_of(case)
-  params = draw(config)
-  torch_export.export(params, config, tmp_path)
-  network = models.build(config)
-  assert torch_export.verify(tmp_path, network, params) <= 1e-5
+@pytest.fixture(scope="module")
+def exported(draw, tmp_path_factory):
+  """Returns a function of a case: its config, its weights, and its export."""
+
+  @functools.cache
+  def of(case):
+    config, folder = config_of(case), tmp_path_factory.mktemp("exported")
+    params = draw(config)
+    torch_export.export(params, config, folder)
+    return config, params, folder
+
+  return of
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_an_export_comes_back_and_is_found(draw, tmp_path, case):
-  config = config_of(case)
-  params = draw(config)
-  torch_export.export(params, config, tmp_path)
+def test_outputs_agree(exported, case):
+  config, params, folder = exported(case)
+  assert torch_export.verify(folder, models.build(config), params) <= 1e-5
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_export_comes_back_and_is_found(exported, case):
+  config, params, folder = exported(case)
   ours = tables.flatten(params)
-  found = weights.open(tmp_path)
+  found = weights.open(folder)
   assert found.config() == config and found.format == "torch"
   names, leaves = found.leaves(config)
   assert set(names) == ours.keys()
   for path, leaf in leaves:
     np.testing.assert_array_equal(leaf, ours[path], err_msg=path)
-  loaded = torch_export.load_module(tmp_path).load(tmp_path)
+  loaded = torch_export.load_module(folder).load(folder)
   assert sum(p.numel() for p in loaded.parameters()) == sum(
     leaf.size for leaf in ours.values()
   )
@@ -127,15 +137,14 @@ def test_every_key_of_the_config_is_read():
     ("flux", "guidance_embed/in/kernel"),
   ],
 )
-def test_verify_sees_what_conditions_do(draw, tmp_path, case, path):
-  config = config_of(case)
-  params = draw(config)
-  torch_export.export(params, config, tmp_path)
+def test_verify_sees_what_conditions_do(exported, case, path):
+  config, params, folder = exported(case)
+  params = jax.tree.map(np.copy, params)
   tables.flatten(params)[path][...] += 0.1
-  assert torch_export.verify(tmp_path, models.build(config), params) > 1e-4
+  assert torch_export.verify(folder, models.build(config), params) > 1e-4
 
 
-def test_nobody_sees_a_text_that_is_padding(draw, tmp_path):
+def test_nobody_sees_a_text_that_is_padding(exported):
   cond = {
     "text": torch.randn(2, 5, 10),
     "pooled": torch.randn(2, 6),
@@ -143,9 +152,9 @@ def test_nobody_sees_a_text_that_is_padding(draw, tmp_path):
   }
   x_BCHW, t_B = torch.randn(2, 2, 4, 8), torch.rand(2)
   other_BLE = torch.where(cond["text_mask"][..., None], cond["text"], 7.0)
-  for config in (MMDIT, FLUX):
-    torch_export.export(draw(config), config, tmp_path / config.name)
-    net = SOURCES[config.name].load(tmp_path / config.name)
+  for case in ("mmdit", "flux"):
+    _, _, folder = exported(case)
+    net = SOURCES[case].load(folder)
     wanted = net(x_BCHW, t_B, cond)
     torch.testing.assert_close(
       net(x_BCHW, t_B, cond | {"text": other_BLE}), wanted
@@ -177,15 +186,14 @@ def conditions(config, batch=2):
   "case, solver, interval",
   [("mmdit", "heun", (0.3, 0.8)), ("flux labels", "euler", (0.0, 1.0))],
 )
-def test_samples_agree(draw, tmp_path, case, solver, interval):
-  config = config_of(case)
-  params, network = draw(config), models.build(config)
+def test_samples_agree(exported, case, solver, interval):
+  config, params, folder = exported(case)
+  network = models.build(config)
   cond = conditions(config)
   if config.num_classes:
     cond = {"label": np.array([0, 2], np.int32)}
-  apply = jax.jit(network.apply)
   field = guidance.classifier_free(
-    lambda x_BHWC, t_B, cond: apply(params, x_BHWC, t_B, cond),
+    lambda x_BHWC, t_B, cond: network.apply(params, x_BHWC, t_B, cond),
     cond,
     network.unconditional(cond),
     scale=3.0,
@@ -193,16 +201,17 @@ def test_samples_agree(draw, tmp_path, case, solver, interval):
   )
   rng = np.random.default_rng(3)
   noise_BHWC = rng.standard_normal((2, 4, 8, 2), np.float32)
-  ours_BHWC = solvers.solve(
-    solvers.build(solver, paths.straight()),
-    field,
-    noise_BHWC,
-    times.uniform_grid(4, 2.0),
-  )
-  torch_export.export(params, config, tmp_path)
+  ours_BHWC = jax.jit(
+    lambda x_BHWC: solvers.solve(
+      solvers.build(solver, paths.straight()),
+      field,
+      x_BHWC,
+      times.uniform_grid(4, 2.0),
+    )
+  )(noise_BHWC)
   module = SOURCES[config.name]
   sampled_BCHW = module.sample(
-    module.load(tmp_path),
+    module.load(folder),
     jax.tree.map(torch.as_tensor, cond),
     steps=4,
     solver=solver,
@@ -232,9 +241,9 @@ def test_without_a_negative_text_there_is_none():
 @pytest.mark.parametrize("case", ["mmdit", "flux", "flux labels"])
 @pytest.mark.parametrize("prediction", ["velocity", "noise"])
 def test_what_the_card_shows_runs(
-  draw, tmp_path, monkeypatch, case, prediction
+  exported, tmp_path, monkeypatch, case, prediction
 ):
-  config = config_of(case)
+  config, params, _ = exported(case)
   sample = {
     "steps": 2,
     "solver": {"name": "euler"},
@@ -242,7 +251,7 @@ def test_what_the_card_shows_runs(
     "grid": {"shift": 2.0},
   }
   torch_export.export(
-    draw(config),
+    params,
     config,
     tmp_path,
     card={"config": {"sample": sample}},

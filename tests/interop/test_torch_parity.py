@@ -216,12 +216,14 @@ def test_samples_agree(exported, solver, scale, interval, shift):
     scale=scale,
     interval=interval,
   )
-  ours_BHWC = solvers.solve(
-    solvers.build(solver, paths.straight()),
-    field,
-    jnp.asarray(noise_BHWC),
-    times.uniform_grid(5, shift),
-  )
+  ours_BHWC = jax.jit(
+    lambda x_BHWC: solvers.solve(
+      solvers.build(solver, paths.straight()),
+      field,
+      x_BHWC,
+      times.uniform_grid(5, shift),
+    )
+  )(noise_BHWC)
   sampled_BCHW = module.sample(
     theirs,
     torch.from_numpy(label_B),

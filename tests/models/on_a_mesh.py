@@ -11,7 +11,6 @@ from flowjax import models
 
 # How devices may hear of each other's tokens; sums are of gradients.
 MOVES = {
-  "xla": {"all-gather", "all-reduce"},
   "ring": {"collective-permute", "all-reduce"},
   "ulysses": {"all-to-all", "all-reduce"},
 }

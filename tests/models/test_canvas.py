@@ -16,7 +16,7 @@ from flowjax.data import canvas
 from flowjax.models import dit, flux, mmdit, patches, positions
 from flowjax.parallel import mesh as meshes
 
-SIZES = ((8, 8), (4, 12), (12, 4))
+SIZES = ((8, 8), (12, 4))  # All of the canvas, and a part of it.
 TOKENS = 16
 
 SHARED = dict(image_size=(8, 8), channels=1, num_classes=3)
@@ -30,7 +30,9 @@ CONFIGS = {
   "dit, rope2d": DIT,
   "dit, sincos2d": dataclasses.replace(DIT, position="sincos2d"),
   "mmdit, sincos2d": MMDIT,
-  "mmdit, rope2d": dataclasses.replace(MMDIT, position="rope2d"),
+  "mmdit, rope2d": dataclasses.replace(
+    MMDIT, position="rope2d", depth=1, dual_layers=0
+  ),
   "flux": flux.FluxConfig(
     **SHARED, **TEXT, width=16, heads=1, double_depth=1, single_depth=1,
     rope_axes=(4, 4, 8), guidance_embed=False,
@@ -54,7 +56,11 @@ def test_an_image_on_a_canvas_is_that_image(name):
   for row, (rows, columns) in enumerate(grid_B2):
     laid[row, rows * columns * 2 :] = 100.0
   count = len(SIZES)
-  apply = jax.jit(net.apply)
+  program = jax.jit(net.apply)
+
+  def apply(*inputs):
+    return np.asarray(program(*inputs))
+
   v = apply(
     params, laid, np.repeat(t_B, count),
     {"label": np.repeat(label_B, count), "grid": grid_B2},

@@ -54,9 +54,8 @@ def value_and_gradient(config, shared=None):
     weight = jnp.cos(jnp.arange(float(v_BHWC.size))).reshape(v_BHWC.shape)
     return jnp.sum(weight * v_BHWC), v_BHWC
 
-  gradient, v_BHWC = jax.jit(jax.grad(scalar, has_aux=True))(
-    parameters(shared or config)
-  )
+  program = jax.jit(jax.grad(scalar, has_aux=True))
+  gradient, v_BHWC = jax.device_get(program(parameters(shared or config)))
   return v_BHWC, gradient
 
 
@@ -127,7 +126,8 @@ def test_it_begins_as_the_paper_says():
     params = net.init(rng)
     return params, net.apply(params, *inputs)
 
-  params, v_BHWC = begin(jax.random.key(0))
+  # rbg compiles in a fifth of the time that threefry takes.
+  params, v_BHWC = jax.device_get(begin(jax.random.key(0, impl="rbg")))
   zero = [params["blocks"]["modulation"], params["final"]]
   assert all(not leaf.any() for leaf in jax.tree.leaves(zero))
   qkv = params["blocks"]["attention"]["qkv"]["kernel"]
@@ -164,14 +164,14 @@ def test_a_gradient_reaches_every_parameter(variant):
   assert np.all(biases[:, 0]) and np.all(biases[:, 2])
 
 
+# In the loop and out of it, where `prevent_cse` differs; with most of the names
+# that are kept, and with none. Every policy has its turn in `test_joint.py`.
 @pytest.mark.parametrize(
   "change",
-  [dict(scan=False)]
-  + [dict(remat=remat) for remat in blocks.REMAT if remat != "none"]
-  + [dict(scan=False, remat="matmuls")],
+  [dict(remat="offload_matmuls"), dict(scan=False, remat="full")],
   ids=str,
 )
-def test_scan_unrolled_and_every_remat_policy_are_the_same(change):
+def test_scanned_unrolled_and_remade_are_the_same(change):
   changed = dataclasses.replace(SMALL, **change)
   assert_same(value_and_gradient(changed), value_and_gradient(SMALL))
   shapes = jax.eval_shape(models.build(changed).init, jax.random.key(0))

@@ -60,13 +60,13 @@ def on_one_device():
   return jax.jit(functools.partial(step, "xla"))(*inputs())
 
 
+# The ring has its turn with FLUX, whose two streams are these; and "xla" over
+# "context" is trained in `test_one_is_eight.py`.
 @pytest.mark.slow
 @pytest.mark.parametrize(
   "body, sizes",
   [
     ("auto", dict(data=2, fsdp=2, tensor=2)),
-    ("xla", dict(data=1, context=8)),
-    ("ring", dict(data=1, context=8)),
     ("ulysses", dict(data=2, context=4)),
     ("ring_ulysses", dict(data=1, tensor=2, context=2, ulysses=2)),
   ],

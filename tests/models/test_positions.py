@@ -34,7 +34,7 @@ def test_rotate_is_a_complex_product_by_row_then_by_column():
   x_BTNH = rng.standard_normal((2, ROWS * COLUMNS, 3, head_size))
   x_BTNH = x_BTNH.astype(np.float32)
   tables = positions.rope2d(ROWS, COLUMNS, head_size, theta)
-  y_BTNH = jax.jit(positions.rotate)(x_BTNH, *tables)
+  y_BTNH = np.asarray(jax.jit(positions.rotate)(x_BTNH, *tables))
 
   z = x_BTNH[..., 0::2] + 1j * x_BTNH[..., 1::2]
   for token in range(ROWS * COLUMNS):

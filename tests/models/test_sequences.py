@@ -12,8 +12,8 @@ from flowjax.parallel import mesh as meshes
 
 
 def pair(length=5, tokens=7):
-  text = jnp.arange(2.0 * length * 3).reshape(2, length, 3)
-  return text, -jnp.arange(2.0 * tokens * 3).reshape(2, tokens, 3)
+  text = np.arange(6 * length, dtype=np.float32).reshape(2, length, 3)
+  return text, -np.arange(6 * tokens, dtype=np.float32).reshape(2, tokens, 3)
 
 
 @pytest.fixture(params=[1, 4], ids=["one", "four"])
@@ -24,7 +24,7 @@ def parts(request):
 
 
 def test_one_device_has_the_text_and_then_the_image():
-  text, image = pair()
+  text, image = map(jnp.asarray, pair())
   assert sequences.even(text) is text
   np.testing.assert_array_equal(
     sequences.woven(text, image), np.concatenate([text, image], axis=1)
@@ -34,9 +34,14 @@ def test_one_device_has_the_text_and_then_the_image():
 
 
 def test_parting_undoes_weaving(parts):
-  text, image = map(sequences.even, pair())
-  both = sequences.woven(text, image)
-  found = sequences.parted(both, text.shape[1])
+
+  @jax.jit
+  def there_and_back(text, image):
+    text, image = map(sequences.even, (text, image))
+    both = sequences.woven(text, image)
+    return text, image, both, sequences.parted(both, text.shape[1])
+
+  text, image, both, found = jax.device_get(there_and_back(*pair()))
   np.testing.assert_array_equal(found[0], text)
   np.testing.assert_array_equal(found[1], image)
   # The part of a device is that of the text, then that of the image.
@@ -65,23 +70,36 @@ def test_weaving_and_parting_move_nothing():
 
 
 def test_what_fills_is_hidden_and_what_is_hidden_stays(parts):
-  mask_BL = jnp.array([[True, True, False, True, False], [True] * 5])
-  text = sequences.seen(mask_BL, 2, 5)
-  image = sequences.seen(None, 2, 7)
-  assert (image is None) == (parts == 1)
-  lengths = tuple(x.shape[1] for x in map(sequences.even, pair()))
-  mask_BS = sequences.woven_masks(text, image, 2, lengths)
-  real = [sequences.even(jnp.ones((2, n, 1))) for n in (5, 7)]
-  real[0] = real[0].at[:, :5, 0].multiply(mask_BL)
-  np.testing.assert_array_equal(mask_BS, sequences.woven(*real)[..., 0] > 0)
+
+  @jax.jit
+  def masks(mask_BL):
+    text = sequences.seen(mask_BL, 2, 5)
+    image = sequences.seen(None, 2, 7)
+    assert (image is None) == (parts == 1)
+    lengths = tuple(x.shape[1] for x in map(sequences.even, pair()))
+    mask_BS = sequences.woven_masks(text, image, 2, lengths)
+    real = [sequences.even(jnp.ones((2, n, 1))) for n in (5, 7)]
+    real[0] = real[0].at[:, :5, 0].multiply(mask_BL)
+    return mask_BS, sequences.woven(*real)[..., 0] > 0
+
+  mask_BL = np.array([[True, True, False, True, False], [True] * 5])
+  mask_BS, wanted_BS = jax.device_get(masks(mask_BL))
+  np.testing.assert_array_equal(mask_BS, wanted_BS)
   assert mask_BS.sum() == 2 * 12 - 2
 
 
 def test_ropes_follow_their_tokens(parts):
   ropes = [positions.rope2d(1, n, 8, 10.0) for n in (5, 7)]
-  even = [sequences.even_rope(rope) for rope in ropes]
-  cos_SH, sin_SH = sequences.woven_rope(*even)
-  for table, which in ((cos_SH, 0), (sin_SH, 1)):
-    found = sequences.parted(table[None], even[0][0].shape[0])
+
+  @jax.jit
+  def there_and_back():
+    even = [sequences.even_rope(rope) for rope in ropes]
+    length = even[0][0].shape[0]
+    return [
+      sequences.parted(table[None], length)
+      for table in sequences.woven_rope(*even)
+    ]
+
+  for which, found in enumerate(jax.device_get(there_and_back())):
     for part, rope in zip(found, ropes, strict=True):
       np.testing.assert_array_equal(part[0, : len(rope[which])], rope[which])

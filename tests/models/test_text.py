@@ -63,7 +63,11 @@ def images(count):
 
 def test_padding_is_not_read_and_the_order_of_tokens_is():
   params = network("mmdit")[2][text.GROUP]
-  encode = jax.jit(functools.partial(text.apply, ENCODER, params))
+  program = jax.jit(functools.partial(text.apply, ENCODER, params))
+
+  def encode(*caption):
+    return jax.device_get(program(*caption))
+
   cond = told([2, 3], [3, 2])
   text_BLE, pooled_BP = encode(cond["token"], cond["token_mask"])
   assert text_BLE.shape == (2, TOKENS, WIDTH) and pooled_BP.shape == (2, WIDTH)
@@ -98,9 +102,9 @@ def test_the_network_is_told_what_the_encoder_says(name):
   assert found["negative"].keys() == wanted.keys()
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_a_gradient_reaches_every_parameter_of_the_encoder(name):
-  _, net, params = network(name)
+def test_a_gradient_reaches_every_parameter_of_the_encoder():
+  """All of what it says is in what any network answers, as is seen above."""
+  _, net, params = network("mmdit")
   x_BHWC, t_B = images(2)
 
   def loss(params):
@@ -124,8 +128,8 @@ def test_without_a_condition_the_caption_is_empty():
   np.testing.assert_array_equal(away["token"], negative["token"])
   # In training some lose their caption, each by itself, and no others.
   many = told(*[[2, 3]] * 64)
-  dropped = jax.jit(net.dropped)(many, jax.random.key(0))
-  lost_B = np.asarray(dropped["token"][:, 0] == 1)
+  dropped = jax.device_get(jax.jit(net.dropped)(many, jax.random.key(0)))
+  lost_B = dropped["token"][:, 0] == 1
   assert 16 < lost_B.sum() < 48
   np.testing.assert_array_equal(
     dropped["token_mask"].sum(axis=1), 3 - 2 * lost_B
@@ -145,7 +149,8 @@ def test_a_network_without_some_blocks_is_told_the_same():
   x_BHWC, t_B = images(2)
   shallow = jax.jit(models.without_layers(net, [0]))
   one, other = (
-    shallow(params, x_BHWC, t_B, told(row, row)) for row in ([2], [3])
+    np.asarray(shallow(params, x_BHWC, t_B, told(row, row)))
+    for row in ([2], [3])
   )
   assert np.abs(one - other).max() > 1e-3
 

@@ -138,6 +138,5 @@ def test_memory_grows_with_the_tokens_and_not_with_their_square(derivative):
     program = run.lower(derivative, body, *inputs).compile()
     return program.memory_analysis().temp_size_in_bytes
 
-  few, some, many = (temporary("blockwise", n) for n in (128, 256, 512))
-  assert some < 2.1 * few and many < 2.1 * some
-  assert temporary("xla", 512) > 3.5 * temporary("xla", 256) > 3.5 * some
+  some, many = (temporary("blockwise", n) for n in (256, 512))
+  assert many < 2.1 * some and temporary("xla", 512) > 6.0 * many

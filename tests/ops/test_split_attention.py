@@ -240,10 +240,9 @@ def test_memory_grows_with_the_local_tokens_and_not_with_their_square(
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(blockwise, "BLOCK", 16)
     with meshes.use(meshes.build(meshes.MeshConfig(**sizes))):
-      few, some, many = (temporary(body, n) for n in (512, 1024, 2048))
-      whole = temporary("xla", 1024), temporary("xla", 2048)
-  assert some < 2.1 * few and many < 2.1 * some
-  assert whole[1] > 3.5 * whole[0] > 3.5 * some
+      some, many = (temporary(body, n) for n in (512, 1024))
+      whole = temporary("xla", 1024)
+  assert many < 2.1 * some and whole > 6.0 * many
 
 
 @pytest.mark.parametrize("heads, body", [(8, "ulysses"), (3, "blockwise")])

@@ -48,15 +48,19 @@ NAMES = (
   *(f"{place} dit {mode}" for place in ("v5p", "v5e") for mode in MESHES),
   *(f"v5p {model} fsdp x tensor" for model in ("mmdit", "flux")),
 )
-# Every mode of one model, and of the others and of TPUs, which take longest to
-# compile, those of which a mistake in the models or the rules leaves none as it
-# was.
+# Of one model every axis, alone, beside others and with all: but "data" and
+# "fsdp" alone, whose sums and gathers test_sums.py counts. Of the others and of
+# TPUs, which take longest to compile, those of which a mistake in the models or
+# the rules leaves none as it was.
 IN_TESTS = (
-  *(f"cpu dit {mode}" for mode in MESHES),
+  "cpu dit tensor",
+  "cpu dit context",
+  "cpu dit context x ulysses",
+  "cpu dit data x fsdp",
+  "cpu dit all",
   "cpu mmdit fsdp x tensor",
   "cpu flux fsdp x tensor",
-  "v5p dit fsdp",
-  "v5e dit fsdp x tensor",
+  "v5p dit fsdp x tensor",
 )
 _COMMON = dict(
   image_size=(8, 8),

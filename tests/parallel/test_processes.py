@@ -11,13 +11,15 @@ import socket
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 from flowjax import __main__ as door
 from flowjax import errors
+from flowjax.train import parts
 
-# Six lives of two or four processes, on a machine that may have much to do.
+# Four lives of two or four processes, on a machine that may have much to do.
 pytestmark = pytest.mark.timeout(900)
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -42,8 +44,9 @@ def get_config():
 # Commands with "+" between them, in one life of the process. Notes which rows
 # of the batches it was given, and sends itself signals: PROCESS:STEP:SIGNAL.
 DRIVER = """
-import json, os, pathlib, signal, sys, zlib
+import json, os, pathlib, signal, sys, time, zlib
 from flowjax import __main__ as door
+from flowjax.commands import doctor
 from flowjax.parallel import distributed, placing
 from flowjax.train import loop, session
 
@@ -69,10 +72,15 @@ def signalled(self, number, state):
     ):
       once.touch()
       os.kill(os.getpid(), kind)
+      # The others stop soon after, however slow it is to tell them.
+      end = time.monotonic() + 60
+      while distributed.peers()._stop is None and time.monotonic() < end:
+        time.sleep(0.01)
   return look(self, number, state)
 
 placing.put_part, session.Session._look = noted, signalled
-loop.curves.draw = lambda *_: None  # A picture, which other tests look at.
+# Other tests look at these.
+loop.curves.draw, doctor.bodies = lambda *_: None, lambda off: {}
 words, groups = sys.argv[1:], [[]]
 for word in words:
   groups.append([]) if word == "+" else groups[-1].append(word)
@@ -96,9 +104,9 @@ client, me = arrival.state().client, os.environ["FLOWJAX_PROCESS"]
 client.key_value_set(f"here/{me}", "")
 if sys.argv[1] == me:
   for other in range(2):  # Whoever still starts would say less.
-    client.blocking_key_value_get(f"here/{other}", 60_000)
+    client.blocking_key_value_get(f"here/{other}", 300_000)
   os.kill(os.getpid(), int(sys.argv[2]))
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -123,15 +131,21 @@ def _environment(**more):
   return env
 
 
-def _local(folder, processes, devices, *words, acts="", restarts=0):
-  """Runs the driver by launch/local.sh; returns how it ended."""
+def _local(
+  folder, processes, devices, *words, acts="", restarts=0, patience=60
+):
+  """Runs the driver by launch/local.sh; returns how it ended.
+
+  Who is not heard of for `patience` seconds is lost: many, unless one is to be.
+  """
   notes = folder / "notes"
   notes.mkdir(exist_ok=True)
   flags = ["-n", processes, "-d", devices, "-r", restarts]
   command = [LOCAL, *flags, "--", sys.executable, "-c", DRIVER, *words]
+  env = dict(NOTES=str(notes), ACTS=acts, FLOWJAX_LOST_TIMEOUT=str(patience))
   started = subprocess.Popen(
     list(map(str, command)),
-    env=_environment(NOTES=str(notes), ACTS=acts, FLOWJAX_LOST_TIMEOUT="10"),
+    env=_environment(**env),
     stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     start_new_session=True,
   )  # fmt: skip
@@ -176,13 +190,15 @@ def _each(script, count, words, folders=None, **env):
 
   def wait(but=None):
     ended = {}
-    for process, running in started.items():
-      if process != but:
-        text, _ = running.communicate(timeout=120)
-        ended[process] = running.returncode, text
-    if but is not None:
-      started[but].kill()
-      started[but].communicate()
+    try:
+      for process, running in started.items():
+        if process != but:
+          text, _ = running.communicate(timeout=300)
+          ended[process] = running.returncode, text
+    finally:
+      for running in started.values():
+        running.kill()
+        running.communicate()
     return ended
 
   return wait
@@ -272,63 +288,58 @@ def _back_to(step, workdir, copy):
       shutil.rmtree(path)
 
 
-@pytest.mark.slow(40)
+@pytest.mark.slow(30)
 def test_a_run_moves_from_8_devices_to_4_processes_and_to_2_devices(
-  config, one, two, tmp_path
+  config, one, two, tmp_path, monkeypatch
 ):
-  """With `tensor` and `context` across processes, which then share rows."""
+  """With `tensor` and `context` across processes, which then share rows.
+
+  They stop together: SIGTERM to process 1, after its first step.
+  """
   straight, rows = _losses(one), two[1].rows
-  _back_to(2, one, tmp_path / "four")
-  mesh = ["--config.mesh.context=2"]
-  ended = _local(tmp_path, 4, 2, *_train(config, tmp_path / "four", *mesh))
-  assert ended.code == 0, ended.text
-  losses = _losses(tmp_path / "four")
-  assert "step 2/6  compiling" in ended.text
-  np.testing.assert_allclose(
-    list(losses.values()), list(straight.values()), rtol=1e-5
-  )
   assert all(len(step) == 16 for step in rows[:6])
   assert len({mark for step in rows[:6] for mark in step.values()}) == 96
-  assert ended.rows[:4] == rows[2:6]
 
-  # On two devices, and from there back to eight.
-  _back_to(2, one, tmp_path / "small")
-  (tmp_path / "again").mkdir()
-  words = _train(config, tmp_path / "small", "--config.mesh.tensor=1")
-  ended = _local(tmp_path / "again", 1, 2, *words)
-  assert ended.code == 0, ended.text
-  assert ended.rows[:4] == rows[2:6]
-  for before in ("four", "small"):
-    _back_to(4, tmp_path / before, tmp_path / f"{before}_then_one")
-    assert door.main(_train(config, tmp_path / f"{before}_then_one")) == 0
-  for name in ("small", "small_then_one", "four_then_one"):
-    losses = _losses(tmp_path / name)
-    np.testing.assert_allclose(
-      list(losses.values()), list(straight.values()), rtol=1e-5
-    )
-
-
-@pytest.mark.slow(40)
-def test_stopped_then_killed_then_started_again_is_the_straight_run(
-  config, two, tmp_path
-):
-  """SIGTERM to process 1 after step 1, and kill -9 after step 5."""
-  acts = f"1:1:{signal.SIGTERM:d} 1:5:{signal.SIGKILL:d}"
   workdir = tmp_path / "run"
+  _back_to(2, one, workdir)
   ended = _local(
-    tmp_path, 2, 4, *_train(config, workdir), acts=acts, restarts=2
-  )
-  assert ended.code == 0, ended.text
+    tmp_path, 4, 2, *_train(config, workdir, "--config.mesh.context=2"),
+    acts=f"1:3:{signal.SIGTERM:d}",
+  )  # fmt: skip
+  assert ended.code == errors.Preempted.exit_code == 42, ended.text
+  assert "step 2/6  compiling" in ended.text
   saved = re.findall(
     r"\[(\d)\] flowjax: .*SIGTERM: saved at step (\d)", ended.text
   )
-  assert sorted(process for process, _ in saved) == ["0", "1"]
-  (step,) = {step for _, step in saved}
+  assert sorted(process for process, _ in saved) == ["0", "1", "2", "3"]
+  (step,) = {int(step) for _, step in saved}
+  assert step < 6 and ended.rows[: step - 2] == rows[2:step]
+
+  build, devices = parts.build, jax.devices()[:2]
+  monkeypatch.setattr(parts, "build", lambda config: build(config, devices))
+  words = _train(config, workdir, "--config.mesh.tensor=1")
+  assert door.main(words) == 0
+  losses = _losses(workdir)
+  assert list(losses) == list(straight) == [1, 2, 3, 4, 5, 6]
+  np.testing.assert_allclose(
+    list(losses.values()), list(straight.values()), rtol=1e-5
+  )
+
+
+@pytest.mark.slow(25)
+def test_killed_then_started_again_is_the_straight_run(config, two, tmp_path):
+  """kill -9 to process 1 after step 5."""
+  workdir = tmp_path / "run"
+  ended = _local(
+    tmp_path, 2, 4, *_train(config, workdir),
+    acts=f"1:5:{signal.SIGKILL:d}", restarts=1, patience=10,
+  )  # fmt: skip
+  assert ended.code == 0, ended.text
   assert "process 1 was killed by signal 9" in ended.text
   assert "Lost process 1 (host" in ended.text
   lives = re.findall(r"\[0\] step (\d)/6  compiling", ended.text)
   # The kill may come before the checkpoint of step 4 is whole.
-  assert lives[:2] == ["0", step] and len(lives) == 3 and "1" <= lives[2] <= "4"
+  assert lives in (["0", "2"], ["0", "4"])
   straight = two[0] / "run"
   assert _losses(workdir) == _losses(straight)
   assert _fingerprints(workdir) == _fingerprints(straight)

@@ -63,6 +63,7 @@ AUTOENCODERS = {
 }
 
 
+@functools.cache
 def _of(config):
   """Returns the rules of a model, and its parameters in the abstract."""
   network = models.build(config)

@@ -98,7 +98,7 @@ def _bucketed():
     yield
 
 
-@pytest.mark.slow(10)
+@pytest.mark.slow
 def test_no_bucket_is_compiled_in_mid_run(bucketed, tmp_path, capsys, caplog):
   """Neither by a step nor by a validation; each program is said."""
   caplog.set_level("INFO")
@@ -116,19 +116,19 @@ def test_no_bucket_is_compiled_in_mid_run(bucketed, tmp_path, capsys, caplog):
     return [*train.evaluators(run, tmp_path), loop.Evaluator(1, look)]
 
   jax.monitoring.register_event_duration_secs_listener(heard)
+  config = _over(TINY, data=_over(TINY.data, buckets=BUCKETS[:2]))
   try:
-    loop.train(TINY, tmp_path, evaluators=evaluators)
+    loop.train(config, tmp_path, evaluators=evaluators)
   finally:
     jax.monitoring.unregister_event_duration_listener(heard)
   assert [step for step, _ in found] == list(range(1, 9))
   # With the second step counts are added up, and after the last all leaves are
   # hashed, for the checkpoint.
-  assert len({count for _, count in found[1:-1]}) == 1 and found[0][1] >= 6
+  assert len({count for _, count in found[1:-1]}) == 1 and found[0][1] >= 4
   said = capsys.readouterr().err
   for line in (
-    "compiling bucket 1 of 3, 8x8",
-    "compiling bucket 2 of 3, 4x16",
-    "compiling bucket 3 of 3, 12x4",
+    "compiling bucket 1 of 2, 8x8",
+    "compiling bucket 2 of 2, 4x16",
   ):
     assert f"step 0/8  {line}" in said and f"Validation: {line}" in caplog.text
   rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -216,14 +216,13 @@ def test_what_is_compiled_is_what_is_read(bucketed, data):
   assert read == kinds
 
 
-@pytest.mark.parametrize(
-  "distance", ["l2", pytest.param("l2_cosine", marks=pytest.mark.slow)]
-)
-def test_the_loss_of_a_canvas_is_that_of_its_image(distance):
+@pytest.mark.slow(2)
+def test_the_loss_of_a_canvas_is_that_of_its_image():
   flow = flows.FlowConfig(
     # So that the noise is given, on the canvas as on the image.
     coupling=flows.CouplingConfig("pairs"),
-    distance=flows.DistanceConfig(distance),
+    # Which is l2, and the mean of something else.
+    distance=flows.DistanceConfig("l2_cosine"),
   )
   net, rng = models.build(TINY.model), np.random.default_rng(0)
   shapes = jax.eval_shape(net.init, jax.random.key(0))

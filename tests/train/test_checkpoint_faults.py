@@ -118,11 +118,11 @@ def flip(rng, path):
 LEAVES = ("params/kernel", "params/bias", "ema/kernel", "step")
 
 
-@pytest.mark.slow
+@pytest.mark.slow(1)
 def test_flipped_bits_in_arrays_are_detected_and_named(three_steps, tmp_path):
   rng, fingerprinted = random.Random(0), 0
   data = max(files(three_steps / "3" / "state"), key=lambda p: p.stat().st_size)
-  for _ in range(60):
+  for _ in range(30):
     change = functools.partial(flip, rng)
     with damaged(three_steps, tmp_path, data, change) as folder:
       restored = restore(folder)
@@ -130,14 +130,14 @@ def test_flipped_bits_in_arrays_are_detected_and_named(three_steps, tmp_path):
     assert restored.step == 2 and is_exact(restored)
     assert any(leaf in reason for leaf in LEAVES), reason
     fingerprinted += "bits of" in reason
-  assert fingerprinted > 30  # Orbax saw nothing wrong with these.
+  assert fingerprinted > 15  # Orbax saw nothing wrong with these.
 
 
-@pytest.mark.slow
+@pytest.mark.slow(1)
 def test_a_flipped_bit_anywhere_is_detected_or_harmless(three_steps, tmp_path):
   rng, seen = random.Random(1), {2: 0, 3: 0}
   for path in files(three_steps / "3"):
-    for _ in range(4):
+    for _ in range(2):
       change = functools.partial(flip, rng)
       with damaged(three_steps, tmp_path, path, change) as folder:
         restored = restore(folder)
@@ -146,7 +146,7 @@ def test_a_flipped_bit_anywhere_is_detected_or_harmless(three_steps, tmp_path):
   assert min(seen.values()) > 5
 
 
-@pytest.mark.slow
+@pytest.mark.slow(1)
 def test_a_lost_or_cut_file_is_detected_or_harmless(three_steps, tmp_path):
   def cut(path):
     os.truncate(path, path.stat().st_size // 2)
@@ -241,7 +241,7 @@ def fail_to_commit(monkeypatch):
   monkeypatch.setattr(os, "rename", rename)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(1)
 def test_a_failed_save_is_said_and_outlived(copy, monkeypatch, caplog):
   store = checkpoint.Checkpoints(copy, checkpoint.CheckpointConfig(keep_last=3))
   with monkeypatch.context() as patch:
@@ -320,7 +320,7 @@ def test_a_defect_ends_training_at_once(copy, monkeypatch):
   assert sorted(os.listdir(copy)) == ["1", "2", "3"]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(1)
 def test_a_defect_behind_the_training_is_raised_at_the_next_call(
   copy, monkeypatch
 ):
@@ -412,7 +412,7 @@ def break_manifest(copy, step):
   path.write_text(path.read_text().replace("float32", "int32"))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(1)
 def test_an_unsound_step_outlives_a_failed_replacement(copy, monkeypatch):
   break_manifest(copy, 3)
   store = checkpoint.Checkpoints(copy, checkpoint.CheckpointConfig(keep_last=2))
@@ -446,7 +446,7 @@ def test_an_unsound_step_outlives_a_failed_replacement(copy, monkeypatch):
   assert is_exact(restore(copy))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(1)
 def test_only_orbax_is_hushed_and_only_while_it_runs(copy, caplog):
   hook, told = sys.unraisablehook, []
   absl = logging.getLogger("absl")
@@ -499,7 +499,7 @@ def small_disk(folder, megabytes):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(1)
 def test_a_full_disk_loses_nothing_and_is_recovered_from(tmp_path, caplog):
   with small_disk(tmp_path, 3), lock.WorkdirLock(tmp_path):
     store = checkpoint.Checkpoints(
@@ -582,7 +582,7 @@ for _ in range(int(sys.argv[3])):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.slow(1)
 def test_killed_at_any_moment_the_newest_commit_is_restored(tmp_path):
   here = pathlib.Path(__file__)
   root = here.parents[2]
@@ -648,7 +648,7 @@ print("done", process)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.slow(1)
 def test_two_processes_agree_on_what_is_sound(tmp_path):
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
@@ -665,7 +665,7 @@ def test_two_processes_agree_on_what_is_sound(tmp_path):
     for process in (0, 1)
   ]  # fmt: skip
   try:
-    said = [process.communicate(timeout=120)[0] for process in pair]
+    said = [process.communicate(timeout=300)[0] for process in pair]
   finally:
     for process in pair:
       process.kill()

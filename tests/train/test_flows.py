@@ -1,7 +1,6 @@
 """What a config says of the mathematics reaches the mathematics."""
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -44,7 +43,7 @@ def batch(std=1.0, shape=SHAPE):
   return {"image": image, "label": np.zeros(shape[:1], np.int32)}
 
 
-@pytest.mark.slow
+@pytest.mark.slow(0.5)
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_each_preset_trains_and_can_be_sampled(name):
   built = experiment.build(config(name))
@@ -55,22 +54,24 @@ def test_each_preset_trains_and_can_be_sampled(name):
 
   net = network(apply)
   loss = built.flow.loss(net)
-  value, slopes = jax.jit(
-    jax.value_and_grad(lambda *inputs: loss(*inputs, jax.random.key(1))[0])
-  )(net.init(None), batch())
-  assert np.isfinite(value) and float(slopes["scale"]) != 0.0
-
   short = dataclasses.replace(built.sample, steps=3)
   method = short.method(built.flow, flows.tokens_of(built.model))
   predict = built.flow.predictor(net, with_variance=method.learns_variance)
 
-  def draw(x, t, cond):
-    return predict(net.init(None), x, t, cond, None)
+  @jax.jit
+  def both(params, batch):
+    trained = jax.value_and_grad(lambda *inputs: loss(*inputs)[0])(
+      params, batch, jax.random.key(1)
+    )
+    drawn = method.sample(
+      lambda x, t, cond: predict(params, x, t, cond, None),
+      {}, {}, batch["image"], jax.random.key(2),
+    )  # fmt: skip
+    return *trained, drawn
 
-  images = jax.jit(functools.partial(method.sample, draw, {}, {}))(
-    batch()["image"], jax.random.key(2)
-  )
-  assert images.shape == SHAPE and bool(jnp.isfinite(images).all())
+  value, slopes, images = both({"scale": np.float32(1.0)}, batch())
+  assert np.isfinite(value) and float(slopes["scale"]) != 0.0
+  assert images.shape == SHAPE and np.isfinite(images).all()
 
 
 def test_an_unknown_preset_names_the_nearest():
@@ -120,22 +121,21 @@ def test_uncertainty_is_learned_beside_the_network():
   net = models.with_uncertainty(plain)
   params = net.init(jax.random.key(0))
   loss = flows.FlowConfig(uncertainty=True).loss(net)
-  slopes = jax.jit(jax.grad(lambda *inputs: loss(*inputs)[0]))(
+  mine, slopes = jax.jit(jax.value_and_grad(lambda *inputs: loss(*inputs)[0]))(
     params, batch(), jax.random.key(1)
   )
   assert float(jnp.abs(slopes["uncertainty"]["kernel"]).max()) > 0.0
   # At its start u = 0, and the loss is the plain one.
-  rest = flows.FlowConfig().loss(plain)(
+  rest = jax.jit(flows.FlowConfig().loss(plain))(
     {"scale": params["scale"]}, batch(), jax.random.key(1)
   )[0]
-  mine = loss(params, batch(), jax.random.key(1))[0]
   np.testing.assert_allclose(mine, rest, rtol=1e-6)
   t = jnp.linspace(0.0, 1.0, 5)
   moved = {**params, "uncertainty": {"kernel": jnp.ones(128)}}
   assert len(np.unique(np.round(net.uncertainty(moved, t), 4))) == 5
 
 
-@pytest.mark.slow
+@pytest.mark.slow(0.5)
 @pytest.mark.parametrize("solver", ["euler_maruyama", "ddpm", "dpmpp_sde_2m"])
 def test_what_an_example_receives_does_not_depend_on_the_others(solver):
   flow = flows.FlowConfig(
@@ -217,7 +217,7 @@ def test_the_variance_that_a_network_learns_is_the_second_half():
   np.testing.assert_array_equal(flow.predictor(net)(*inputs), value)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(0.5)
 def test_a_network_without_layers_is_the_one_whose_gates_are_shut():
   built = experiment.build(config(depth=3))
   net = models.build(built.model)

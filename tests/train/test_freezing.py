@@ -1,7 +1,9 @@
 """What is frozen costs nothing but itself, and stays what it is to the bit."""
 
 import dataclasses
+import os
 import re
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -252,17 +254,19 @@ def test_one_device_is_eight(alone, mesh):
 
 @pytest.mark.slow
 def test_a_stopped_run_is_the_straight_run(tmp_path):
-  def train(name, **changes):
-    config = dataclasses.replace(ADAPTED, **changes)
-    return loop.train(
-      config,
-      tmp_path / name,
-      evaluators=lambda run: [],
-      allow_config_change=True,
-    ).state
+  def stop(state):
+    if int(state.step) == 2:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return {}, {}
+
+  def train(name, *looks):
+    looks = [loop.Evaluator(1, look) for look in looks]
+    directory = tmp_path / name
+    return loop.train(ADAPTED, directory, evaluators=lambda run: looks).state
 
   straight = train("straight")
-  train("stopped", steps=2)
+  with pytest.raises(errors.Preempted, match="saved at step 2"):
+    train("stopped", stop)
   resumed = train("stopped")
   for name, leaf in names(straight).items():
     np.testing.assert_array_equal(names(resumed)[name], leaf, name)

@@ -1,8 +1,9 @@
-"""A run that is stopped, killed or moved ends where the straight run ends."""
+"""A run that is stopped or killed ends where the straight run ends."""
 
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,6 @@ from flowjax import errors, schema
 from flowjax.data import config as data_config
 from flowjax.data import sources
 from flowjax.models import dit
-from flowjax.parallel import mesh as meshes
 from flowjax.train import checkpoint, experiment, loop, optim, parts
 
 pytestmark = pytest.mark.usefixtures("traced_once")
@@ -32,28 +32,29 @@ TINY = experiment.Experiment(
     num_classes=10,
   ),
   data=data_config.DataConfig(batch_size=16),
-  optim=optim.OptimConfig(learning_rate=1e-2, warmup_steps=2),
+  optim=optim.OptimConfig(learning_rate=1e-2, warmup_steps=2, max_skipped=2),
   checkpoint=checkpoint.CheckpointConfig(every=2),
   log=experiment.LogConfig(metrics_every=1, tensorboard=False),
 )
 
-# A run of TINY that sends itself a signal after step N.
+# With which TINY may go on after its last step, if that is allowed.
+LONGER = dataclasses.replace(TINY, steps=8)
+OTHER = dataclasses.replace(
+  TINY, steps=9, data=dataclasses.replace(TINY.data, batch_size=8)
+)
+
+# A run of TINY that kills itself after step N.
 SCRIPT = """
-import json, os, pathlib, sys
-from flowjax import errors
+import json, os, pathlib, signal, sys
 from flowjax.train import experiment, loop
-config, directory, number, at = sys.argv[1:]
+config, directory, at = sys.argv[1:]
 def act(state):
   if int(state.step) == int(at):
-    os.kill(os.getpid(), int(number))
+    os.kill(os.getpid(), signal.SIGKILL)
   return {}, {}
-try:
-  loop.train(
-    experiment.build(json.loads(config)), pathlib.Path(directory),
-    evaluators=lambda run: [loop.Evaluator(1, act)])
-except errors.Preempted as error:
-  print(error)
-  sys.exit(error.exit_code)
+loop.train(
+  experiment.build(json.loads(config)), pathlib.Path(directory),
+  evaluators=lambda run: [loop.Evaluator(1, act)])
 """
 
 
@@ -64,10 +65,10 @@ def _train(config, directory, look=None, **options):
   ).state
 
 
-def _train_and_signal(config, directory, number, at):
+def _train_and_kill(config, directory, at):
   text = json.dumps(schema.to_dict(config))
-  words = [sys.executable, "-c", SCRIPT, text, directory, str(number), str(at)]
-  return subprocess.run(list(map(str, words)), capture_output=True, text=True)
+  words = [sys.executable, "-c", SCRIPT, text, str(directory), str(at)]
+  return subprocess.run(words, capture_output=True, text=True)
 
 
 def _of_each_step(directory, name):
@@ -101,7 +102,13 @@ def _straight(tmp_path_factory):
   directory = tmp_path_factory.mktemp("straight")
   state = _train(TINY, directory)
   waits = _of_each_step(directory, "data_wait_seconds")
-  return state, _losses(directory), waits
+  return state, _losses(directory), waits, directory
+
+
+@pytest.fixture(name="done")
+def _done(straight, tmp_path):
+  """The folder of the straight run, a copy for this test alone."""
+  return shutil.copytree(straight[3], tmp_path / "done")
 
 
 def test_how_long_steps_wait_for_data_is_written(straight):
@@ -115,40 +122,30 @@ def test_the_loss_is_written_for_every_step(straight):
   assert sorted(straight[1]) == list(range(1, 8))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("at", [3, 5])
-def test_kill_9_then_the_same_command_is_the_straight_run(
-  straight, tmp_path, at
-):
-  """At 5 the kill may come while the checkpoint of step 4 is written."""
-  done = _train_and_signal(TINY, tmp_path, signal.SIGKILL, at)
+@pytest.mark.slow(5)
+def test_kill_9_then_the_same_command_is_the_straight_run(straight, tmp_path):
+  """The kill may come while the checkpoint of step 4 is written."""
+  done = _train_and_kill(TINY, tmp_path, at=5)
   assert done.returncode == -signal.SIGKILL, done.stderr
   state = _train(TINY, tmp_path)
   _assert_same(state, straight[0])
   assert _losses(tmp_path) == straight[1]
 
 
-@pytest.mark.slow
-def test_sigterm_saves_says_so_and_exits_with_its_own_code(straight, tmp_path):
-  done = _train_and_signal(TINY, tmp_path, signal.SIGTERM, 5)
-  assert done.returncode == errors.Preempted.exit_code == 42, done.stderr
-  assert "saved at step 5" in done.stdout
-  _assert_same(_train(TINY, tmp_path), straight[0])
-  assert _losses(tmp_path) == straight[1]
-
-
-@pytest.mark.slow
-def test_sigterm_is_caught_in_this_process_too(straight, tmp_path):
+@pytest.mark.slow(1)
+def test_sigterm_saves_says_so_and_has_its_own_code(straight, tmp_path):
   def act(state):
     if int(state.step) == 3:
       os.kill(os.getpid(), signal.SIGTERM)
     return {}, {}
 
   before = signal.getsignal(signal.SIGTERM)
-  with pytest.raises(errors.Preempted, match="step 3"):
+  with pytest.raises(errors.Preempted, match="saved at step 3") as caught:
     _train(TINY, tmp_path, act)
+  assert caught.value.exit_code == 42
   assert signal.getsignal(signal.SIGTERM) is before
   _assert_same(_train(TINY, tmp_path), straight[0])
+  assert _losses(tmp_path) == straight[1]
 
 
 def test_sigterm_before_the_first_step_takes_none(tmp_path, monkeypatch):
@@ -164,50 +161,23 @@ def test_sigterm_before_the_first_step_takes_none(tmp_path, monkeypatch):
   assert _steps_on_disk(tmp_path) == []
 
 
-@pytest.mark.slow
-def test_a_finished_run_is_left_as_it_is(straight, tmp_path):
-  first = _train(TINY, tmp_path)
-  _assert_same(_train(TINY, tmp_path), first)
-  assert _losses(tmp_path) == straight[1]
+@pytest.mark.slow(1)
+def test_a_finished_run_is_left_as_it_is(straight, done):
+  _assert_same(_train(TINY, done), straight[0])
+  assert _losses(done) == straight[1]
 
 
-@pytest.mark.slow
-def test_another_mesh_goes_on_with_the_same_loss(straight, tmp_path):
-  def act(state):
-    if int(state.step) == 4:
-      os.kill(os.getpid(), signal.SIGTERM)
-    return {}, {}
-
-  with pytest.raises(errors.Preempted):
-    _train(TINY, tmp_path, act)
-  other = dataclasses.replace(TINY, mesh=meshes.MeshConfig(data=1, fsdp=8))
-  state = _train(other, tmp_path)
-  kernel = state.params["blocks"]["mlp"]["in"]["kernel"]
-  assert kernel.addressable_shards[0].data.size * 8 == kernel.size
-  losses = _losses(tmp_path)
-  np.testing.assert_allclose(
-    [losses[i] for i in range(1, 8)],
-    [straight[1][i] for i in range(1, 8)],
-    rtol=1e-5,
-  )
+@pytest.mark.slow(1)
+def test_another_config_is_refused_with_the_difference(done):
+  with pytest.raises(errors.UserError, match="batch_size: 16 -> 8"):
+    _train(OTHER, done)
+  state = _train(OTHER, done, allow_config_change=True)
+  assert int(state.step) == 9
+  kept = json.loads((done / "config.0.json").read_text())
+  assert kept["data"]["batch_size"] == 16
 
 
-@pytest.mark.slow
-def test_another_config_is_refused_with_the_difference(tmp_path):
-  short = dataclasses.replace(TINY, steps=3)
-  _train(short, tmp_path)
-  other = dataclasses.replace(
-    short, optim=dataclasses.replace(TINY.optim, learning_rate=0.5), steps=4
-  )
-  with pytest.raises(errors.UserError, match=r"learning_rate: 0\.01 -> 0\.5"):
-    _train(other, tmp_path)
-  state = _train(other, tmp_path, allow_config_change=True)
-  assert int(state.step) == 4
-  kept = json.loads((tmp_path / "config.0.json").read_text())
-  assert kept["optim"]["learning_rate"] == 0.01
-
-
-@pytest.mark.slow
+@pytest.mark.slow(1)
 def test_training_that_is_never_finite_stops_with_the_last_good_state(
   tmp_path,
 ):
@@ -254,33 +224,27 @@ def _poison(monkeypatch, bad):
   monkeypatch.setattr(loop, "jit_step", jit_step)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(1)
 def test_a_stop_is_for_updates_that_were_the_last(tmp_path, monkeypatch):
-  config = dataclasses.replace(
-    TINY, optim=dataclasses.replace(TINY.optim, max_skipped=2)
-  )
   with monkeypatch.context() as patch:
     _poison(patch, {3, 4})  # What step 4 did is known when 5 was taken.
-    state = _train(config, tmp_path / "through")
+    state = _train(TINY, tmp_path / "through")
   assert (int(state.step), int(state.skipped)) == (7, 2)
 
   _poison(monkeypatch, {3, 4, 5, 6, 7})
   with pytest.raises(errors.NumericError, match="The last 3 .* at step 5"):
-    _train(config, tmp_path / "stopped")
+    _train(TINY, tmp_path / "stopped")
   assert _steps_on_disk(tmp_path / "stopped")[-1] == 5
 
 
-@pytest.mark.slow
+@pytest.mark.slow(1)
 def test_a_stop_at_the_last_step_is_a_stop(tmp_path, monkeypatch):
-  config = dataclasses.replace(
-    TINY, optim=dataclasses.replace(TINY.optim, max_skipped=2)
-  )
   _poison(monkeypatch, {6, 7})
   with pytest.raises(errors.NumericError, match="The last 2 .* at step 7"):
-    _train(config, tmp_path)
+    _train(TINY, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(1)
 def test_a_disk_that_takes_no_picture_does_not_end_training(
   straight, tmp_path, monkeypatch, caplog
 ):
@@ -295,7 +259,7 @@ def test_a_disk_that_takes_no_picture_does_not_end_training(
     assert said in caplog.text
 
 
-@pytest.mark.slow
+@pytest.mark.slow(1)
 def test_an_evaluator_that_breaks_costs_no_checkpoint(tmp_path):
   def look(state):
     if int(state.step) == 4:
@@ -311,15 +275,11 @@ class _Killed(BaseException):
   pass
 
 
-@pytest.mark.slow
+@pytest.mark.slow(1)
 def test_new_data_that_was_allowed_may_be_killed_before_its_first_save(
-  tmp_path, monkeypatch
+  done, monkeypatch
 ):
   """config.json names the new data then, and no checkpoint does."""
-  _train(dataclasses.replace(TINY, steps=3), tmp_path)
-  other = dataclasses.replace(
-    TINY, steps=5, data=dataclasses.replace(TINY.data, batch_size=8)
-  )
 
   def kill(*unused, **also_unused):
     raise _Killed
@@ -327,21 +287,17 @@ def test_new_data_that_was_allowed_may_be_killed_before_its_first_save(
   with monkeypatch.context() as patch:
     patch.setattr(loop.metrics, "Writer", kill)
     with pytest.raises(_Killed):
-      _train(other, tmp_path, allow_config_change=True)
-  assert json.loads((tmp_path / "config.json").read_text())["steps"] == 5
-  assert int(_train(other, tmp_path).step) == 5
+      _train(OTHER, done, allow_config_change=True)
+  assert json.loads((done / "config.json").read_text())["steps"] == 9
+  assert int(_train(OTHER, done).step) == 9
 
 
-@pytest.mark.slow
-def test_data_that_changed_unasked_is_refused(tmp_path, monkeypatch):
-  _train(dataclasses.replace(TINY, steps=3), tmp_path)
+def test_data_that_changed_unasked_is_refused(done, monkeypatch):
   opened = sources.open(TINY.data, "train")
   changed = dataclasses.replace(opened, hash="of other pixels")
   monkeypatch.setattr(sources, "open", lambda config, split: changed)
   with pytest.raises(errors.DataError, match="of other pixels"):
-    _train(
-      dataclasses.replace(TINY, steps=4), tmp_path, allow_config_change=True
-    )
+    _train(LONGER, done, allow_config_change=True)
 
 
 class _Rotten:
@@ -371,7 +327,7 @@ def _corrupt_by_step(directory):
   }
 
 
-@pytest.mark.slow
+@pytest.mark.slow(1)
 def test_corrupt_records_are_counted_as_in_the_straight_run(
   tmp_path, monkeypatch
 ):
@@ -397,42 +353,34 @@ def test_corrupt_records_are_counted_as_in_the_straight_run(
   assert by_step[7] == straight > by_step[3] > 0
 
 
-@pytest.mark.slow
-def test_a_change_that_cannot_be_restored_leaves_the_config(tmp_path):
-  short = dataclasses.replace(TINY, steps=3)
-  _train(short, tmp_path)
-  before = (tmp_path / "config.json").read_bytes()
+def test_a_change_that_cannot_be_restored_leaves_the_config(done):
+  before = (done / "config.json").read_bytes()
   wider = dataclasses.replace(
-    short, steps=4, model=dataclasses.replace(TINY.model, width=32)
+    LONGER, model=dataclasses.replace(TINY.model, width=32)
   )
   with pytest.raises(errors.CheckpointError):
-    _train(wider, tmp_path, allow_config_change=True)
-  assert (tmp_path / "config.json").read_bytes() == before
+    _train(wider, done, allow_config_change=True)
+  assert (done / "config.json").read_bytes() == before
 
 
-@pytest.mark.slow
-def test_how_a_model_is_computed_may_change(tmp_path):
-  _train(dataclasses.replace(TINY, steps=3), tmp_path)
+def test_how_a_model_is_computed_may_change(done):
   other = dataclasses.replace(
-    TINY, steps=3, model=dataclasses.replace(TINY.model, remat="full")
+    TINY, model=dataclasses.replace(TINY.model, remat="full")
   )
-  assert int(_train(other, tmp_path).step) == 3
+  assert int(_train(other, done).step) == 7
 
 
-@pytest.mark.slow
-def test_no_sound_checkpoint_stops_and_never_starts_over(tmp_path):
-  short = dataclasses.replace(TINY, steps=3)
-  _train(short, tmp_path)
+def test_no_sound_checkpoint_stops_and_never_starts_over(done):
   files = [
     path
-    for path in (tmp_path / "checkpoints").rglob("*")
+    for path in (done / "checkpoints").rglob("*")
     if path.is_file() and "/d/" in str(path)
   ]
   assert files
   for path in files:
     path.write_bytes(b"")
   with pytest.raises(errors.CheckpointError):
-    _train(short, tmp_path)
+    _train(TINY, done)
 
 
 def test_a_data_set_of_other_sizes_is_refused_before_any_work(tmp_path):

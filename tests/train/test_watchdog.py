@@ -18,7 +18,7 @@ class Left:
 def test_silence_ends_the_run_and_shows_every_thread(capfd):
   leave = Left()
   with watchdog.Watchdog(0.1, leave):
-    assert leave.done.wait(5)
+    assert leave.done.wait(60)
   said = capfd.readouterr().err
   assert leave.codes == [6]
   assert "No step has ended" in said
@@ -27,12 +27,12 @@ def test_silence_ends_the_run_and_shows_every_thread(capfd):
 
 def test_progress_and_pauses_do_not():
   leave = Left()
-  with watchdog.Watchdog(0.3, leave) as dog:
-    for _ in range(10):
-      time.sleep(0.06)
+  with watchdog.Watchdog(1.0, leave) as dog:
+    for _ in range(12):
+      time.sleep(0.1)
       dog.beat()
     with dog.paused():
-      time.sleep(0.6)
+      time.sleep(1.3)
   assert not leave.codes
 
 

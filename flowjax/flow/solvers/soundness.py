@@ -47,7 +47,7 @@ def _check_data(
   prediction: str, path: paths.Path, evaluated: np.ndarray
 ) -> None:
   with jax.ensure_compile_time_eval():
-    alpha = np.asarray(path.alpha(jnp.asarray(evaluated, jnp.float32)))
+    alpha = np.asarray(jax.jit(path.alpha)(evaluated.astype(np.float32)))
   blind = evaluated[alpha == 0.0]
   if blind.size:
     raise ValueError(
@@ -101,13 +101,15 @@ def _check_range(
 
 
 def _check_slope(solver: Any, path: paths.Path, evaluated: np.ndarray) -> None:
-  with jax.ensure_compile_time_eval():
-    t = jnp.asarray(evaluated, jnp.float32)
+  @jax.jit  # One program, and not one for each operation.
+  def slope(t):
     one = jnp.ones_like(t)
-    slopes = predictions.convert(
+    return predictions.convert(
       path, "data", solver.prediction, one, 0.0 * one, t
     )
-  slopes = np.abs(np.asarray(slopes))
+
+  with jax.ensure_compile_time_eval():
+    slopes = np.abs(np.asarray(slope(evaluated.astype(np.float32))))
   worst = int(np.argmax(slopes))
   if slopes[worst] > STEEP:
     raise ValueError(

@@ -1,5 +1,7 @@
 """Adaptive solvers meet their tolerances, and stop where a field is nan."""
 
+import dataclasses
+import functools
 import importlib.util
 
 import jax
@@ -13,6 +15,7 @@ pytest.importorskip("diffrax")
 
 STRAIGHT = paths.straight()
 DOWN = np.float32([1.0, 0.6, 0.0])
+X = np.linspace(-1.0, 1.0, 20)
 
 
 def wave(x, t):
@@ -23,19 +26,30 @@ def broken(x, t):
   return jnp.where(t < 0.4, jnp.nan, -x)
 
 
+@functools.cache
+def exact():
+  """Returns where `wave` takes X from 1 to 0."""
+  rk4, fine = solvers.build("rk4", STRAIGHT), np.linspace(1.0, 0.0, 2001)
+  return np.asarray(solvers.solve(rk4, wave, X, fine))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dopri5", "tsit5"])
 def test_the_error_follows_the_tolerance(name):
   with jax.enable_x64(True):
-    x = jnp.linspace(-1.0, 1.0, 20)
-    fine = np.linspace(1.0, 0.0, 2001)
-    exact = solvers.solve(solvers.build("rk4", STRAIGHT), wave, x, fine)
+    solver = solvers.build(name, STRAIGHT)
+
+    @jax.jit
+    def run(tolerance):
+      given = dataclasses.replace(solver, rtol=tolerance, atol=tolerance)
+      end, report = given.integrate(wave, X, np.array([1.0, 0.0]))
+      return end, report.evaluations
+
     evaluations = []
     for tolerance in (1e-4, 1e-7):
-      solver = solvers.build(name, STRAIGHT, rtol=tolerance, atol=tolerance)
-      end, report = solver.integrate(wave, x, np.array([1.0, 0.0]))
-      assert float(jnp.max(jnp.abs(end - exact))) < 10 * tolerance
-      evaluations.append(int(report.evaluations))
+      end, count = jax.device_get(run(tolerance))
+      assert np.max(np.abs(end - exact())) < 10 * tolerance
+      evaluations.append(int(count))
     # Of order 5: 1000 times more precise costs about 1000^(1/5) = 4 times more.
     assert 2.0 < evaluations[1] / evaluations[0] < 6.0
 
@@ -44,21 +58,19 @@ def test_the_error_follows_the_tolerance(name):
 def test_dopri5_agrees_with_torchdiffeq():
   torch = pytest.importorskip("torch")
   torchdiffeq = pytest.importorskip("torchdiffeq")
-  x = np.linspace(-1.0, 1.0, 20)
   times = np.array([1.0, 0.7, 0.2, 0.0])
-  for tolerance in (1e-5, 1e-9):
-    theirs = torchdiffeq.odeint(
-      lambda t, x: torch.sin(3.0 * x + 2.0 * t),
-      torch.tensor(x),
-      torch.tensor(times),
-      rtol=tolerance,
-      atol=tolerance,
-      method="dopri5",
-    ).numpy()
-    with jax.enable_x64(True):
-      solver = solvers.build("dopri5", STRAIGHT, rtol=tolerance, atol=tolerance)
-      ours = solvers.solve(solver, wave, jnp.asarray(x), times, trajectory=True)
-    np.testing.assert_allclose(ours, theirs, atol=10 * tolerance)
+  tolerances = {"rtol": 1e-9, "atol": 1e-9}
+  theirs = torchdiffeq.odeint(
+    lambda t, x: torch.sin(3.0 * x + 2.0 * t),
+    torch.tensor(X),
+    torch.tensor(times),
+    **tolerances,
+    method="dopri5",
+  ).numpy()
+  with jax.enable_x64(True):
+    solver = solvers.build("dopri5", STRAIGHT, **tolerances)
+    ours = solvers.solve(solver, wave, X, times, trajectory=True)
+  np.testing.assert_allclose(ours, theirs, atol=1e-8)
 
 
 @pytest.mark.slow
@@ -81,8 +93,6 @@ def test_it_goes_both_ways_over_trees_and_tells_the_times_between():
 @pytest.mark.slow
 def test_a_nan_stops_the_solve_and_says_when():
   solver = solvers.build("dopri5", STRAIGHT)
-  with pytest.raises(ValueError, match=r"stopped at t = 0\.4.*not finite"):
-    solvers.solve(solver, broken, jnp.ones(3), DOWN)
   with pytest.raises(ValueError, match="stopped at t = 1, after .*not finite"):
     solvers.solve(solver, lambda x, t: x * jnp.nan, jnp.ones(3), DOWN)
   # A field that is too hard is another matter.
@@ -93,11 +103,16 @@ def test_a_nan_stops_the_solve_and_says_when():
 
 def test_inside_of_jit_a_nan_does_not_spin_and_leaves_nan():
   solver = solvers.build("dopri5", STRAIGHT)
-  sample = jax.jit(
-    lambda x: solvers.solve(solver, broken, x, DOWN, trajectory=True)
-  )
-  assert np.all(np.isnan(sample(jnp.ones(3))))
-  _, report = jax.jit(lambda x: solver.integrate(broken, x, DOWN))(jnp.ones(3))
+
+  @jax.jit
+  def both(x):
+    states = solvers.solve(solver, broken, x, DOWN, trajectory=True)
+    return states, solver.integrate(broken, x, DOWN)[1]
+
+  states, report = jax.device_get(both(np.ones(3, np.float32)))
+  assert states.shape == (3, 3) and np.all(np.isnan(states))
+  said = solver.reason(broken, DOWN, report)
+  assert "stopped at t = 0.4" in said and "not finite" in said
   assert not report.finished
   assert float(report.time) == pytest.approx(0.4, abs=1e-5)
   assert np.all(np.isfinite(report.state))
@@ -131,7 +146,7 @@ def test_gradients_flow_through_the_steps():
 
   # 3 exp(-k).
   np.testing.assert_allclose(
-    jax.grad(end)(jnp.float32(1.0)), -3.0 * np.exp(-1.0), rtol=1e-4
+    jax.jit(jax.grad(end))(1.0), -3.0 * np.exp(-1.0), rtol=1e-4
   )
 
 

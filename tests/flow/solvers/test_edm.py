@@ -64,12 +64,12 @@ def test_it_is_algorithm_2(name, churn, s_min, s_max, s_noise):
   with jax.enable_x64(True):
     path = paths.build(name, **({"sigma_max": 200.0} if name == "edm" else {}))
     sigma = karras(9, 0.002, 80.0)
-    times = path.log_snr_inverse(-2.0 * jnp.log(jnp.asarray(sigma[:-1])))
-    times = jnp.append(times, path.low)
+    level = -2.0 * np.log(sigma[:-1])
+    times = np.append(jax.jit(path.log_snr_inverse)(level), path.low)
     if name == "edm":  # Its grid ends with sigma_min at t = 0, and then data.
-      times = times.at[-2].set(1e-12)
-    alpha = path.alpha(times[0])
-    x = 80.0 * jax.random.normal(jax.random.key(0), (4, 3), jnp.float64)
+      times[-2] = 1e-12
+    alpha = float(path.alpha(times[0]))
+    x = 80.0 * np.random.default_rng(0).standard_normal((4, 3))
     solver = solvers.build(
       "edm_heun",
       path,
@@ -80,10 +80,9 @@ def test_it_is_algorithm_2(name, churn, s_min, s_max, s_noise):
     )
     rng = jax.random.key(1)
     end = solvers.solve(solver, on(path), alpha * x, times, rng=rng)
-    draws = [np.asarray(noise.normal(rng, i, x)) for i in range(9)]
-    expected = algorithm(
-      np.asarray(x), draws, sigma, churn, s_min, s_max, s_noise
-    )
+    draw = jax.jit(lambda number: noise.normal(rng, number, x))
+    draws = [np.asarray(draw(i)) for i in range(9)]
+    expected = algorithm(x, draws, sigma, churn, s_min, s_max, s_noise)
     np.testing.assert_allclose(end, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -92,19 +91,25 @@ def test_it_is_algorithm_2(name, churn, s_min, s_max, s_noise):
 def test_mean_and_variance_are_those_of_the_data(name):
   # The field is linear, so that the end is a x + b + the sum of c_i z_i, z_i
   # the noise of step i: each coefficient is the end of a particle of its own.
-  axes = jnp.eye(62)
   path = paths.build(name, **({"sigma_max": 20.0} if name == "edm" else {}))
-  # Steps even in log sigma, from 20 (or what there is) down to 0.01.
-  log_s = jnp.linspace(np.log(20.0), np.log(0.01), 60)
-  times = jnp.append(path.log_snr_inverse(-2.0 * log_s), path.low)
-  c = path.at(times[0], jnp.ones(()))
-  std = jnp.sqrt((c.alpha * STD) ** 2 + c.sigma**2)
   solver = solvers.build("edm_heun", path, churn=20.0, s_max=10.0)
-  solver = dataclasses.replace(solver, draw=lambda rng, number, x: axes[number])
-  x = c.alpha * MEAN + std * axes[60]
-  end = solvers.solve(solver, on(path), x, times, rng=jax.random.key(1))
+
+  @jax.jit
+  def run(axes):
+    # Steps even in log sigma, from 20 (or what there is) down to 0.01.
+    log_s = jnp.linspace(np.log(20.0), np.log(0.01), 60)
+    times = jnp.append(path.log_snr_inverse(-2.0 * log_s), path.low)
+    c = path.at(times[0], jnp.ones(()))
+    std = jnp.sqrt((c.alpha * STD) ** 2 + c.sigma**2)
+    given = dataclasses.replace(
+      solver, draw=lambda rng, number, x: axes[number]
+    )
+    x = c.alpha * MEAN + std * axes[60]
+    return solvers.solve(given, on(path), x, times, rng=jax.random.key(1))
+
+  end = np.asarray(run(np.eye(62, dtype=np.float32)))
   assert float(end[-1]) == pytest.approx(MEAN, abs=1e-3)
-  spread = jnp.linalg.norm(end[:-1] - end[-1])
+  spread = np.linalg.norm(end[:-1] - end[-1])
   assert float(spread) == pytest.approx(STD, rel=0.015)
 
 
@@ -143,14 +148,16 @@ def test_the_last_step_and_one_from_pure_noise_evaluate_once():
 def test_it_is_of_second_order():
   def error(steps):
     t = np.linspace(0.8, 0.1, steps + 1)
-    x = jnp.linspace(-1.0, 1.0, 9)
-    end = solvers.solve(solvers.build("edm_heun", STRAIGHT), on(STRAIGHT), x, t)
+    x = np.linspace(-1.0, 1.0, 9)
+    end = np.asarray(
+      solvers.solve(solvers.build("edm_heun", STRAIGHT), on(STRAIGHT), x, t)
+    )
 
     def std(t):
       return np.sqrt(((1 - t) * STD) ** 2 + t**2)
 
     exact = 0.9 * MEAN + std(0.1) / std(0.8) * (x - 0.2 * MEAN)
-    return float(jnp.max(jnp.abs(end - exact)))
+    return float(np.max(np.abs(end - exact)))
 
   # The last step is one of Euler: of second order by itself.
   with jax.enable_x64(True):
@@ -158,7 +165,7 @@ def test_it_is_of_second_order():
 
 
 def test_it_goes_from_data_to_noise_too():
-  x = jnp.linspace(-1.0, 2.0, 9)
+  x = np.linspace(-1.0, 2.0, 9, dtype=np.float32)
   solver = solvers.build("edm_heun", STRAIGHT)
   grid = np.linspace(0.0, 0.9, 200)
   noise = solvers.solve(solver, on(STRAIGHT), x, grid)
