@@ -121,7 +121,8 @@ def _leaves_of(
     for path, leaf in leaves:
       if path == EMBED:
         kernel_PD = np.asarray(leaf)
-        leaf = patches.with_context(kernel_PD, model.patch_size, more)
+        kernel_PD = patches.with_context(kernel_PD, model.patch_size, more)
+        leaf = lazy.whole(np.asarray(kernel_PD))
       yield path, leaf
 
   return paths, widened()
@@ -155,9 +156,7 @@ class _Run(weights.Weights):
 def _leaves(arrays: collections.abc.Mapping[str, Any]) -> lazy.Leaves:
   """Yields arrays that are leaves of ours as they are."""
   for path, array in arrays.items():
-    shape, order = array.shape, tuple(range(array.ndim))
-    whole: dict[tables.Shape, np.ndarray] = {(): placing.fetch(array)}
-    yield path, lazy.Leaf(shape, shape, order, (), whole)
+    yield path, lazy.whole(placing.fetch(array))
 
 
 def _open(args) -> weights.Weights:

@@ -135,17 +135,13 @@ def _placed(
 ) -> Any:
   """Returns the tree of leaves, of which the host holds one at a time."""
   _, kind = safetensors.DTYPES[dtype]
-  spread: dict[str, Any] = {}
-  if mesh is not None:
-    spread = tables.flatten(rules.shardings(table, abstract, mesh))
-  placed = {}
-  for path, leaf in leaves:
-    whole = np.asarray(leaf, kind)
-    placed[path] = (
-      jax.make_array_from_callback(whole.shape, spread[path], whole.__getitem__)
-      if spread
-      else jnp.asarray(whole)
-    )
-    # The copies to devices read from `whole`, which ends here.
-    placed[path].block_until_ready()
+  if mesh is None:
+    placed = {p: jnp.asarray(np.asarray(leaf, kind)) for p, leaf in leaves}
+  else:
+    places = tables.flatten(rules.shardings(table, abstract, mesh))
+    wanted = {
+      path: jax.ShapeDtypeStruct(leaf.shape, kind, sharding=places[path])
+      for path, leaf in tables.flatten(abstract).items()
+    }
+    placed = placing.put_leaves(leaves, wanted)
   return tables.unflatten(placed)

@@ -10,6 +10,7 @@ import json
 import math
 import pathlib
 import struct
+import threading
 from typing import Any
 
 import ml_dtypes
@@ -24,6 +25,7 @@ DTYPES = {
 }
 _BY_CODE = dict(DTYPES.values())
 _METADATA = "__metadata__"
+_own = threading.local()
 # How the files end that PyTorch's `save` writes.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -109,6 +111,44 @@ def read(
       )
     tensors[key] = data[first:last].view(dtype).reshape(header[key]["shape"])
   return tensors
+
+
+def touch(tensor: np.ndarray) -> np.ndarray:
+  """Returns a part of a tensor: if it lies in a file, it is read at once.
+
+  Through the map it would come page by page. What is between its rows is read
+  as well. What is returned is the calling thread's until its next call.
+  """
+  if not isinstance(tensor, np.memmap) or not tensor.size:
+    return tensor
+  path, start, size = _place(tensor)
+  room = kept("read", (size,), np.uint8)
+  with open(path, "rb", buffering=0) as file:
+    file.seek(start)
+    read = file.readinto(room.data)
+  if read != size:
+    raise errors.CheckpointError(
+      f"{path} was cut short while it was read. Copy it again."
+    )
+  return np.ndarray(
+    tensor.shape, tensor.dtype, room.data, strides=tensor.strides
+  )
+
+
+def kept(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+  """Returns memory of the calling thread, the same each time."""
+  size = math.prod(shape) * np.dtype(dtype).itemsize
+  if getattr(_own, name, np.empty(0)).nbytes < size:
+    setattr(_own, name, np.empty(size, np.uint8))
+  return getattr(_own, name)[:size].view(dtype).reshape(shape)
+
+
+def _place(tensor: np.memmap) -> tuple[pathlib.Path, int, int]:
+  """Returns the file that a tensor lies in, where, and in how many bytes."""
+  whole = np.frombuffer(tensor._mmap, np.uint8)  # type: ignore[attr-defined]
+  first, last = np.lib.array_utils.byte_bounds(tensor)
+  path = pathlib.Path(str(tensor.filename))
+  return path, first - whole.ctypes.data, last - first
 
 
 def _check_entry(path: pathlib.Path, key: str, entry: Any, available: int):

@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 import json
 import logging
-import mmap
 import pathlib
 from typing import Any
 
@@ -86,7 +85,6 @@ class Weights:
     table, labels = self._table(config), formats.labels_layout(config)
     with errors.naming(str(self.path)):
       paths, leaves = list(table.paths), table.leaves_of_ours(self.tensors)
-      leaves = _read_ahead(leaves)
       if labels is None or not self.labels:
         return paths, leaves
       both = labels.leaves_of_ours(self.labels)
@@ -274,26 +272,3 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
   if not isinstance(content, dict):
     raise errors.CheckpointError(f"{path} is damaged: {content}.")
   return content
-
-
-def _read_ahead(leaves: lazy.Leaves) -> lazy.Leaves:
-  """Yields leaves while the next is read; of the last, no page is kept."""
-  ending = itertools.chain(leaves, [("", None)])
-  for (path, leaf), (_, following) in itertools.pairwise(ending):
-    assert leaf is not None
-    if following is not None:
-      _advise(following, "MADV_WILLNEED")
-    yield path, leaf
-    _advise(leaf, "MADV_DONTNEED")
-
-
-def _advise(leaf: lazy.Leaf, advice: str) -> None:
-  """Tells the system what becomes of the pages of the files of a leaf."""
-  if not hasattr(mmap, advice):
-    return
-  for tensor in leaf.tensors.values():
-    file = tensor._mmap  # type: ignore[attr-defined]
-    origin = np.frombuffer(file, np.uint8).ctypes.data
-    first, last = np.lib.array_utils.byte_bounds(tensor)
-    start = (first - origin) // mmap.PAGESIZE * mmap.PAGESIZE
-    file.madvise(getattr(mmap, advice), start, last - origin - start)

@@ -8,7 +8,9 @@ mesh: with `tensor` or `context` across processes, several need the same ones.
 # Shape suffixes: B rows of a batch.
 
 import collections.abc
-from typing import Any
+import itertools
+import logging
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -17,6 +19,8 @@ from jax.sharding import Mesh
 
 from flowjax.parallel import mesh as meshes
 
+Shape = tuple[int, ...]
+Box = tuple[slice, ...]
 Put = collections.abc.Callable[[dict[str, Any]], dict[str, Any]]
 
 
@@ -56,6 +60,78 @@ def put_whole(mesh: Mesh) -> Put:
     return jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__)
 
   return lambda batch: jax.tree.map(place, batch)
+
+
+class Leaf(Protocol):
+  """An array of which a part is read when it is asked for."""
+
+  def astype(self, dtype: Any) -> "Leaf":
+    """Returns the same with another dtype; nothing is read."""
+
+  def begin(self, index: Box) -> Any:
+    """Begins to read a part.
+
+    The `result()` of that is the part, and whether all of it is finite.
+    """
+
+
+Leaves = collections.abc.Iterable[tuple[str, Leaf]]
+
+
+def put_leaves(
+  leaves: Leaves,
+  places: collections.abc.Mapping[str, Any],
+) -> dict[str, jax.Array]:
+  """Places leaves as they come, each with the dtype and sharding of its place.
+
+  The host holds of one at a time what its devices hold, while it begins to read
+  the next.
+  """
+
+  def begun():
+    for path, leaf in leaves:
+      box = _held(places[path])
+      yield path, box, leaf.astype(places[path].dtype).begin(box)
+    yield None
+
+  placed: dict[str, jax.Array] = {}
+  for (path, box, reading), _ in itertools.pairwise(begun()):
+    part, finite = reading.result()
+    if not finite:
+      logging.warning("%s is not finite: these weights are broken.", path)
+    placed[path] = _put(part, box, places[path])
+    # The copies to devices read from `part`, which ends here.
+    placed[path].block_until_ready()
+  return placed
+
+
+def _held(place: Any) -> Box:
+  """Returns the least part with all that this process's devices hold."""
+  found = place.sharding.addressable_devices_indices_map(place.shape).values()
+  spans = [
+    [
+      part.indices(size)[:2]
+      for part, size in zip(index, place.shape, strict=True)
+    ]
+    for index in found
+  ]
+  return tuple(
+    slice(min(first for first, _ in axis), max(last for _, last in axis))
+    for axis in zip(*spans, strict=True)
+  )
+
+
+def _put(part: np.ndarray, box: Box, place: Any) -> jax.Array:
+  """Places an array of which this process has the part in a box."""
+
+  def of_device(index: Any) -> np.ndarray:
+    inner = []
+    for held, wanted, size in zip(box, index, place.shape, strict=True):
+      first, last, _ = wanted.indices(size)
+      inner.append(slice(first - held.start, last - held.start))
+    return part[tuple(inner)]
+
+  return jax.make_array_from_callback(place.shape, place.sharding, of_device)
 
 
 def fetch(array: Any) -> np.ndarray:

@@ -1,24 +1,14 @@
 """A run that begins with weights from elsewhere: its checkpoint of step 0."""
 
-import collections.abc
-import concurrent.futures
 import functools
-import logging
 import pathlib
-from typing import Any
 
 import jax
-import numpy as np
 
 from flowjax import errors, schema
-from flowjax.parallel import distributed
+from flowjax.parallel import distributed, placing
 from flowjax.train import checkpoint, lock, loop, manifest, parts, workdir
 from flowjax.train import state as states
-
-_THREADS = 8
-
-# Arrays, or what becomes one when it is asked for.
-Leaves = collections.abc.Iterable[tuple[str, Any]]
 
 
 def require_new(directory: pathlib.Path) -> None:
@@ -37,25 +27,11 @@ def require_new(directory: pathlib.Path) -> None:
     )
 
 
-def place(run: parts.Parts, leaves: Leaves) -> dict[str, jax.Array]:
-  """Places leaves on the mesh as they come, each device its own slice.
-
-  The host holds one at a time.
-  """
-  named = manifest.named_leaves(run.abstract.params)
-  placed: dict[str, jax.Array] = {}
+def place(run: parts.Parts, leaves: placing.Leaves) -> dict[str, jax.Array]:
+  """Places leaves on the mesh as they come, each device its own slice."""
   with loop.out_of_memory_advice():
-    for path, leaf in leaves:
-      # Read once, as it will be, and then each device has its slice.
-      whole = np.asarray(leaf, named[path].dtype)
-      if not _is_finite(whole):
-        logging.warning("%s is not finite: these weights are broken.", path)
-      placed[path] = jax.make_array_from_callback(
-        whole.shape, named[path].sharding, whole.__getitem__
-      )
-      # The copies to devices read from `whole`, which ends here.
-      placed[path].block_until_ready()
-  return placed
+    named = manifest.named_leaves(run.abstract.params)
+    return placing.put_leaves(leaves, named)
 
 
 def draw(run: parts.Parts, paths: list[str]) -> dict[str, jax.Array]:
@@ -107,14 +83,3 @@ def save(
     # Last: a workdir without weights is to be none, or `train` would draw some.
     if distributed.is_first():
       workdir.claim(directory, run.experiment)
-
-
-def _is_finite(array: np.ndarray) -> bool:
-  def total(part):
-    with np.errstate(over="ignore", invalid="ignore"):
-      return part.sum()
-
-  # Sums are quickly made, and finite only if each term is.
-  with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-    totals = list(pool.map(total, np.array_split(array.reshape(-1), _THREADS)))
-  return bool(np.isfinite(totals).all() or np.isfinite(array).all())

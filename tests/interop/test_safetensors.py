@@ -166,3 +166,12 @@ def test_a_length_that_looks_like_a_pickle_is_none(path):
   path.write_bytes(b"\x80\x02}q\x00X\x01\x00\x00\x00a")
   with pytest.raises(errors.UserError, match="is a pickle"):
     ours.read(path)
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_told(path):
+  write(path)
+  tensors = ours.read(path)
+  path.write_bytes(path.read_bytes()[:-1])
+  with pytest.raises(errors.CheckpointError, match="cut short while it was"):
+    for tensor in tensors.values():
+      ours.touch(tensor)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from flowjax import errors
-from flowjax.interop import dit, lazy, tables
+from flowjax.interop import dit, lazy, safetensors, tables
 from flowjax.models import blocks
 from flowjax.models import dit as models_dit
 
@@ -201,10 +201,8 @@ def test_a_leaf_is_read_when_it_is_asked_for_in_any_dtype():
     assert read.flags.c_contiguous and read.ctypes.data % 64 == 0
 
 
-@pytest.mark.parametrize("part", [1, 600, 2**20])
-def test_odd_shapes_are_copied_whole_in_parts(monkeypatch, part):
-  monkeypatch.setattr(lazy, "_PART", part)
-  rng = np.random.default_rng(0)
+def odd_table():
+  """Axes apart and together, stacked and turned, none of them round."""
   sizes = {"L": 3, "N": 5, "H": 7, "D": 50, "P": 3, "F": 33, "A": 1, "B": 1}
   rules = (
     *tables.linear("a", "a.{L}.{P}", "D -> P N H"),
@@ -212,15 +210,83 @@ def test_odd_shapes_are_copied_whole_in_parts(monkeypatch, part):
     *tables.linear("c", "c.{L}", "D -> F", flip="F"),
     tables.Rule("d", "d", "A B -> B A"),
     tables.Rule("e", "e", "D F -> D F"),
+    tables.Rule("f", "f", "(N H) D -> D (H N)", flip="D"),
+    tables.Rule("g", "g.{P}", "P D F -> P F D", flip="P"),
   )
-  table = tables.Table(rules, sizes)
-  params = tables.unflatten(
-    {
-      path: rng.standard_normal(s, np.float32)
-      for path, s in table.paths.items()
-    }
+  return tables.Table(rules, sizes)
+
+
+def odd_params(table):
+  rng = np.random.default_rng(0)
+  return {
+    path: rng.standard_normal(shape, np.float32)
+    for path, shape in table.paths.items()
+  }
+
+
+@pytest.mark.parametrize("part", [1, 600, 2**20])
+def test_odd_shapes_are_copied_whole_in_parts(monkeypatch, part):
+  monkeypatch.setattr(lazy, "_PART", part)
+  monkeypatch.setattr(lazy, "_TILE", 20)
+  table = odd_table()
+  round_trip(table, tables.unflatten(odd_params(table)))
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_a_part_is_that_of_the_whole(monkeypatch, tmp_path, in_file):
+  monkeypatch.setattr(lazy, "_PART", 100)
+  table = odd_table()
+  params = odd_params(table)
+  tensors = dict(table.to_theirs(tables.unflatten(params)))
+  if in_file:
+    path = tmp_path / "x.safetensors"
+    shapes = {key: x.shape for key, x in tensors.items()}
+    safetensors.write(path, shapes, tensors.items(), dtype="float32")
+    tensors = safetensors.read(path)
+  rng = np.random.default_rng(1)
+  for path, leaf in table.leaves_of_ours(tensors):
+    for _ in range(4):
+      first = [rng.integers(size) for size in leaf.shape]
+      last = [
+        rng.integers(low, size) + 1
+        for low, size in zip(first, leaf.shape, strict=True)
+      ]
+      index = tuple(map(slice, first, last))
+      part, finite = leaf.begin(index).result()
+      np.testing.assert_array_equal(part, params[path][index])
+      assert finite
+
+
+def test_of_a_part_no_more_is_read_than_its_rows(monkeypatch):
+  tensors = dict(qkv_table().to_theirs(qkv_params()))
+  leaf = dict(qkv_table().leaves_of_ours(tensors))["mixer/qkv/kernel"]
+  seen = []
+  touch = safetensors.touch
+  monkeypatch.setattr(
+    safetensors, "touch", lambda x: [touch(x), seen.append(x)][0]
   )
-  round_trip(table, params)
+  # Of three layers the last; of the outputs one of three parts; half a row.
+  every = slice(None)
+  leaf.begin((slice(2, 3), slice(4), slice(1, 2), every, every)).result()
+  (rows,) = seen
+  assert rows.size == 8 * 4
+  assert np.shares_memory(rows, tensors["layers.2.qkv.weight"][8:16])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e38])
+def test_what_is_not_finite_is_found(value):
+  table = odd_table()
+  params = odd_params(table)
+  for path in ("a/kernel", "e"):
+    # The sum of many that are finite need not be so.
+    params[path].reshape(-1)[:20] = value
+  tensors = dict(table.to_theirs(tables.unflatten(params)))
+  found = {
+    path: leaf.begin((slice(None),) * len(leaf.shape)).result()[1]
+    for path, leaf in table.leaves_of_ours(tensors)
+  }
+  broken = {path for path, finite in found.items() if not finite}
+  assert broken == (set() if value == 1e38 else {"a/kernel", "e"})
 
 
 def test_constants_are_written_and_must_be_as_the_config_has_them():

@@ -1,5 +1,8 @@
 """What is placed on a mesh comes back, from rows or from the whole."""
 
+import contextlib
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -62,6 +65,56 @@ def test_a_process_reads_the_rows_of_its_devices(config, rows, monkeypatch):
   mesh = meshes.build(config)
   Half(meshes.batch_sharding(mesh), monkeypatch)
   np.testing.assert_array_equal(placing.rows(mesh, 16), np.array(rows))
+
+
+class Leaf:
+  """Notes of which part it was read."""
+
+  def __init__(self, array):
+    self.array, self.asked = array, []
+
+  def astype(self, dtype):
+    self.array = self.array.astype(dtype)
+    return self
+
+  def begin(self, index):
+    self.asked.append(index)
+    part = self.array[index]
+    return types.SimpleNamespace(
+      result=lambda: (part, bool(np.isfinite(part).all()))
+    )
+
+
+@pytest.mark.parametrize("spec", [P(), P("fsdp", "data"), P(None, "fsdp")])
+def test_leaves_come_whole_with_the_dtype_of_their_place(spec, caplog):
+  mesh = meshes.build(MESHES[1])
+  sharding = jax.sharding.NamedSharding(mesh, spec)
+  place = jax.ShapeDtypeStruct((8, 4), np.float16, sharding=sharding)
+  whole, broken = Leaf(np.arange(32.0).reshape(8, 4)), Leaf(np.full(8, np.nan))
+  flat = jax.ShapeDtypeStruct(
+    (8,), np.float32, sharding=jax.sharding.NamedSharding(mesh, P("data"))
+  )
+  leaves = [("a", whole), ("b", broken)]
+  placed = placing.put_leaves(leaves, {"a": place, "b": flat})
+  assert placed["a"].sharding == sharding and placed["a"].dtype == np.float16
+  np.testing.assert_array_equal(
+    placed["a"], np.arange(32).reshape(8, 4).astype(np.float16)
+  )
+  assert "b is not finite" in caplog.text and "a is" not in caplog.text
+
+
+def test_a_process_reads_what_its_devices_hold(monkeypatch):
+  """Of the later half of eight: two rows of four parts, all columns."""
+  mesh = meshes.build(meshes.MeshConfig(data=1, fsdp=4, tensor=2))
+  sharding = jax.sharding.NamedSharding(mesh, P("fsdp", "tensor"))
+  place = jax.ShapeDtypeStruct((8, 4), np.float32, sharding=sharding)
+  Half(sharding, monkeypatch)
+  leaf = Leaf(np.zeros((8, 4)))
+  with contextlib.suppress(
+    jax.errors.JaxRuntimeError
+  ):  # The other half places the rest.
+    placing.put_leaves([("a", leaf)], {"a": place})
+  assert leaf.asked == [(slice(4, 8), slice(0, 4))]
 
 
 def test_one_process_does_its_work_with_the_arrays_themselves():
