@@ -330,7 +330,6 @@ class Here:
 @pytest.mark.slow(8)
 def test_gpu_script_runs_and_writes_what_it_promises(tmp_path, monkeypatch):
   """On FLUX. That children answer is seen of the script for CPUs."""
-
   process = parent.Child
 
   def started(work, log, caches):
@@ -347,14 +346,8 @@ def test_gpu_script_runs_and_writes_what_it_promises(tmp_path, monkeypatch):
   words = [
     *("gpu_train.py", "--device=cpu", "--size=flux_tiny", f"--out={out}"),
     # In bfloat16 it would compile three times as long; below DiTs do.
-    *(
-      "--dtype=float32",
-      "--seconds=0.2",
-      "--probe-seconds=0.1",
-      "--kernels",
-      "--sides",
-      *sides,
-    ),
+    *("--dtype=float32", "--seconds=0.2", "--probe-seconds=0.1"),
+    *("--kernels", "--sides", *sides),
     *("--flowjax-start", f"batch=2,xla={QUICK}", "batch=2,remat=bogus"),
     *("--flowjax-then", "--torch-start", "batch=2", "--torch-then"),
   ]
