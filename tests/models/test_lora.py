@@ -18,7 +18,7 @@ NETWORKS = {
     **IMAGES, width=16, depth=3, heads=2, num_classes=3, mlp="swiglu"
   ),
   "mmdit": mmdit.MMDiTConfig(
-    **TEXT, head_size=8, depth=3, dual_layers=1, position_table=8
+    **TEXT, head_size=8, depth=2, dual_layers=1, position_table=8
   ),
   "flux": flux.FluxConfig(
     **TEXT, width=16, double_depth=1, single_depth=2, rope_axes=(2, 2, 4)
@@ -116,8 +116,8 @@ def test_a_fused_kernel_has_a_pair_for_each_part():
   assert shapes[f"dual_blocks/{of}/a"] == (1, 3, 16, 2)
   assert shapes[f"dual_blocks/{of}/b"] == (1, 3, 2, 2, 8)
   assert shapes[f"last_block/{of}/a"] == (3, 16, 2)
-  assert shapes["blocks/text/attention/out/kernel/a"] == (1, 2, 8, 2)
-  assert shapes["blocks/text/attention/out/kernel/b"] == (1, 2, 16)
+  assert shapes["dual_blocks/text/attention/out/kernel/a"] == (1, 2, 8, 2)
+  assert shapes["dual_blocks/text/attention/out/kernel/b"] == (1, 2, 16)
   # By default the maps of attention, of every stream and block, and no other.
   kernels = {name.rpartition("/")[0] for name in shapes}
   able = lora.kernels(base(params))
