@@ -152,7 +152,7 @@ class Frozen:
 
     Of weights only headers are read.
     """
-    vae.open(self.folder / pipelines.VAE)
+    vae.find(self.folder / pipelines.VAE)
     text, pooled = model.text_width, 0
     for name in pipelines.encoders(self.index):
       found = self._found(name)

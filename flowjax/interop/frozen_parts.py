@@ -74,11 +74,19 @@ def image_encoder(folder: pathlib.Path, mesh: Mesh | None, dtype: str) -> Part:
 
 def latent_coder(folder: pathlib.Path, mesh: Mesh | None, dtype: str) -> Part:
   """Reads an autoencoder, whose latents are shifted and scaled."""
-  config, params = vae.open(folder, dtype=dtype)
+  config, leaves = vae.find(folder)
   config = dataclasses.replace(config, dtype=dtype)
-  whole = tables.flatten(params)
-  # It is small: every device holds it whole.
-  params = _placed(whole.items(), params, ((".*", ()),), mesh, dtype)
+  abstract = {
+    path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    for path, leaf in leaves.items()
+  }
+  params = _placed(
+    leaves.items(),
+    tables.unflatten(abstract),
+    ((".*", ()),),  # It is small: every device holds it whole.
+    mesh,
+    dtype,
+  )
 
   def encode(params, x_BHWC):
     mean_BHWC, log_variance_BHWC = autoencoder.encode(config, params, x_BHWC)

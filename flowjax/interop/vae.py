@@ -15,6 +15,7 @@ from flowjax.interop import (
   diffusers_configs,
   folder_export,
   formats,
+  lazy,
   safetensors,
   shards,
   tables,
@@ -27,6 +28,18 @@ def open(
 ) -> tuple[Any, dict[str, Any]]:
   """Returns the config and the parameters, arrays of numpy in `dtype`.
 
+  Raises what `find` does.
+  """
+  config, leaves = find(folder)
+  kind = safetensors.DTYPES[dtype][1]
+  return config, tables.unflatten(
+    {path: np.asarray(leaf, kind) for path, leaf in leaves.items()}
+  )
+
+
+def find(folder: pathlib.Path) -> tuple[Any, dict[str, lazy.Leaf]]:
+  """Returns the config and the parameters by path; none of them is read.
+
   Raises UserError for a folder of another class, and CheckpointError that
   lists every key which does not fit.
   """
@@ -38,11 +51,7 @@ def open(
       f"autoencoder is {' or '.join(autoencoder.CLASSES)}."
     )
   config = found.config()
-  _, leaves = found.leaves(config)
-  kind = safetensors.DTYPES[dtype][1]
-  return config, tables.unflatten(
-    {path: np.asarray(leaf, kind) for path, leaf in leaves}
-  )
+  return config, dict(found.leaves(config)[1])
 
 
 def write(

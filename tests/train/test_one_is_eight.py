@@ -1,7 +1,7 @@
 """The same run on one device and on eight, for every kind of model and mesh.
 
-Tiny networks in float32: losses over twenty steps agree to 1e-5, and the gradients
-of the first to 1e-5 of the largest of their parameter.
+Tiny networks in float32: losses over twenty steps agree to 1e-5, and the
+gradients of the first to 1e-5 of the largest of their parameter.
 """
 
 import collections
