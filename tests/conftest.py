@@ -223,7 +223,7 @@ def pytest_addoption(parser):
 def _seconds(item):
   """Returns about how long a test takes: 4 s if slow, or what the mark says."""
   mark = item.get_closest_marker("slow")
-  return 0.2 if mark is None else (mark.args or (4,))[0]
+  return 0.05 if mark is None else (mark.args or (4,))[0]
 
 
 def pytest_collection_modifyitems(items):

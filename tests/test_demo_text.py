@@ -116,6 +116,7 @@ def test_the_demo_trains_scores_and_draws(demo):
   assert sheet.shape[1] > 4 * 160
 
 
+@pytest.mark.slow(1)
 def test_captions_that_cannot_be_are_refused(
   demo, found, tmp_path, capsys, monkeypatch
 ):
@@ -158,6 +159,7 @@ def test_prompts_come_in_turn(demo, found, tmp_path, monkeypatch):
   np.testing.assert_array_equal(plain, same)
 
 
+@pytest.mark.slow(1)
 def test_captions_that_are_cut_are_counted(demo):
   workdir, _, out = demo
   assert "times a caption was cut" in out

@@ -181,6 +181,7 @@ def test_both_sides_multiply_as_often():
   assert counter.get_total_flops() == network.flops
 
 
+@pytest.mark.slow(1)
 def test_the_step_is_the_one_that_trains():
   from flowjax.commands import configs
   from flowjax.train import loop, parts

@@ -133,6 +133,7 @@ def test_guidance_is_counted_where_it_acts(result):
   assert part["saved"]["seconds_min"] == turns.saved(*times)
 
 
+@pytest.mark.slow(5)
 def test_the_result_says_of_what_it_is(result):
   assert result["machine"]["date"] and result["machine"]["command"]
   assert result["load_average_after"] and "jax" in result["versions"]

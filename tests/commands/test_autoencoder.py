@@ -107,6 +107,7 @@ def _found(workdir):
   return restored.open(workdir)
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize(
   ("words", "text"),
   [
@@ -146,6 +147,7 @@ def test_a_perceptual_loss_needs_its_file(tmp_path, capsys):
   assert "nowhere.safetensors" in said and "perceptual.weight=0.0" in said
 
 
+@pytest.mark.slow(1)
 def test_the_scale_is_that_of_drawn_latents(tmp_path):
   """Of a KL autoencoder: what means and variances together spread."""
   model = autoencoder.AutoencoderConfig(

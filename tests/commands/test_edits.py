@@ -95,6 +95,7 @@ def test_images_are_cut_to_the_network_and_started_from(sample, write):
   assert np.abs(noise - near).mean() > 0.1
 
 
+@pytest.mark.slow(1)
 def test_what_is_black_in_a_mask_stays_to_the_bit(sample, write):
   image = write("image.png", steps_of((8, 8)))
   mask_HW = np.zeros((8, 8))
@@ -191,6 +192,7 @@ SUPER = [
 ]
 
 
+@pytest.mark.slow(1)
 def test_a_network_for_inpainting_is_told_mask_and_image(sample, write):
   image = write("image.png", steps_of((8, 8)))
   mask_HW = np.zeros((8, 8))
@@ -215,6 +217,7 @@ def test_a_network_for_inpainting_is_told_mask_and_image(sample, write):
   np.testing.assert_array_equal(beside[1][1, ..., 0], np.float32(wanted))
 
 
+@pytest.mark.slow(1)
 def test_a_network_for_super_resolution_is_told_the_small_image(
   sample, write, capsys
 ):

@@ -47,6 +47,7 @@ def untrained(*words):
   return restored.Restored(pathlib.Path("run"), run, 0, params, {})
 
 
+@pytest.mark.slow(1)
 def test_sample_shows_held_out_images_and_what_is_told(tmp_path, monkeypatch):
   plain, told = untrained(), []
 
@@ -76,6 +77,7 @@ def test_sample_shows_held_out_images_and_what_is_told(tmp_path, monkeypatch):
   assert (first[:, [8, 17, 26, 27]] == 255).all()
 
 
+@pytest.mark.slow(1)
 def test_sample_draws_by_the_network_of_a_task():
   found = untrained()
   cond = drawing.conditions(found.run, 2)
@@ -103,6 +105,7 @@ def scores(found, draw, monkeypatch, directory):
   return tasked.evaluate(found, found.config.sample, args)
 
 
+@pytest.mark.slow(1)
 def test_holes_are_scored_apart_from_what_is_around_them(monkeypatch, tmp_path):
   found = untrained()
 
@@ -155,6 +158,7 @@ def test_errors_of_latents_are_called_so(monkeypatch, tmp_path):
   assert sorted(scored) == ["consistency", "consistency_bilinear"]
 
 
+@pytest.mark.slow(1)
 def test_scenes_in_buckets_are_judged_at_the_reference(tmp_path):
   found = untrained(
     *LOWERED,

@@ -115,6 +115,7 @@ def test_it_is_described(capsys):
   assert "parameters" in capsys.readouterr().out
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("told", [{}, {"num_classes": 2}])
 def test_it_may_be_told_sizes_and_nothing_else(told, tmp_path):
   for i in range(4):

@@ -248,6 +248,7 @@ def mesh():
   return meshes.build(meshes.MeshConfig(data=1, fsdp=4, tensor=2), DEVICES)
 
 
+@pytest.mark.slow(1)
 def test_texts_are_those_of_encode_prompt(saved):
   kind, theirs, folder = saved
   parts = frozen.open(folder, mesh=mesh(), dtype="float32", text_tokens=20)
@@ -329,6 +330,7 @@ def test_without_t5_its_tokens_are_zeros(saved, tmp_path):
   assert not found["text"][:, LENGTH:].any()
 
 
+@pytest.mark.slow(1)
 def test_images_go_to_latents_and_back_as_theirs(saved, parts):
   _, theirs, _ = saved
   rng = np.random.default_rng(0)
@@ -348,6 +350,7 @@ def test_images_go_to_latents_and_back_as_theirs(saved, parts):
   np.testing.assert_allclose(y_BHWC, decoded.numpy(), atol=1e-4)
 
 
+@pytest.mark.slow(1)
 def test_large_pictures_can_be_made_in_tiles(saved):
   kind, theirs, folder = saved
   if kind == "flux":  # Its autoencoder is the same.
@@ -602,6 +605,7 @@ def test_out_again_it_is_the_same_pipeline(saved, run, tmp_path):
   )
 
 
+@pytest.mark.slow(1)
 def test_a_run_of_a_run_keeps_the_parts_too(run, tmp_path):
   config = workdir.read_config(run)
   lines = pipeline.keep(config, run, tmp_path)

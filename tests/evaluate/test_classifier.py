@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from flowjax.evaluate import classifier
 
@@ -43,6 +44,7 @@ def test_a_turn_by_a_quarter_is_a_turn(monkeypatch):
   np.testing.assert_allclose(moved, np.rot90(x, axes=(1, 2)), atol=1e-4)
 
 
+@pytest.mark.slow(1)
 def test_moves_are_small_various_and_filled_with_the_ground():
   x = np.repeat(_blob(12, 16), 64, axis=0)
   moved = np.asarray(classifier.move(jnp.asarray(x), jax.random.key(1)))
@@ -56,6 +58,7 @@ def test_moves_are_small_various_and_filled_with_the_ground():
   assert moved.min() >= -1.0 - 1e-5 and moved.max() <= 1.0 + 1e-5
 
 
+@pytest.mark.slow(1)
 def test_it_learns_by_its_seed_and_computes_what_it_learned(monkeypatch):
   monkeypatch.setattr(classifier, "STEPS", 100)
   rng = np.random.default_rng(0)

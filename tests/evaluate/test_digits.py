@@ -7,7 +7,7 @@ from flowjax import errors
 from flowjax.data import config, sources
 from flowjax.evaluate import classifier, digits
 
-pytestmark = pytest.mark.usefixtures("fitted_once")
+pytestmark = [pytest.mark.usefixtures("fitted_once"), pytest.mark.slow(1)]
 
 pytest.importorskip("sklearn")
 

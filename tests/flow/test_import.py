@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import json, sys, time
 import jax
@@ -17,6 +19,7 @@ print(json.dumps([seconds, sorted(bare), sorted(everything)]))
 """
 
 
+@pytest.mark.slow(1)
 def test_import_is_light():
   run = subprocess.run(
     [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True

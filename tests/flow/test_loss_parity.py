@@ -326,6 +326,7 @@ def test_the_likelihood_of_8_bits_sums_to_one_and_has_exact_tails(mean, std):
   np.testing.assert_allclose(found[inner], expected, rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.slow(1)
 def test_a_learned_variance_needs_steps_and_twice_the_channels():
   with pytest.raises(ValueError, match="'vp' does not have"):
     losses.hybrid(network, paths.vp(), times.uniform())

@@ -96,6 +96,7 @@ def test_there_and_back():
 
 
 # bfloat16 is widened first: it only has other slopes to give back.
+@pytest.mark.slow(1)
 @pytest.mark.parametrize(
   "path, dtype",
   [

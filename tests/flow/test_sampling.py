@@ -183,6 +183,7 @@ def test_a_learned_variance_goes_by_guidance_and_costs_nothing():
   np.testing.assert_allclose(v, np.tanh(strong), atol=1e-6)
 
 
+@pytest.mark.slow(1)
 def test_a_solve_that_stops_is_reported_out_of_jit():
   pytest.importorskip("diffrax")
 

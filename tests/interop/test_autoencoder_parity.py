@@ -93,6 +93,7 @@ def pair(request, tmp_path_factory):
   return config, params, theirs.eval(), folder
 
 
+@pytest.mark.slow(1)
 def test_what_is_encoded_and_decoded(pair):
   config, params, theirs, _ = pair
   x_BHWC = images(2, SIDE, SIDE, 3)
@@ -192,6 +193,7 @@ def test_folders_that_are_refused(tmp_path, fields, text):
     vae.open(tmp_path)
 
 
+@pytest.mark.slow(2)
 def test_tiles_fade_as_theirs():
   config = CONFIGS["kl_sixteen"]
   params = random_params(config)

@@ -105,6 +105,7 @@ def test_grey_is_every_colour_and_latents_are_refused():
     clip_vision.shown(TINY, np.zeros((1, 12, 12, 4), np.float32))
 
 
+@pytest.mark.slow(2)
 def test_a_pipeline_embeds_images(ours, tmp_path):
   params, _ = ours
   parts = {

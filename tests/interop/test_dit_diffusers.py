@@ -48,6 +48,7 @@ def randomise(theirs, seed=0):
   return theirs
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_theirs_comes_to_us_and_goes_back(tiny, options):
   config = tiny(**HELD, **options)

@@ -168,6 +168,7 @@ def assert_same_forward(config, params, theirs, inputs):
   np.testing.assert_allclose(v_BHWC, wanted, atol=2e-5, rtol=0)
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_their_weights_in_our_network(name):
   config, length = VARIANTS[name]
@@ -176,6 +177,7 @@ def test_their_weights_in_our_network(name):
   assert_same_forward(config, params, theirs, draw_inputs(config, length))
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_our_weights_in_their_network(name, draw):
   config, length = VARIANTS[name]

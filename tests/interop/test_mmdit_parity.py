@@ -95,6 +95,7 @@ def ours_of(config):
   return jax.jit(models.build(config).apply)
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("case", CASES)
 def test_their_weights_in_ours_and_ours_in_theirs(case, draw):
   config, length = config_of(case), CASES[case][1]
@@ -115,6 +116,7 @@ def test_their_weights_in_ours_and_ours_in_theirs(case, draw):
     np.testing.assert_allclose(v_BHWC, wanted_BHWC, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("layers", [(1,), (0, 1, 3)])
 def test_layers_are_skipped_as_they_do(layers):
   config, length = config_of("qk_norm dual"), CASES["qk_norm dual"][1]
@@ -255,6 +257,7 @@ def test_a_shape_that_the_width_does_not_tell_has_no_original():
       mmdit.original_layout(config)
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("case", ["plain", "qk_norm dual", "patch 4"])
 def test_both_layouts_give_back_what_they_take(case, draw):
   config = as_the_reference(config_of(case))

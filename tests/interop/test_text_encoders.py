@@ -82,6 +82,7 @@ def exported(request, tmp_path_factory):
   return config, params, model.eval(), folder
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("masked", [False, True])
 def test_they_say_what_ours_says(exported, masked):
   config, params, model, _ = exported

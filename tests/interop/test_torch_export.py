@@ -162,6 +162,7 @@ def test_without_torch_the_error_says_what_to_install(monkeypatch):
     torch_export.require_torch()
 
 
+@pytest.mark.slow(1)
 def test_exporting_does_not_import_torch():
   command = (
     "import sys; from flowjax.interop import torch_export; "

@@ -97,6 +97,7 @@ def exported(draw, tmp_path_factory):
   return of
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("case", CASES)
 def test_outputs_agree(exported, case):
   config, params, folder = exported(case)
@@ -129,6 +130,7 @@ def test_every_key_of_the_config_is_read():
     assert fields == {f.name for f in dataclasses.fields(config)} - apart
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize(
   "case, path",
   [

@@ -73,6 +73,7 @@ def test_who_does_not_end_with_the_others_is_ended(tmp_path):
   assert done.returncode == 3
 
 
+@pytest.mark.slow(1)
 def test_restarts_are_for_what_passes(tmp_path):
   """The third life succeeds; a mistake has no second one."""
   code = (

@@ -147,6 +147,7 @@ def test_statistics_are_in_float32():
   assert abs(np.asarray(y_BHWC, np.float32).std() - 1.0) < 0.02
 
 
+@pytest.mark.slow(1)
 def test_blocks_are_computed_again():
   """With remat="full" the gradient has their first convolutions once more.
 

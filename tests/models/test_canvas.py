@@ -40,6 +40,7 @@ CONFIGS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_an_image_on_a_canvas_is_that_image(name):
   """One program for all aspects, with other noise in the rest of the canvas."""

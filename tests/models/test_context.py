@@ -127,6 +127,7 @@ def test_a_context_that_does_not_fit_is_refused(name):
     dataclasses.replace(NETWORKS[name], context_channels=-1)
 
 
+@pytest.mark.slow(1)
 def test_a_network_with_an_encoder_of_its_own_is_shown_it_too():
   network = models.build(NETWORKS["mmdit"])
   encoder = text.TextConfig(vocabulary=5, tokens=4, width=8, depth=1, heads=1)

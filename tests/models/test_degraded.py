@@ -65,6 +65,7 @@ def influence(apply, inputs):
   return np.any(np.abs(gradient[0]) > 1e-7, axis=-1)
 
 
+@pytest.mark.slow(1)
 def test_tokens_see_themselves_alone_where_asked():
   net, inputs = network(position="sincos2d")
   seen = influence(models.with_identity_attention(net, (0, 1, 2)), inputs)
@@ -75,6 +76,7 @@ def test_tokens_see_themselves_alone_where_asked():
   assert influence(models.with_identity_attention(net, (0, 2)), inputs).all()
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize(
   "changes",
   [
@@ -105,6 +107,7 @@ def test_it_is_the_same_on_a_mesh(sizes):
   np.testing.assert_allclose(found, answer((1,)), atol=1e-4)
 
 
+@pytest.mark.slow(1)
 def test_parameters_beside_its_own_do_not_trouble_it():
   net, (params, *rest) = network()
   both = models.with_uncertainty(net)

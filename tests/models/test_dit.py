@@ -166,6 +166,7 @@ def test_a_gradient_reaches_every_parameter(variant):
 
 # In the loop and out of it, where `prevent_cse` differs; with most of the names
 # that are kept, and with none. Every policy has its turn in `test_joint.py`.
+@pytest.mark.slow(1)
 @pytest.mark.parametrize(
   "change",
   [dict(remat="offload_matmuls"), dict(scan=False, remat="full")],
@@ -286,6 +287,7 @@ def test_unconditional_is_the_last_label_and_keeps_the_rest():
   assert without["other"] is cond["other"]
 
 
+@pytest.mark.slow(1)
 def test_time_is_scaled_before_its_sinusoid():
   x_BHWC, t_B, cond = draw(SMALL)
   params = parameters(SMALL)

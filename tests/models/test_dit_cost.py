@@ -104,6 +104,7 @@ def program_size(**changes):
   return program.as_text().count("\n")
 
 
+@pytest.mark.slow(1)
 def test_the_program_does_not_grow_with_depth():
   """So that compiling 28 layers costs what compiling 2 does."""
   assert program_size(depth=28) == program_size(depth=2)

@@ -134,6 +134,7 @@ def test_heads_that_do_not_divide_are_refused():
       jax.eval_shape(step, *inputs())
 
 
+@pytest.mark.slow(1)
 def test_split_tokens_are_never_merged_with_the_batch():
   merged = re.compile(r"f32\[(120|128),32\] = dot_general")
   with jax.set_mesh(make_mesh(context=8)), axes.rules(meshes.ACTIVATIONS):
@@ -155,6 +156,7 @@ def test_tokens_that_do_not_divide_are_filled_up_and_the_log_says_so(caplog):
   ]
 
 
+@pytest.mark.slow(1)
 def test_identity_attention_is_the_same_on_a_mesh():
   """A token that sees itself alone asks nothing of others."""
   params, x_BHWC, t_B, label_B = inputs()

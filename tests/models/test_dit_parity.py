@@ -141,6 +141,7 @@ def test_velocities_agree(both):
   assert_close(both.v, both.their_v)
 
 
+@pytest.mark.slow(1)
 def test_gradients_of_the_image_agree(both):
   assert_close(both.x_gradient, both.their_x_gradient)
 

@@ -63,6 +63,7 @@ def images(count):
   return x_BHWC, np.full(count, 0.5, np.float32)
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_the_network_hears_it_and_a_gradient_reaches_all_of_it(kind):
   net, params, group = network(kind)

@@ -142,6 +142,7 @@ def test_the_tree_is_the_one_that_others_build_on():
   assert {name: found[name] for name in found if name not in biases} == wanted
 
 
+@pytest.mark.slow(1)
 def test_it_begins_by_saying_nothing():
   init = jax.jit(models.build(SMALL).init)
   # rbg compiles in a fifth of the time that threefry takes.
@@ -207,6 +208,7 @@ def test_bfloat16_is_close_to_float32():
   assert max(jax.tree.leaves(errors)) < 0.06
 
 
+@pytest.mark.slow(1)
 def test_hidden_text_is_as_good_as_absent():
   """Whatever stands there: the rest is as if the text were shorter."""
   _, _, cond = draw(SMALL)
@@ -221,6 +223,7 @@ def test_hidden_text_is_as_good_as_absent():
   assert np.abs(velocity(SMALL, cond) - short).max() > 1e-2
 
 
+@pytest.mark.slow(1)
 def test_each_example_has_a_mask_of_its_own():
   _, _, cond = draw(SMALL)
   mask_BL = np.ones((2, 5), bool)
@@ -245,6 +248,7 @@ def test_examples_do_not_see_each_other():
   assert np.abs(together[0] - changed[0]).max() > 1e-2
 
 
+@pytest.mark.slow(1)
 def test_rows_are_not_columns():
   """Turned by a quarter, an image of the same patches is another."""
   config = dataclasses.replace(
@@ -264,6 +268,7 @@ def test_text_has_no_order():
   )
 
 
+@pytest.mark.slow(1)
 def test_guidance_is_told_or_taken_from_the_config():
   _, _, cond = draw(SMALL)
   guidance_B = np.array([3.5, 1.0], np.float32)
@@ -279,6 +284,7 @@ def test_guidance_is_told_or_taken_from_the_config():
     schnell.apply({}, *draw(SMALL)[:2], told)
 
 
+@pytest.mark.slow(1)
 def test_time_and_guidance_are_scaled_alike():
   config = dataclasses.replace(SMALL, timestep_scale=1.0)
   _, t_B, cond = draw(SMALL)
@@ -290,6 +296,7 @@ def test_time_and_guidance_are_scaled_alike():
   np.testing.assert_allclose(plain, scaled, atol=1e-4)
 
 
+@pytest.mark.slow(2)
 def test_labels_are_texts_that_are_learned():
   params = parameters(LABELLED)
   _, _, cond = draw(LABELLED)
@@ -303,6 +310,7 @@ def test_labels_are_texts_that_are_learned():
   np.testing.assert_allclose(v_BHWC, wanted, atol=1e-6)
 
 
+@pytest.mark.slow(1)
 def test_conditions_are_dropped_at_the_rate_of_the_config():
   config = dataclasses.replace(
     SMALL, image_size=(2, 2), condition_dropout=0.3, single_depth=1

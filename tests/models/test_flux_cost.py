@@ -95,6 +95,7 @@ def program_size(**changes):
   return program.as_text().count("\n")
 
 
+@pytest.mark.slow(1)
 def test_the_program_does_not_grow_with_depth():
   """So that compiling 19 + 38 layers costs what compiling 4 + 8 does."""
   published = program_size(double_depth=19, single_depth=38)

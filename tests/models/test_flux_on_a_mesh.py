@@ -92,6 +92,7 @@ def test_eight_devices_compute_what_one_does(body, sizes):
   on_a_mesh.check_moves(program, body)
 
 
+@pytest.mark.slow(1)
 def test_split_heads_are_added_up_and_nothing_else_moves():
   """After attention and after the MLP, in either stream; once in the one."""
   mesh = meshes.build(meshes.MeshConfig(data=4, tensor=2))

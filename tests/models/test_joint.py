@@ -209,6 +209,7 @@ def stacked(remat):
   return params, *jax.jit(jax.grad(scalar, has_aux=True))(params)
 
 
+@pytest.mark.slow(1)
 def test_repeated_blocks_are_blocks_one_after_the_other():
   params, _, wanted = stacked("none")
   streams, c_BD = inputs()
@@ -219,6 +220,7 @@ def test_repeated_blocks_are_blocks_one_after_the_other():
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize(
   "remat", [key for key in blocks.REMAT if key != "none"]
 )

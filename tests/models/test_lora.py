@@ -66,6 +66,7 @@ def names(tree):
   }
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize(
   "name", ["dit", pytest.param("mmdit", marks=pytest.mark.slow)]
 )
@@ -141,6 +142,7 @@ def test_a_is_drawn_as_peft_draws_it():
   assert np.abs(factors["blocks/attention/out/kernel/a"]).max() <= limit
 
 
+@pytest.mark.slow(1)
 def test_guidance_by_blocks_has_the_adapters_of_those_that_stay():
   bare, net, params = network("dit")
   both = models.with_uncertainty(net)
@@ -153,6 +155,7 @@ def test_guidance_by_blocks_has_the_adapters_of_those_that_stay():
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=5e-6)
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("changes", [dict(scan=False, remat="dots")])
 def test_it_is_the_same_unrolled_and_remade(changes):
   _, net, params = network("dit")

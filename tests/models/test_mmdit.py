@@ -168,6 +168,7 @@ def test_there_are_only_the_groups_of_blocks_that_have_some(change, groups):
   assert sorted(name for name in shapes if "block" in name) == sorted(groups)
 
 
+@pytest.mark.slow(1)
 def test_it_begins_as_the_paper_says():
   net = models.build(LABELS)
   inputs = draw(LABELS)
@@ -232,6 +233,7 @@ def test_unrolled_and_remade_it_is_the_same():
   )
 
 
+@pytest.mark.slow(1)
 def test_unrolled_dual_blocks_are_the_scanned_ones():
   config = dataclasses.replace(SMALL, dual_layers=2, position="rope2d")
   unrolled = dataclasses.replace(config, scan=False)
@@ -262,6 +264,7 @@ def test_bfloat16_is_close_to_float32():
   assert max(jax.tree.leaves(errors)) < 0.05
 
 
+@pytest.mark.slow(1)
 def test_the_text_of_either_kind_is_heard_and_so_is_the_time():
   x_BHWC, t_B, cond = draw(SMALL)
   apply, params = applied(SMALL), parameters(SMALL)
@@ -277,6 +280,7 @@ def test_the_text_of_either_kind_is_heard_and_so_is_the_time():
   np.testing.assert_array_equal(apply(params, x_BHWC, t_B, cond), v_BHWC)
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("length", [1, 3])
 def test_text_that_is_masked_is_as_if_it_were_not_there(length):
   config = dataclasses.replace(SMALL, depth=2, dual_layers=0)

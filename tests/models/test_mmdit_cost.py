@@ -79,6 +79,7 @@ def test_flops_are_those_of_the_program(changes):
   assert counter.count(program.jaxpr).flops == 3 * net.flops
 
 
+@pytest.mark.slow(1)
 def test_flops_are_what_the_compiler_counts():
   """It counts norms, softmax and activations too, which are a small part."""
   net = models.build(
@@ -101,6 +102,7 @@ def program_size(depth, dual_layers, scan=True):
   return program.as_text().count("\n")
 
 
+@pytest.mark.slow(1)
 def test_the_program_does_not_grow_with_depth():
   """So that compiling 38 layers costs what compiling 4 does."""
   assert program_size(38, 13) == program_size(4, 2)
@@ -120,6 +122,7 @@ def training_flops(remat):
   return counter.count(program.jaxpr).flops
 
 
+@pytest.mark.slow(2)
 def test_what_is_not_kept_is_computed_again():
   counted = [training_flops(remat) for remat in blocks.REMAT]
   none, matmuls, dots, save_attention, full, *offloaded = counted

@@ -51,6 +51,7 @@ def test_sizes_have_the_sinusoids_of_sdxl():
   np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_network_hears_of_sizes_and_of_nothing_else_less(name):
   config = dataclasses.replace(CONFIGS[name], size_conditioning=True)

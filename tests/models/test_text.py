@@ -78,6 +78,7 @@ def test_padding_is_not_read_and_the_order_of_tokens_is():
   assert np.abs(pooled_BP[0] - pooled_BP[1]).max() > 1e-3
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_network_is_told_what_the_encoder_says(name):
   bare, net, params = network(name)
@@ -102,6 +103,7 @@ def test_the_network_is_told_what_the_encoder_says(name):
   assert found["negative"].keys() == wanted.keys()
 
 
+@pytest.mark.slow(1)
 def test_a_gradient_reaches_every_parameter_of_the_encoder():
   """All of what it says is in what any network answers, as is seen above."""
   _, net, params = network("mmdit")
@@ -118,6 +120,7 @@ def test_a_gradient_reaches_every_parameter_of_the_encoder():
     assert np.abs(leaf).max() > 0.0, jax.tree_util.keystr(path)
 
 
+@pytest.mark.slow(1)
 def test_without_a_condition_the_caption_is_empty():
   _, net, params = network("mmdit")
   cond, empty = told([2, 3], [4]), told([], [])

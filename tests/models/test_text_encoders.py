@@ -44,6 +44,7 @@ def apply(module, config, params, texts, mesh=None):
   return jax.device_get(program(module, config, mesh)(params, texts))
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("name", CASES)
 def test_eight_devices_say_what_one_says(name):
   module, config = CASES[name]
@@ -71,6 +72,7 @@ def test_eight_devices_say_what_one_says(name):
   )
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("name", CASES)
 def test_bfloat16_is_near_and_stays_finite(name):
   module, config = CASES[name]
@@ -91,6 +93,7 @@ def test_bfloat16_is_near_and_stays_finite(name):
   assert np.isfinite(text_BLE).all()
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("name", CASES)
 def test_padding_is_not_seen_and_clip_does_not_look_ahead(name):
   module, config = CASES[name]

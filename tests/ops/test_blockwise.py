@@ -61,6 +61,7 @@ def run(derivative, body, qkv, mask):
   return derivative(body, qkv, mask)
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize(
   "derivative, queries, keys, masked",
   [

@@ -67,6 +67,7 @@ def alone(masked):
   )
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize(
   "place, masked",
   [*((place, True) for place in PLACES), ("product-8", False)],

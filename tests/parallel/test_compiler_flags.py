@@ -49,6 +49,7 @@ def test_what_a_user_has_set_stays(monkeypatch):
   assert "O1" not in said
 
 
+@pytest.mark.slow(1)
 def test_flags_are_known_to_this_compiler():
   """An unknown one would abort: the parser of a CPU knows those of a GPU."""
   import subprocess

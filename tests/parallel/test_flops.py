@@ -38,6 +38,7 @@ def counted(config, batch=1):
   return network.flops, forward, flops.of(jax.grad(scalar), *inputs)
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("name", SIZES)
 def test_formulas_are_what_the_programs_do(name):
   """Forward; and three times that, but for attention that is made again.

@@ -7,6 +7,8 @@ import pytest
 
 from flowjax.parallel import topology
 
+pytestmark = pytest.mark.slow(1)
+
 HOW = """
 If that is meant: look at what it is with
   python tests/parallel/goldens.py --show "{name}"

@@ -97,6 +97,7 @@ def test_every_parameter_of_a_config_is_matched_exactly_once(file, mesh):
   rules.places(table, params, mesh)
 
 
+@pytest.mark.slow(1)
 def test_no_rule_is_without_a_parameter():
   """Over the configs, and the options of each kind of model."""
   used, tables = collections.defaultdict(set), {}

@@ -228,6 +228,7 @@ def test_an_existing_step_is_left_alone(store):
   assert bits(restored.state) == bits(make(1)) and restored.extra == {"of": 1}
 
 
+@pytest.mark.slow(1)
 def test_keep_last_and_keep_every(tmp_path):
   store = keep(tmp_path, keep_last=2, keep_every=4)
   for step in range(1, 10):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from flowjax.train import curves
@@ -42,6 +43,7 @@ def _has(image, colour):
   return bool((np.abs(image - colour).max(axis=-1) < 12).any())
 
 
+@pytest.mark.slow(1)
 def test_all_panels(tmp_path):
   rows = [*_training(200), _validation(1000), _validation(2000)]
   rows.insert(0, {"step": 0, "hparams": {"loss": "not a number of ours"}})

@@ -116,6 +116,7 @@ def test_a_normalizing_flow_needs_its_objective():
     flows.FlowConfig().loss(net)
 
 
+@pytest.mark.slow(1)
 def test_uncertainty_is_learned_beside_the_network():
   plain = network(lambda scale, x, t: scale * x)
   net = models.with_uncertainty(plain)
@@ -168,6 +169,7 @@ def test_skipped_layers_push_and_must_exist():
     experiment.build(full)
 
 
+@pytest.mark.slow(1)
 def test_perturbed_layers_push_beside_skipped_ones():
   values = config(depth=3)
   values.sample.guidance.update(

@@ -101,6 +101,7 @@ def _alone():
   return take(ADAPTED)
 
 
+@pytest.mark.slow(2)
 def test_adapters_alone_are_trained(alone):
   run, before, state, metrics = alone
   after, before = names(state.params), names(before)
@@ -216,6 +217,7 @@ def test_of_what_is_frozen_no_gradient_is_counted():
   assert abs(adapted.flops / forward - (2 + 3 * factors / kernels)) < 0.02
 
 
+@pytest.mark.slow(1)
 def test_the_old_state_is_given_away(alone):
   run, *_ = alone
   old = run.initial_state()

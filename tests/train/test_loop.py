@@ -18,7 +18,7 @@ from flowjax.data import sources
 from flowjax.models import dit
 from flowjax.train import checkpoint, experiment, loop, optim, parts
 
-pytestmark = pytest.mark.usefixtures("traced_once")
+pytestmark = [pytest.mark.usefixtures("traced_once"), pytest.mark.slow(1)]
 
 TINY = experiment.Experiment(
   steps=7,
@@ -111,6 +111,7 @@ def _done(straight, tmp_path):
   return shutil.copytree(straight[3], tmp_path / "done")
 
 
+@pytest.mark.slow(3)
 def test_how_long_steps_wait_for_data_is_written(straight):
   assert set(straight[2]) == set(range(2, 8))  # Not before there is a rate.
   # Two steps that are noted at once may have none between them.
@@ -118,6 +119,7 @@ def test_how_long_steps_wait_for_data_is_written(straight):
   assert straight[2][7] > 0.0
 
 
+@pytest.mark.slow(3)
 def test_the_loss_is_written_for_every_step(straight):
   assert sorted(straight[1]) == list(range(1, 8))
 
@@ -132,7 +134,6 @@ def test_kill_9_then_the_same_command_is_the_straight_run(straight, tmp_path):
   assert _losses(tmp_path) == straight[1]
 
 
-@pytest.mark.slow(1)
 def test_sigterm_saves_says_so_and_has_its_own_code(straight, tmp_path):
   def act(state):
     if int(state.step) == 3:
@@ -161,13 +162,11 @@ def test_sigterm_before_the_first_step_takes_none(tmp_path, monkeypatch):
   assert _steps_on_disk(tmp_path) == []
 
 
-@pytest.mark.slow(1)
 def test_a_finished_run_is_left_as_it_is(straight, done):
   _assert_same(_train(TINY, done), straight[0])
   assert _losses(done) == straight[1]
 
 
-@pytest.mark.slow(1)
 def test_another_config_is_refused_with_the_difference(done):
   with pytest.raises(errors.UserError, match="batch_size: 16 -> 8"):
     _train(OTHER, done)
@@ -177,7 +176,6 @@ def test_another_config_is_refused_with_the_difference(done):
   assert kept["data"]["batch_size"] == 16
 
 
-@pytest.mark.slow(1)
 def test_training_that_is_never_finite_stops_with_the_last_good_state(
   tmp_path,
 ):
@@ -224,7 +222,6 @@ def _poison(monkeypatch, bad):
   monkeypatch.setattr(loop, "jit_step", jit_step)
 
 
-@pytest.mark.slow(1)
 def test_a_stop_is_for_updates_that_were_the_last(tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
     _poison(patch, {3, 4})  # What step 4 did is known when 5 was taken.
@@ -237,14 +234,12 @@ def test_a_stop_is_for_updates_that_were_the_last(tmp_path, monkeypatch):
   assert _steps_on_disk(tmp_path / "stopped")[-1] == 5
 
 
-@pytest.mark.slow(1)
 def test_a_stop_at_the_last_step_is_a_stop(tmp_path, monkeypatch):
   _poison(monkeypatch, {6, 7})
   with pytest.raises(errors.NumericError, match="The last 2 .* at step 7"):
     _train(TINY, tmp_path)
 
 
-@pytest.mark.slow(1)
 def test_a_disk_that_takes_no_picture_does_not_end_training(
   straight, tmp_path, monkeypatch, caplog
 ):
@@ -259,7 +254,6 @@ def test_a_disk_that_takes_no_picture_does_not_end_training(
     assert said in caplog.text
 
 
-@pytest.mark.slow(1)
 def test_an_evaluator_that_breaks_costs_no_checkpoint(tmp_path):
   def look(state):
     if int(state.step) == 4:
@@ -275,7 +269,6 @@ class _Killed(BaseException):
   pass
 
 
-@pytest.mark.slow(1)
 def test_new_data_that_was_allowed_may_be_killed_before_its_first_save(
   done, monkeypatch
 ):
@@ -327,7 +320,6 @@ def _corrupt_by_step(directory):
   }
 
 
-@pytest.mark.slow(1)
 def test_corrupt_records_are_counted_as_in_the_straight_run(
   tmp_path, monkeypatch
 ):

@@ -149,6 +149,7 @@ DEEP = {
 }
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_state_is_born_divided(name):
   """Each device holds its share, and draws one layer of a kernel at most."""
@@ -200,6 +201,7 @@ def _drawn_alone():
   return _draws({}, jax.devices()[:1])
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize(
   "mesh",
   [

@@ -22,6 +22,7 @@ def _run(optimizer, steps=4):
   return params
 
 
+@pytest.mark.slow(1)
 def test_adamw_is_that_of_optax_with_the_decay_of_kernels_alone():
   config = optim.OptimConfig(
     learning_rate=0.1, weight_decay=0.3, beta2=0.95, clip_norm=0.5

@@ -57,6 +57,7 @@ def in_torch(tensors, x_BCHW, y_BCHW):
   return total.numpy()
 
 
+@pytest.mark.slow(2)
 def test_the_distance_is_that_of_torch(file):
   params = published.read(str(file))
   rng = np.random.default_rng(1)

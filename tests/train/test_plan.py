@@ -42,6 +42,7 @@ def bytes_of(plan_, *kinds):
   return sum(plan_.memory[kind] for kind in kinds)
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize(
   "mesh", [dict(data=8), dict(data=1, fsdp=8), dict(fsdp=2, tensor=2)]
 )
@@ -62,6 +63,7 @@ def test_the_state_is_the_sum_over_its_leaves(mesh):
     assert found[kind] == sum(map(here, jax.tree.leaves(tree))), kind
 
 
+@pytest.mark.slow(2)
 def test_memory_follows_the_config():
   def kept(**changes):
     return plan.modelled(tiny(**changes), POD).memory["kept activations"]
@@ -75,6 +77,7 @@ def test_memory_follows_the_config():
   assert kept(data=4, context=2) < 1.2 * none
 
 
+@pytest.mark.slow(1)
 def test_flops_are_the_formulas_and_what_is_remade():
   none, full = (plan.modelled(tiny(remat=r), POD) for r in ("none", "full"))
   forward = none.flops_per_step / 3 / 16
@@ -84,6 +87,7 @@ def test_flops_are_the_formulas_and_what_is_remade():
   assert 1.2 < full.flops_done / full.flops_per_step < 1.5
 
 
+@pytest.mark.slow(1)
 def test_twice_the_devices_with_twice_the_batch_take_as_long():
   """Where only sums of gradients go between them, and these are hidden."""
   small = plan.modelled(tiny(batch=4096), POD)
@@ -102,6 +106,7 @@ def sent(config):
   return found
 
 
+@pytest.mark.slow(1)
 def test_sums_of_gradients_have_the_dtype_and_place_of_the_config():
   whole = sent(tiny(data=2, fsdp=4))
   scattered = whole["reduce-scatter", "f32", "fsdp", True]
@@ -121,6 +126,7 @@ def test_sums_of_gradients_have_the_dtype_and_place_of_the_config():
   assert once < parts["all-reduce", "f32", "data", False] < 3 * once
 
 
+@pytest.mark.slow(1)
 def test_where_tokens_are_split_the_body_says_what_they_send():
   """4 heads of 16 tokens: each device has 2 or 1 of them."""
 
@@ -164,6 +170,7 @@ def test_what_does_not_divide_says_what_would(changes, said):
   assert said in str(caught.value)
 
 
+@pytest.mark.slow(1)
 def test_an_axis_across_nodes_of_gpus_is_to_be_asked_for():
   """As a run on them is, whose devices say in which node they are."""
   nodes, across = topology.parse("h100:2x8"), tiny(data=1, fsdp=16, batch=16)
@@ -174,6 +181,7 @@ def test_an_axis_across_nodes_of_gpus_is_to_be_asked_for():
   assert found.shape["fsdp"] == 16
 
 
+@pytest.mark.slow(4)
 def test_search_finds_what_fits_the_fastest_first(monkeypatch):
   monkeypatch.setattr(search, "REMATS", ("none", "full"))
   lines = []
@@ -236,6 +244,7 @@ def test_what_a_compiler_has_no_room_for_is_a_result(compiled):
   assert "found no room" in found.notes[0]
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("installed", [True, False])
 def test_a_kernel_that_is_asked_for_is_planned_where_it_can_run(
   monkeypatch, installed
@@ -258,6 +267,7 @@ def test_a_kernel_that_is_asked_for_is_planned_where_it_can_run(
       asked(body, where)
 
 
+@pytest.mark.slow(1)
 def test_the_command_takes_a_mesh_in_a_word(capsys):
   words = ["plan", "--config=configs/digits_dit.py", "--topology=v5e:2x4"]
   words.append("--model_only")
@@ -271,6 +281,7 @@ def test_the_command_takes_a_mesh_in_a_word(capsys):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow(1)
 def test_the_command_writes_what_it_prints(tmp_path, capsys):
   path = tmp_path / "plan.json"
   code = door.main(

@@ -128,6 +128,7 @@ def _slope(played):
   return lambda weight: pull(network.own(params), weight)
 
 
+@pytest.mark.slow(4)
 def test_the_generator_learns_by_the_weight_of_both_slopes(played, slope):
   network, params, found = played
 
@@ -142,6 +143,7 @@ def test_the_generator_learns_by_the_weight_of_both_slopes(played, slope):
   close({key: found[key] for key in network.own(params)}, slope(weight))
 
 
+@pytest.mark.slow(1)
 def test_the_discriminator_learns_to_tell(played):
   network, params, found = played
   own, x_BHWC = network.own(params), images()
@@ -161,6 +163,7 @@ def test_the_discriminator_learns_to_tell(played):
   assert norm(wanted) > 0.01
 
 
+@pytest.mark.slow(1)
 def test_before_its_start_there_is_no_adversary(played, slope):
   network, params, _ = played
   late = dataclasses.replace(AGAINST, start=5)
@@ -172,6 +175,7 @@ def test_before_its_start_there_is_no_adversary(played, slope):
   assert found[running.STEPS]["count"] == -1.0  # The step adds one.
 
 
+@pytest.mark.slow(1)
 def test_a_codebook_and_its_latents_are_drawn_to_each_other():
   weights = dict(codebook=0.7, commitment=0.3)
   config = reconstruction.ReconstructionConfig(distance="l2", **weights)
@@ -195,6 +199,7 @@ def trainer(config, network, params):
   return jax.jit(step), begin(params)
 
 
+@pytest.mark.slow(3)
 def test_a_codebook_that_is_a_moving_average():
   """Its averages move by the decay, unclipped, in parts as the whole would."""
   config = reconstruction.ReconstructionConfig(codebook_decay=0.4)
@@ -228,6 +233,7 @@ def test_a_perceptual_network_stays_as_it_is():
   assert all(name.startswith("perceptual/") for name in names)
 
 
+@pytest.mark.slow(1)
 def test_what_is_held_out_is_scored_and_padding_is_not():
   config = reconstruction.ReconstructionConfig(distance="l2")
   network, params, _ = made(config, VQ)

@@ -44,6 +44,7 @@ def test_whole_images_are_masked_as_often_as_said():
   assert abs(whole - 0.25) < 0.06
 
 
+@pytest.mark.slow(1)
 def test_masks_do_not_hang_on_how_many_are_drawn():
   eight, five = (
     drawn_masks(INPAINTING, jax.random.key(2), count, (8, 8))
@@ -53,6 +54,7 @@ def test_masks_do_not_hang_on_how_many_are_drawn():
   assert len(np.unique(np.asarray(eight), axis=0)) == 8
 
 
+@pytest.mark.slow(1)
 def test_inpainting_tells_the_mask_and_then_what_it_leaves():
   image_BHWC = images()
   batch = {"image": image_BHWC, "label": jnp.zeros(6, jnp.int32)}
@@ -199,6 +201,7 @@ def test_validation_is_a_number():
   assert one == again != other
 
 
+@pytest.mark.slow(1)
 def test_a_batch_that_is_divided_is_told_the_same():
   mesh = jax.sharding.Mesh(jax.devices(), ("data",))
   divided = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))

@@ -101,6 +101,7 @@ def test_a_nan_stops_the_solve_and_says_when():
     solvers.solve(short, lambda x, t: 9.0 * wave(x, t), jnp.ones(3), DOWN)
 
 
+@pytest.mark.slow(1)
 def test_inside_of_jit_a_nan_does_not_spin_and_leaves_nan():
   solver = solvers.build("dopri5", STRAIGHT)
 
@@ -119,6 +120,7 @@ def test_inside_of_jit_a_nan_does_not_spin_and_leaves_nan():
   assert int(report.evaluations) < 1000
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("name", ["dopri5", "tsit5"])
 def test_the_report_counts_the_evaluations(name):
   seen = []

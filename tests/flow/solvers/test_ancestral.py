@@ -125,6 +125,7 @@ def test_every_step_and_every_leaf_has_its_own_noise():
   assert np.max(np.abs(correlations)) < 0.4
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("path", ["ddpm", "straight"])
 def test_a_learned_variance_has_the_two_others_as_its_ends(path):
   path = paths.build(path)
