@@ -81,7 +81,7 @@ watch() {
     pid=
     wait -n -p pid "${!process_of[@]}"
     ended=$?
-    [[ -n $pid ]] || continue  # It was a signal to this script.
+    [[ -n ${pid:-} ]] || continue  # It was a signal to this script.
     if ((ended && !code)); then
       code=$ended
       if ((ended > 128)); then

@@ -63,6 +63,26 @@ def test_42_is_passed_on():
   assert _local("exit 42").returncode == 42
 
 
+def test_a_signal_to_it_is_one_to_all_for_whom_it_waits():
+  """And they are not started again: somebody wanted them to stop."""
+  code = (
+    "trap 'sleep 0.3; echo saved; exit 42' TERM; echo ready; "
+    "while :; do sleep 0.05; done"
+  )
+  words = [LAUNCH / "local.sh", "-r", 5, "--", "bash", "-c", code]
+  with subprocess.Popen(
+    list(map(str, words)), text=True,
+    stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+  ) as started:  # fmt: skip
+    assert started.stdout is not None
+    ready = [started.stdout.readline() for _ in range(2)]
+    assert sorted(ready) == ["[0] ready\n", "[1] ready\n"]
+    started.terminate()
+    said, _ = started.communicate(timeout=60)
+  assert started.returncode == 42
+  assert sorted(said.splitlines()) == ["[0] saved", "[1] saved"]
+
+
 def test_who_does_not_end_with_the_others_is_ended(tmp_path):
   text = (LAUNCH / "local.sh").read_text()
   quick = tmp_path / "local.sh"
