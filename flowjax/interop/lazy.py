@@ -144,7 +144,7 @@ def _copy(out: np.ndarray, tensor: np.ndarray) -> bool:
   place there.
   """
   tensor = safetensors.touch(tensor)
-  if not out.ndim or out.strides[-1] == out.itemsize:
+  if out.strides[-1] == out.itemsize:
     out[...] = tensor
     return _is_finite(out)
   width = min(tensor.shape[-1], _TILE)
@@ -173,16 +173,16 @@ def _divided(
 ) -> collections.abc.Iterator[tuple[np.ndarray, np.ndarray]]:
   """Yields parts of both of a size to read and copy, each rows of theirs."""
   row = tensor.strides[0] // tensor.itemsize  # With what is between two.
-  if len(tensor) * row <= _PART or tensor.ndim < 2:
+  if len(tensor) * row <= _PART:
     yield out, tensor
     return
   count = _PART // row
-  if not count:
+  if not count and tensor.ndim > 1:
     for ours, theirs in zip(out, tensor, strict=True):
       yield from _divided(ours, theirs)
     return
   line = _LINE // out.itemsize  # No line of ours is written by two threads.
-  count = max(count // line * line, min(count, line))
+  count = max(count // line * line, min(count, line), 1)
   for i in range(0, len(tensor), count):
     yield out[i : i + count], tensor[i : i + count]
 

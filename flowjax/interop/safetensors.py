@@ -8,9 +8,11 @@ code, so that a file from a stranger can do no harm.
 import collections.abc
 import json
 import math
+import os
 import pathlib
 import struct
 import threading
+import weakref
 from typing import Any
 
 import ml_dtypes
@@ -26,6 +28,7 @@ DTYPES = {
 _BY_CODE = dict(DTYPES.values())
 _METADATA = "__metadata__"
 _own = threading.local()
+_files: Any = weakref.WeakKeyDictionary()  # The file of each map.
 # How the files end that PyTorch's `save` writes.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -96,7 +99,12 @@ def read(
   tensor that is `wanted` has a type that weights do not have.
   """
   header, start = _read_header(path)
-  data = np.memmap(path, np.uint8, "r")[start:]
+  # Whatever becomes of its name, one file is described, mapped and read.
+  file = open(path, "rb", buffering=0)
+  whole = np.memmap(file, np.uint8, "r")
+  _files[whole._mmap] = file  # type: ignore[attr-defined]
+  weakref.finalize(whole._mmap, file.close)  # type: ignore[attr-defined]
+  data = whole[start:]
   for key, entry in header.items():
     _check_entry(path, key, entry, len(data))
   _check_places(path, header, len(data))
@@ -114,22 +122,30 @@ def read(
 
 
 def touch(tensor: np.ndarray) -> np.ndarray:
-  """Returns a part of a tensor: if it lies in a file, it is read at once.
+  """Returns a part of a tensor: if `read` found it in a file, read at once.
 
   Through the map it would come page by page. What is between its rows is read
   as well. What is returned is the calling thread's until its next call.
   """
-  if not isinstance(tensor, np.memmap) or not tensor.size:
+  mapped = getattr(tensor, "_mmap", None)
+  if mapped not in _files or not tensor.size:
     return tensor
-  path, start, size = _place(tensor)
+  file = _files[mapped]
+  start, size = _place(tensor)
   room = kept("read", (size,), np.uint8)
-  with open(path, "rb", buffering=0) as file:
-    file.seek(start)
-    read = file.readinto(room.data)
-  if read != size:
-    raise errors.CheckpointError(
-      f"{path} was cut short while it was read. Copy it again."
-    )
+  done = 0
+  while done < size:
+    try:
+      more = os.preadv(file.fileno(), [room[done:].data], start + done)
+    except OSError as error:
+      raise errors.CheckpointError(
+        f"{file.name} cannot be read: {error}."
+      ) from error
+    if not more:
+      raise errors.CheckpointError(
+        f"{file.name} was cut short while it was read. Copy it again."
+      )
+    done += more
   return np.ndarray(
     tensor.shape, tensor.dtype, room.data, strides=tensor.strides
   )
@@ -143,12 +159,11 @@ def kept(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
   return getattr(_own, name)[:size].view(dtype).reshape(shape)
 
 
-def _place(tensor: np.memmap) -> tuple[pathlib.Path, int, int]:
-  """Returns the file that a tensor lies in, where, and in how many bytes."""
+def _place(tensor: np.ndarray) -> tuple[int, int]:
+  """Returns where in its file a tensor begins, and how many bytes it spans."""
   whole = np.frombuffer(tensor._mmap, np.uint8)  # type: ignore[attr-defined]
   first, last = np.lib.array_utils.byte_bounds(tensor)
-  path = pathlib.Path(str(tensor.filename))
-  return path, first - whole.ctypes.data, last - first
+  return first - whole.ctypes.data, last - first
 
 
 def _check_entry(path: pathlib.Path, key: str, entry: Any, available: int):

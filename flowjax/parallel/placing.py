@@ -8,8 +8,8 @@ mesh: with `tensor` or `context` across processes, several need the same ones.
 # Shape suffixes: B rows of a batch.
 
 import collections.abc
-import itertools
 import logging
+import math
 from typing import Any, Protocol
 
 import jax
@@ -21,6 +21,9 @@ from flowjax.parallel import mesh as meshes
 
 Shape = tuple[int, ...]
 Box = tuple[slice, ...]
+# Bytes of two leaves that a host holds at once; of larger ones it holds one.
+_AHEAD = 2**30
+
 Put = collections.abc.Callable[[dict[str, Any]], dict[str, Any]]
 
 
@@ -84,24 +87,32 @@ def put_leaves(
 ) -> dict[str, jax.Array]:
   """Places leaves as they come, each with the dtype and sharding of its place.
 
-  The host holds of one at a time what its devices hold, while it begins to read
-  the next.
+  The host holds of one at a time what its devices hold. It reads the next
+  before the last is placed where both are small.
   """
-
-  def begun():
-    for path, leaf in leaves:
-      box = _held(places[path])
-      yield path, box, leaf.astype(places[path].dtype).begin(box)
-    yield None
-
   placed: dict[str, jax.Array] = {}
-  for (path, box, reading), _ in itertools.pairwise(begun()):
+
+  def finish(path: str, box: Box, reading: Any) -> None:
     part, finite = reading.result()
     if not finite:
       logging.warning("%s is not finite: these weights are broken.", path)
     placed[path] = _put(part, box, places[path])
     # The copies to devices read from `part`, which ends here.
     placed[path].block_until_ready()
+
+  begun: list[tuple[str, Box, Any]] = []  # What ends in it is let go.
+  size_before = 0
+  for path, leaf in leaves:
+    box, dtype = _held(places[path]), np.dtype(places[path].dtype)
+    size = math.prod(part.stop - part.start for part in box) * dtype.itemsize
+    if begun and size_before + size > _AHEAD:
+      finish(*begun.pop())
+    begun.append((path, box, leaf.astype(dtype).begin(box)))
+    if len(begun) > 1:
+      finish(*begun.pop(0))
+    size_before = size
+  for last in begun:
+    finish(*last)
   return placed
 
 

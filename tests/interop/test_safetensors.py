@@ -1,6 +1,7 @@
 """Files of ours are files of safetensors' own library, and the other way."""
 
 import json
+import os
 import struct
 
 import ml_dtypes
@@ -175,3 +176,34 @@ def test_a_file_that_is_cut_while_it_is_read_is_told(path):
   with pytest.raises(errors.CheckpointError, match="cut short while it was"):
     for tensor in tensors.values():
       ours.touch(tensor)
+
+
+def test_a_file_gives_little_at_a_time(path, monkeypatch):
+  write(path)
+  read = os.preadv
+  monkeypatch.setattr(
+    os, "preadv", lambda file, rooms, at: read(file, [rooms[0][:7]], at)
+  )
+  for key, tensor in ours.read(path).items():
+    np.testing.assert_array_equal(ours.touch(tensor), TENSORS[key])
+
+
+def test_what_takes_the_name_of_a_file_is_another(path):
+  write(path)
+  tensors = ours.read(path)
+  path.unlink()
+  write(path, tensors={key: x + 1 for key, x in TENSORS.items()})
+  for key, tensor in tensors.items():
+    np.testing.assert_array_equal(ours.touch(tensor), TENSORS[key])
+
+
+def test_a_disk_that_fails_is_told(path, monkeypatch):
+  write(path)
+  tensors = ours.read(path)
+
+  def fail(*unused):
+    raise OSError(5, "Input/output error")
+
+  monkeypatch.setattr(os, "preadv", fail)
+  with pytest.raises(errors.CheckpointError, match="cannot be read: .*Input"):
+    ours.touch(tensors["b.weight"])

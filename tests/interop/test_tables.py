@@ -257,6 +257,21 @@ def test_a_part_is_that_of_the_whole(monkeypatch, tmp_path, in_file):
       assert finite
 
 
+def test_many_read_what_lies_in_one_row(monkeypatch):
+  monkeypatch.setattr(lazy, "_PART", 100)
+  sizes = []
+  monkeypatch.setattr(
+    safetensors, "touch", lambda x: [x, sizes.append(x.size)][0]
+  )
+  table = tables.Table(
+    (tables.Rule("a", "a", "D F -> D F"),), SIZES | {"F": 99}
+  )
+  tensors = {"a": np.zeros((8, 99), np.float32)}
+  ((_, leaf),) = table.leaves_of_ours(tensors)
+  np.asarray(leaf)
+  assert sum(sizes) == 8 * 99 and max(sizes) <= 100
+
+
 def test_of_a_part_no_more_is_read_than_its_rows(monkeypatch):
   tensors = dict(qkv_table().to_theirs(qkv_params()))
   leaf = dict(qkv_table().leaves_of_ours(tensors))["mixer/qkv/kernel"]

@@ -1,7 +1,7 @@
 """What is placed on a mesh comes back, from rows or from the whole."""
 
-import contextlib
 import types
+import weakref
 
 import jax
 import numpy as np
@@ -109,12 +109,51 @@ def test_a_process_reads_what_its_devices_hold(monkeypatch):
   sharding = jax.sharding.NamedSharding(mesh, P("fsdp", "tensor"))
   place = jax.ShapeDtypeStruct((8, 4), np.float32, sharding=sharding)
   Half(sharding, monkeypatch)
-  leaf = Leaf(np.zeros((8, 4)))
-  with contextlib.suppress(
-    jax.errors.JaxRuntimeError
-  ):  # The other half places the rest.
-    placing.put_leaves([("a", leaf)], {"a": place})
+  placed = []
+
+  def make(shape, sharding, of_device):
+    indices = sharding.addressable_devices_indices_map(shape)
+    placed.extend((i, of_device(i)) for i in indices.values())
+    return types.SimpleNamespace(block_until_ready=lambda: None)
+
+  # The other half places the rest, which jax would miss here.
+  monkeypatch.setattr(jax, "make_array_from_callback", make)
+  whole = np.arange(32, dtype=np.float32).reshape(8, 4)
+  leaf = Leaf(whole)
+  placing.put_leaves([("a", leaf)], {"a": place})
   assert leaf.asked == [(slice(4, 8), slice(0, 4))]
+  assert len(placed) == 4
+  for index, part in placed:
+    np.testing.assert_array_equal(part, whole[index])
+
+
+@pytest.mark.parametrize(("room", "most"), [(8 * 4 * 3, 2), (8 * 4 * 2 - 1, 1)])
+def test_two_small_leaves_are_held_at_once_and_one_large(
+  monkeypatch, room, most
+):
+  monkeypatch.setattr(placing, "_AHEAD", room)
+  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  place = jax.ShapeDtypeStruct((8,), np.float32, sharding=sharding)
+  live, seen = weakref.WeakSet(), []
+
+  class Reading:
+    """Holds its part as long as it lives."""
+
+    def result(self):
+      return np.zeros(8, np.float32), True
+
+  class Counted(Leaf):
+    def begin(self, index):
+      reading = Reading()
+      live.add(reading)
+      seen.append(len(live))
+      return reading
+
+  names = "abcde"
+  leaves = ((name, Counted(np.zeros(8))) for name in names)
+  placed = placing.put_leaves(leaves, dict.fromkeys(names, place))
+  assert list(placed) == list(names)
+  assert max(seen) == most and not live
 
 
 def test_one_process_does_its_work_with_the_arrays_themselves():
