@@ -30,7 +30,7 @@ def test_it_writes_what_it_promises(tmp_path):
   assert result["shards"] > 1
   (row,) = result["rounds"]
   disk = min(row["plain_1"]["seconds"], row["plain_8"]["seconds"])
-  most = 0
+  beyond = []
   for name in weights_io.IMPORTS:
     imported = row[name]
     assert imported["versions"] and imported["device"]
@@ -42,10 +42,10 @@ def test_it_writes_what_it_promises(tmp_path):
     assert result["share_of_disk"][name] == pytest.approx(share)
     speed = result["bytes"] / imported["seconds"] / 1e9
     assert result["gb_per_second"][name] == pytest.approx(speed)
-    beyond = imported["peak_bytes"] - imported["before_bytes"]
-    most = max(most, beyond - imported["arrays_on_host_bytes"])
+    peak = imported["peak_bytes"] - imported["before_bytes"]
+    beyond.append(peak - imported["arrays_on_host_bytes"])
   assert result["memory_over_largest_shard"] == pytest.approx(
-    most / result["largest_shard_bytes"]
+    max(beyond) / result["largest_shard_bytes"]
   )
 
 
