@@ -69,8 +69,11 @@ def _what_is_old_stays():
 def on_one_device():
   """Has jax find one device alone, for which programs compile faster.
 
-  For modules that say nothing of a mesh: that commands run on eight devices is
-  seen in those of tests/commands that do not ask for this.
+  For modules that say nothing of a mesh. Those of tests/commands that do not
+  ask for this run commands on eight devices. What only those that ask do is run
+  on one alone: `sample` by --init-image, --mask, --prompt or several scales of
+  guidance, networks that are told nothing, autoencoders by the commands, and
+  `import` of MM-DiT, FLUX and whole pipelines.
   """
   (first, *_) = jax.devices()
   with pytest.MonkeyPatch.context() as patch:

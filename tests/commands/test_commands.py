@@ -1,14 +1,17 @@
 """The commands one after the other on a small run, as a user calls them."""
 
 import json
+import os
 import pathlib
 import re
+import signal
 
 import numpy as np
 import PIL.Image
 import pytest
 
 from flowjax import __main__ as door
+from flowjax.train import session
 
 pytestmark = pytest.mark.usefixtures(
   "traced_once", "hashed_by_numpy", "fitted_once"
@@ -55,6 +58,21 @@ def test_training_leaves_what_the_readme_promises(workdir):
   for name in ("config.json", "curves.png", "samples/step_0000004.png"):
     assert (workdir / name).exists(), name
   assert json.loads((workdir / "config.json").read_text())["steps"] == 4
+
+
+@pytest.mark.slow(1)
+def test_a_run_that_is_told_to_stop_ends_with_42(tmp_path, monkeypatch, capsys):
+  look = session.Session._look
+
+  def told(self, number, state):
+    if number == 1:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return look(self, number, state)
+
+  monkeypatch.setattr(session.Session, "_look", told)
+  assert door.main(["train", *SMALL, f"--workdir={tmp_path}"]) == 42
+  assert "SIGTERM: saved at step 1." in capsys.readouterr().err
+  assert (tmp_path / "checkpoints/1").exists()
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from flowjax.interop import torch_export
 from flowjax.train import parts, tasks
 
 pytestmark = pytest.mark.usefixtures(
-  "on_one_device", "traced_once", "hashed_by_numpy", "fitted_once"
+  "traced_once", "hashed_by_numpy", "fitted_once"
 )
 
 INPAINTING = f"{pathlib.Path(__file__).parents[2]}/configs/digits_inpainting.py"

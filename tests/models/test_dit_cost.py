@@ -93,10 +93,7 @@ def test_flops_are_those_of_the_program(changes):
 
 
 def program_size(**changes):
-  """Counts the lines of a program, in which a loop is one turn.
-
-  So is that of its gradient.
-  """
+  """Counts the lines of a program, in which a loop is one turn."""
   net = models.build(dit.DiTConfig(width=32, heads=4, **changes))
   params = jax.eval_shape(net.init, jax.random.key(0))
   x, t, label = np.zeros((1, 32, 32, 4)), np.zeros(1), np.zeros(1, np.int32)

@@ -85,14 +85,16 @@ def test_flops_are_what_the_compiler_counts():
   assert 1.0 < counted / net.flops < 1.05
 
 
-def program_size(**changes):
-  """Counts the lines of a program, in which a loop is one turn.
-
-  So is that of its gradient.
-  """
+def program_size(gradient=False, **changes):
+  """Counts the lines of a program, in which a loop is one turn."""
   net = models.build(dataclasses.replace(SMALL, **changes))
-  program = jax.jit(net.apply).lower(abstract(net), *shapes_of(net, 1))
-  return program.as_text().count("\n")
+
+  def scalar(params, *inputs):
+    return jnp.sum(net.apply(params, *inputs))
+
+  program = jax.jit(jax.grad(scalar) if gradient else net.apply)
+  text = program.lower(abstract(net), *shapes_of(net, 1)).as_text()
+  return text.count("\n")
 
 
 @pytest.mark.slow(1)
@@ -100,6 +102,10 @@ def test_the_program_does_not_grow_with_depth():
   """So that compiling 19 + 38 layers costs what compiling 4 + 8 does."""
   published = program_size(double_depth=19, single_depth=38)
   assert published == program_size(double_depth=4, single_depth=8)
+  shallow, deep = (
+    program_size(True, double_depth=n, single_depth=2 * n) for n in (4, 19)
+  )
+  assert published < shallow == deep
   unrolled = [
     program_size(double_depth=1, single_depth=n, scan=False) for n in (1, 2)
   ]

@@ -91,10 +91,7 @@ def test_flops_are_what_the_compiler_counts():
 
 
 def program_size(depth, dual_layers, scan=True):
-  """Counts the lines of a program, in which a loop is one turn.
-
-  So is that of its gradient.
-  """
+  """Counts the lines of a program, in which a loop is one turn."""
   net = models.build(
     dataclasses.replace(SMALL, depth=depth, dual_layers=dual_layers, scan=scan)
   )

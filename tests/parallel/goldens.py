@@ -48,10 +48,11 @@ NAMES = (
   *(f"{place} dit {mode}" for place in ("v5p", "v5e") for mode in MESHES),
   *(f"v5p {model} fsdp x tensor" for model in ("mmdit", "flux")),
 )
-# Of one model every axis, alone, beside others and with all: but "data" and
-# "fsdp" alone, whose sums and gathers test_sums.py counts. Of the others and of
-# TPUs, which take longest to compile, those of which a mistake in the models or
-# the rules leaves none as it was.
+# Of one model every axis, alone, beside others and with all: but "fsdp" alone,
+# whose gathers test_sums.py counts, and "data" alone, whose sums are counted
+# there with accumulate=4 and nowhere without. Of the others and of TPUs, which
+# take longest to compile, those of which a mistake in the models or the rules
+# leaves none as it was.
 IN_TESTS = (
   "cpu dit tensor",
   "cpu dit context",

@@ -1,4 +1,4 @@
-"""The same run on one device and on eight, for every kind of model and mesh.
+"""The same run on one device and on eight: most meshes of DiT, some of others.
 
 Tiny networks in float32: losses over twenty steps agree to 1e-5, and the
 gradients of the first to 1e-5 of the largest of their parameter.
@@ -41,8 +41,9 @@ MODELS = {
 COPIES, PARTS = dict(data=8), dict(data=1, fsdp=8)
 MIXED = dict(data=1, fsdp=2, tensor=2, context=2)
 # Every axis, alone and beside others, for one model. What trains is one for
-# all; what other meshes make of the values and the gradients of the last two is
-# seen in tests/models/test_*_on_a_mesh.py.
+# all: of the last two, copies alone are FLUX's turn and parts alone MM-DiT's.
+# What some other meshes make of their values and gradients is seen in
+# tests/models/test_*_on_a_mesh.py.
 CASES = [
   ("dit", COPIES),
   ("dit", PARTS),
