@@ -276,7 +276,11 @@ class Experiment:
 
 
 def defaults(model: str = "dit") -> ml_collections.ConfigDict:
-  """Returns a locked config with every key there is, for a kind of model."""
+  """Returns a locked config with every key there is, for a kind of model.
+
+  Raises UserError for a kind that is none.
+  """
+  _require_known(model)
   groups = {
     field.name: field.default
     if field.default_factory is dataclasses.MISSING
@@ -306,13 +310,17 @@ def build(values: collections.abc.Mapping) -> Experiment:
   values = dict(values)
   model = dict(values.pop("model", None) or {})
   name = model.get("name")
+  _require_known(name)
+  network = schema.build(models.CONFIGS[str(name)], model, "config.model")
+  return schema.build(Experiment, {**values, "model": network}, "config")
+
+
+def _require_known(name: Any) -> None:
   if name not in models.CONFIGS:
     raise errors.UserError(
       f"Unknown config.model.name {name!r}. "
       f"{schema.closest(str(name), models.CONFIGS)}"
     )
-  network = schema.build(models.CONFIGS[name], model, "config.model")
-  return schema.build(Experiment, {**values, "model": network}, "config")
 
 
 def _config_dict(groups: dict[str, Any]) -> ml_collections.ConfigDict:

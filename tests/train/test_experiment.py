@@ -108,3 +108,15 @@ def test_a_difference_names_each_leaf():
     "config.w: [1] -> [2]",
     "config.x.z: 2 -> 3",
   ]
+
+
+@pytest.mark.parametrize(
+  "ask",
+  [
+    experiment.defaults,
+    lambda name: experiment.build({"model": {"name": name}}),
+  ],
+)
+def test_a_kind_of_model_that_is_none_is_told_which_is_near(ask):
+  with pytest.raises(errors.UserError, match="model.name 'dot'.*mean 'dit'"):
+    ask("dot")
