@@ -107,7 +107,7 @@ def _not_met(error: Exception, timeout: int) -> Exception:
   where, count = known.coordinator_address, known.num_processes
   try:  # The client still knows what it could not say.
     known.client.shutdown()
-  except Exception as reason:
+  except RuntimeError as reason:
     text = f"{text}\n{reason}"
   known.client = known.service = None
   found = re.search(r"timed out task names:\s*((?:\d+\s+)+)", text)
