@@ -42,13 +42,7 @@ def text_encoder(
     changes["skip"] = skip
   config = dataclasses.replace(found.config, **changes)
   module = text_encoders.MODULES[config.name]
-  params = _placed(
-    found.leaves(),
-    jax.eval_shape(lambda: module.init(config, jax.random.key(0))),
-    rules.for_model(config),
-    mesh,
-    dtype,
-  )
+  params = _encoder_params(found, config, module, mesh, dtype)
   run = jax.jit(functools.partial(module.apply, config))
   return Part(config, params, {"texts": run})
 
@@ -57,13 +51,7 @@ def image_encoder(folder: pathlib.Path, mesh: Mesh | None, dtype: str) -> Part:
   """Reads CLIP's encoder of images, which is shown them as it was trained."""
   found = text_encoders.open(folder)
   config = dataclasses.replace(found.config, dtype=dtype)
-  params = _placed(
-    found.leaves(),
-    jax.eval_shape(lambda: clip_vision.init(config, jax.random.key(0))),
-    rules.for_model(config),
-    mesh,
-    dtype,
-  )
+  params = _encoder_params(found, config, clip_vision, mesh, dtype)
 
   def embed(params, x_BHWC):
     shown_BHWC = clip_vision.shown(config, x_BHWC)
@@ -138,18 +126,27 @@ def on_rows(
   return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *found)
 
 
+def _encoder_params(
+  found: text_encoders.Found, config: Any, module: Any, mesh: Any, dtype: str
+) -> Any:
+  abstract = jax.eval_shape(lambda: module.init(config, jax.random.key(0)))
+  table = rules.for_model(config)
+  return _placed(found.leaves(), abstract, table, mesh, dtype)
+
+
 def _placed(
   leaves: Any, abstract: Any, table: rules.Rules, mesh: Mesh | None, dtype: str
 ) -> Any:
-  """Returns the tree of leaves, of which the host holds one at a time."""
+  """Returns the tree of leaves, over the mesh or on one device."""
   _, kind = safetensors.DTYPES[dtype]
+  shapes = tables.flatten(abstract)
   if mesh is None:
-    placed = {p: jnp.asarray(np.asarray(leaf, kind)) for p, leaf in leaves}
+    alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shardings: Any = dict.fromkeys(shapes, alone)
   else:
-    places = tables.flatten(rules.shardings(table, abstract, mesh))
-    wanted = {
-      path: jax.ShapeDtypeStruct(leaf.shape, kind, sharding=places[path])
-      for path, leaf in tables.flatten(abstract).items()
-    }
-    placed = placing.put_leaves(leaves, wanted)
-  return tables.unflatten(placed)
+    shardings = tables.flatten(rules.shardings(table, abstract, mesh))
+  places = {
+    path: jax.ShapeDtypeStruct(leaf.shape, kind, sharding=shardings[path])
+    for path, leaf in shapes.items()
+  }
+  return tables.unflatten(placing.put_leaves(leaves, places))

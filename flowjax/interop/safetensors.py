@@ -99,7 +99,7 @@ def read(
   tensor that is `wanted` has a type that weights do not have.
   """
   header, start = _read_header(path)
-  # Whatever becomes of its name, one file is described, mapped and read.
+  # Whatever becomes of its name, what is mapped is what is read.
   file = open(path, "rb", buffering=0)
   whole = np.memmap(file, np.uint8, "r")
   _files[whole._mmap] = file  # type: ignore[attr-defined]
