@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import numpy as np
+import open_gates
 import pytest
 
 from flowjax import errors
@@ -65,19 +66,6 @@ def _batch():
   return {"image": drawn["image"], "token": token_BL, "token_mask": mask_BL}
 
 
-def _first(run):
-  """Returns a first state, whose gates are open: the encoder matters."""
-  rng = np.random.default_rng(0)
-
-  def draw(path, leaf):
-    one = path[-1].key == "scale"
-    return one + 0.1 * rng.standard_normal(leaf.shape, np.float32)
-
-  params = jax.tree_util.tree_map_with_path(draw, run.abstract.params)
-  state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), run.abstract)
-  return state._replace(params=params, ema=params)
-
-
 def _stepped(run, start, batch):
   """Returns the losses of two steps, and the first gradients by name."""
   state = jax.device_put(start, parts.shardings_of(run.abstract))
@@ -92,7 +80,7 @@ def _stepped(run, start, batch):
 @pytest.mark.slow(5)
 def test_eight_devices_train_the_encoder_as_one_does(batch):
   alone = parts.build(captioned(), jax.devices()[:1])
-  start = _first(alone)
+  start = open_gates.first_state(alone)
   wanted, gradients = _stepped(alone, start, batch)
   mesh = meshes.MeshConfig(data=1, fsdp=2, tensor=2, context=2)
   run = parts.build(captioned(mesh=mesh), jax.devices())

@@ -12,6 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import open_gates
 import pytest
 
 from flowjax.data import config as data_config
@@ -81,17 +82,8 @@ def _batch(step, count):
 
 @functools.cache
 def _first(name):
-  """Returns a first state, whose gates are open: all that it has matters."""
   run = parts.build(_experiment(name, {}), jax.devices()[:1])
-  rng = np.random.default_rng(0)
-
-  def draw(path, leaf):
-    one = path[-1].key == "scale"
-    return one + 0.1 * rng.standard_normal(leaf.shape, np.float32)
-
-  params = jax.tree_util.tree_map_with_path(draw, run.abstract.params)
-  state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), run.abstract)
-  return state._replace(params=params, ema=params)
+  return open_gates.first_state(run)
 
 
 def _run(name, mesh, devices, **options):
