@@ -221,6 +221,8 @@ def refuse_pickle(path: pathlib.Path) -> None:
   if path.suffix in PICKLES or (looks_so and start[8:] != b"{"):
     # The name by which the folder that it lies in is read.
     stem = "model" if path.stem == "pytorch_model" else path.stem
+    # What is called so already is not to be written over.
+    stem += "_converted" * (path.suffix == ".safetensors")
     raise errors.UserError(
       f"{path} is a pickle, and is not read: loading one runs whatever code is "
       "in it. Where you trust it, convert it once, with torch:\n"

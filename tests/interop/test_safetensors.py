@@ -145,6 +145,8 @@ def test_what_is_not_wanted_may_be_of_any_type(path):
   [
     ("pytorch_model.bin", "model"),
     ("diffusion_pytorch_model.bin", "diffusion_pytorch_model"),
+    # Not over the pickle itself.
+    ("model.safetensors", "model_converted"),
   ],
 )
 def test_a_pickle_is_to_be_saved_under_the_name_that_is_read(
