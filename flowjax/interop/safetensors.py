@@ -28,7 +28,8 @@ DTYPES = {
 _BY_CODE = dict(DTYPES.values())
 _METADATA = "__metadata__"
 _own = threading.local()
-_files: Any = weakref.WeakKeyDictionary()  # The file of each map.
+# Of each map: the path of its file, and what tells that from another.
+_files: Any = weakref.WeakKeyDictionary()
 # How the files end that PyTorch's `save` writes.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -99,11 +100,9 @@ def read(
   tensor that is `wanted` has a type that weights do not have.
   """
   header, start = _read_header(path)
-  # Whatever becomes of its name, what is mapped is what is read.
-  file = open(path, "rb", buffering=0)
-  whole = np.memmap(file, np.uint8, "r")
-  _files[whole._mmap] = file  # type: ignore[attr-defined]
-  weakref.finalize(whole._mmap, file.close)  # type: ignore[attr-defined]
+  with open(path, "rb", buffering=0) as file:
+    whole = np.memmap(file, np.uint8, "r")
+    _files[whole._mmap] = path, _identity(file)  # type: ignore[attr-defined]
   data = whole[start:]
   for key, entry in header.items():
     _check_entry(path, key, entry, len(data))
@@ -130,25 +129,40 @@ def touch(tensor: np.ndarray) -> np.ndarray:
   mapped = getattr(tensor, "_mmap", None)
   if mapped not in _files or not tensor.size:
     return tensor
-  file = _files[mapped]
+  path, identity = _files[mapped]
   start, size = _place(tensor)
   room = kept("read", (size,), np.uint8)
+  try:
+    # Threads that share a descriptor read ahead of each other, and slowly.
+    with open(path, "rb", buffering=0) as file:
+      if _identity(file) != identity:
+        raise errors.CheckpointError(
+          f"{path} was replaced while it was read: import it again."
+        )
+      _fill(room, file, start)
+  except OSError as error:
+    raise errors.CheckpointError(f"{path} cannot be read: {error}.") from error
+  return np.ndarray(
+    tensor.shape, tensor.dtype, room.data, strides=tensor.strides
+  )
+
+
+def _fill(room: np.ndarray, file: Any, start: int) -> None:
+  """Fills memory with the bytes of a file, which may come in pieces."""
   done = 0
-  while done < size:
-    try:
-      more = os.preadv(file.fileno(), [room[done:].data], start + done)
-    except OSError as error:
-      raise errors.CheckpointError(
-        f"{file.name} cannot be read: {error}."
-      ) from error
+  while done < len(room):
+    more = os.preadv(file.fileno(), [room[done:].data], start + done)
     if not more:
       raise errors.CheckpointError(
         f"{file.name} was cut short while it was read. Copy it again."
       )
     done += more
-  return np.ndarray(
-    tensor.shape, tensor.dtype, room.data, strides=tensor.strides
-  )
+
+
+def _identity(file: Any) -> tuple[int, int]:
+  """Returns what tells a file from another that takes its name."""
+  found = os.fstat(file.fileno())
+  return found.st_dev, found.st_ino
 
 
 def kept(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
