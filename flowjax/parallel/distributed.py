@@ -31,7 +31,7 @@ import jaxlib
 
 import flowjax
 from flowjax import errors, schema
-from flowjax.parallel import arrival, platforms
+from flowjax.parallel import arrival, platforms, room
 from flowjax.parallel import peers as peers_lib
 
 EXPLICIT = ("FLOWJAX_COORDINATOR", "FLOWJAX_PROCESSES", "FLOWJAX_PROCESS")
@@ -171,16 +171,19 @@ def meet() -> None:
 
 
 def together(jitted: Any) -> collections.abc.Callable[..., Any]:
-  """Returns a jitted function that all processes compile before any runs it."""
-  seen = set()
+  """Returns a jitted function that all processes compile before any runs it.
+
+  Its first program has room in this machine, or room.NoRoom is raised.
+  """
+  seen: set[Any] = set()
 
   def call(*arguments: Any) -> Any:
-    if _peers is not None:
+    if _peers is not None or not seen:
       leaves, structure = jax.tree.flatten(arguments)
       kind = structure, *map(jax.typeof, leaves)
       if kind not in seen:
         seen.add(kind)
-        jitted.lower(*arguments).compile()
+        room.require(jitted.lower(*arguments).compile())
         meet()
     return jitted(*arguments)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from flowjax.parallel import distributed
+from flowjax.parallel import distributed, room
 
 Told = collections.abc.Callable[[str], None]
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
@@ -32,7 +32,9 @@ def ahead(
   for number, arguments in enumerate(kinds, 1):
     batch = arguments[1]
     told(f"compiling bucket {number} of {len(kinds)}, {size_of(batch)}")
-    programs[_shapes(batch)] = jitted.lower(*arguments).compile()
+    program = jitted.lower(*arguments).compile()
+    room.require(program)
+    programs[_shapes(batch)] = program
   distributed.meet()
 
   def call(x: Any, batch: dict[str, Any], *others: Any) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 from flowjax import errors, models, schema
 from flowjax.data import buckets, loader, sources
 from flowjax.data import config as data_config
-from flowjax.parallel import distributed, programs, rules, sums
+from flowjax.parallel import distributed, programs, room, rules, sums
 from flowjax.parallel import mesh as meshes
 from flowjax.train import (
   aspects,
@@ -122,15 +122,19 @@ def out_of_memory_advice():
   """Says what to turn down when a device has too little memory."""
   try:
     yield
-  except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
-      raise
+  except (jax.errors.JaxRuntimeError, room.NoRoom) as error:
     cause = str(error).splitlines()[0]
+    if isinstance(error, room.NoRoom):
+      cause = f"There is too little memory: {cause}"
+    elif "RESOURCE_EXHAUSTED" in str(error):
+      cause = f"A device ran out of memory: {cause}"
+    else:
+      raise
     raise errors.UserError(
-      f"A device ran out of memory: {cause}\nTurn down "
-      "config.data.batch_size, or turn up config.optim.accumulate, "
-      "config.mesh.fsdp, or config.model.remat ('dots', then 'full'). "
-      "`flowjax describe` shows the memory per device before a run."
+      f"{cause}\nTurn down config.data.batch_size or the size of config.model, "
+      "or turn up config.optim.accumulate, config.mesh.fsdp, or "
+      "config.model.remat ('dots', then 'full'). `flowjax describe` shows the "
+      "memory per device before a run."
     ) from error
 
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from flowjax import errors, models
 from flowjax.models import adversary, lora, perceptual
-from flowjax.parallel import host, rules
+from flowjax.parallel import host, room, rules
 from flowjax.parallel import mesh as meshes
 from flowjax.train import (
   aspects,
@@ -97,7 +97,9 @@ class Parts:
     What is published and stays as it is comes from its file.
     """
     published = self.published()
-    state = self.lower_initial().compile()()
+    program = self.lower_initial().compile()
+    room.require(program)
+    state = program()
     if not published:
       return state
     return state._replace(params={**state.params, **published})

@@ -16,6 +16,7 @@ from flowjax import errors, schema
 from flowjax.data import config as data_config
 from flowjax.data import sources
 from flowjax.models import dit
+from flowjax.parallel import room
 from flowjax.train import checkpoint, experiment, loop, optim, parts
 
 pytestmark = [pytest.mark.usefixtures("traced_once"), pytest.mark.slow(1)]
@@ -207,10 +208,10 @@ def _steps_on_disk(directory):
 
 def _poison(monkeypatch, bad):
   """Makes the batches of some steps not finite."""
-  real = loop.jit_step
+  real = loop.compiled
 
-  def jit_step(run):
-    step = real(run)
+  def compiled(*arguments):
+    step = real(*arguments)
 
     def poisoned(state, batch):
       if int(state.step) + 1 in bad:
@@ -219,7 +220,7 @@ def _poison(monkeypatch, bad):
 
     return poisoned
 
-  monkeypatch.setattr(loop, "jit_step", jit_step)
+  monkeypatch.setattr(loop, "compiled", compiled)
 
 
 def test_a_stop_is_for_updates_that_were_the_last(tmp_path, monkeypatch):
@@ -384,6 +385,18 @@ def test_a_data_set_of_other_sizes_is_refused_before_any_work(tmp_path):
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("gone", ["checkpoints", "checkpoints/*"])
+def test_a_run_whose_checkpoints_are_gone_does_not_start_over(done, gone):
+  measured = (done / "metrics.jsonl").read_bytes()
+  for path in done.glob(gone):
+    shutil.rmtree(path)
+  for _ in range(2):
+    with pytest.raises(errors.CheckpointError, match="the last of step 7"):
+      _train(TINY, done)
+  assert (done / "metrics.jsonl").read_bytes() == measured
+  assert _steps_on_disk(done) == []
+
+
 def test_out_of_memory_says_what_to_turn_down():
   with pytest.raises(errors.UserError, match="batch_size"):
     with loop.out_of_memory_advice():
@@ -391,3 +404,12 @@ def test_out_of_memory_says_what_to_turn_down():
   with pytest.raises(jax.errors.JaxRuntimeError):
     with loop.out_of_memory_advice():
       raise jax.errors.JaxRuntimeError("INTERNAL: other")
+
+
+def test_a_run_that_is_too_large_for_this_machine_is_not_begun(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(room, "of_machine", lambda: 10**5)
+  with pytest.raises(errors.UserError, match="(?s)0.0 GB.*batch_size"):
+    _train(TINY, tmp_path / "run")
+  assert not (tmp_path / "run" / "config.json").exists()
