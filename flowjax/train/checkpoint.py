@@ -2,8 +2,9 @@
 
 Orbax writes the arrays. One step of it holds three items, committed by one
 rename: `state` (the arrays), `manifest` (shape, dtype and fingerprint of each)
-and `extra` (JSON: data state, config). The folder is on a POSIX file system
-that all processes share.
+and `extra` (JSON: data state, config). Beside the folder, `checkpoints.json`
+says which step was saved last. The folder is on a POSIX file system that all
+processes share.
 """
 
 import collections.abc
@@ -113,10 +114,10 @@ class Checkpoints:
     """Restores the newest sound step, or the given one, as `abstract_state`.
 
     That is a pytree of ShapeDtypeStruct with shardings on any mesh. Returns
-    None if there is no checkpoint at all. Raises CheckpointError if there are
-    some and none is sound, if the disk does not let one be read, and if the
-    names, shapes or dtypes in a sound manifest are not those of
-    `abstract_state`.
+    None if there was never a checkpoint. Raises CheckpointError if there are
+    some and none is sound, or if they are gone, if the disk does not let one be
+    read, and if the names, shapes or dtypes in a sound manifest are not those
+    of `abstract_state`.
     """
     self.wait()
     return self._reader.restore(abstract_state, step, whole=True)
@@ -304,6 +305,8 @@ class _Writer:
       else:
         self._failures = 0
         with contextlib.suppress(OSError):
+          if jax.process_index() == 0:
+            self._reader.record(step)
           self._remove_outlived(step)
 
   def _say_failure(self, step: int, error: Exception) -> None:

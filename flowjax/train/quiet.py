@@ -19,6 +19,8 @@ from typing import Any
 _lock = threading.Lock()
 _depth = 0
 _hook: Any = sys.unraisablehook
+# Whether a call failed, and threads may still end what it began.
+_failed = False
 
 
 @contextlib.contextmanager
@@ -28,7 +30,8 @@ def orbax():
   with _lock:
     _depth += 1
     if _depth == 1:
-      _hook, sys.unraisablehook = sys.unraisablehook, _drop_stragglers
+      if sys.unraisablehook is not _drop_stragglers:
+        _hook, sys.unraisablehook = sys.unraisablehook, _drop_stragglers
       logging.getLogger("absl").addFilter(_is_no_echo)
       logging.getLogger("asyncio").addFilter(_is_no_straggler)
   try:
@@ -38,12 +41,18 @@ def orbax():
       _depth -= 1
       if _depth == 0:
         logging.getLogger("absl").removeFilter(_is_no_echo)
-        if sys.unraisablehook is _drop_stragglers:
+        if sys.unraisablehook is _drop_stragglers and not _failed:
           sys.unraisablehook = _hook
 
 
 def let_go() -> None:
-  """Collects what a failed call left, while it is still quiet."""
+  """Collects what a failed call left, while it is still quiet.
+
+  Reads that are under way end later, in threads of their own: of these nothing
+  is heard either, for as long as the process lives.
+  """
+  global _failed
+  _failed = True
   with orbax():
     gc.collect()
 

@@ -4,12 +4,14 @@ Orbax trusts directory names and array bytes. Here a step is believed when its
 commit marker, its manifest, and the fingerprints of its loaded arrays agree;
 otherwise it is unsound, is named with the reason, and the one before it is
 tried. A disk that fails says nothing about a step: that is an error, and no
-step is passed over for it. Nothing on disk is changed.
+step is passed over for it. Nor is a folder new from which all steps were taken:
+a file beside it says which was saved last. Nothing on disk is changed.
 """
 
 import collections.abc
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 import pathlib
@@ -48,6 +50,7 @@ class Reader:
 
   def __init__(self, directory: pathlib.Path):
     self.directory = directory
+    self._record = directory.with_name(f"{directory.name}.json")
     self.unsound: dict[int, str] = {}
     # The handler alone: a Checkpointer ends in a barrier, where the others
     # would wait for a process that could not read its part.
@@ -77,10 +80,12 @@ class Reader:
       arrays = self._load(number, leaves, wanted)
       return jax.tree.unflatten(jax.tree.structure(abstract), arrays), extra
 
-    with quiet.orbax():
-      found = self._walk(step, look)
-    if self.unsound:
-      quiet.let_go()
+    try:
+      with quiet.orbax():
+        found = self._walk(step, look)
+    finally:
+      if self.unsound:
+        quiet.let_go()
     if found is None:
       return None
     number, (state, extra), passed_over = found
@@ -113,12 +118,33 @@ class Reader:
       else:
         return number, found, passed_over
     if not passed_over:
+      self._require_new()
       return None
     rows = [f"\n  {number}: {text}" for number, text in passed_over.items()]
     raise errors.CheckpointError(
       f"No checkpoint in {self.directory} is sound:{''.join(rows)}\n"
       "Nothing was changed. Bring back a copy of one of them, or start over in "
       "another --workdir."
+    )
+
+  def record(self, step: int) -> None:
+    """Writes beside the folder that a step was saved in it."""
+    partial = self._record.with_name(f"{self._record.name}.partial")
+    partial.write_text(json.dumps({"last_saved": step}) + "\n")
+    os.replace(partial, self._record)
+
+  def _require_new(self) -> None:
+    """Refuses an empty folder in which a step was saved once."""
+    try:
+      last = json.loads(self._record.read_text())["last_saved"]
+    except FileNotFoundError:
+      return
+    except (ValueError, KeyError, TypeError):
+      last = "unknown"  # Damaged: but only a save can have made it.
+    raise errors.CheckpointError(
+      f"{self.directory} holds no checkpoint, but one was saved in it, the "
+      f"last of step {last}: so says {self._record}. Nothing was changed. Bring "
+      "back a copy of one, or start over in another --workdir."
     )
 
   def _not_now(self, what: str, reason: Exception) -> Exception:

@@ -1,7 +1,8 @@
 """What a run leaves behind, and whose run it is.
 
-A workdir holds `config.json`, `checkpoints/`, `metrics.jsonl`, TensorBoard
-events, `samples/step_*.png`, `curves.png`, and what later commands add.
+A workdir holds `config.json`, `checkpoints/` and `checkpoints.json`,
+`metrics.jsonl`, TensorBoard events, `samples/step_*.png`, `curves.png`, and
+what later commands add.
 """
 
 import hashlib
