@@ -143,8 +143,8 @@ class Reader:
       last = "unknown"  # Damaged: but only a save can have made it.
     raise errors.CheckpointError(
       f"{self.directory} holds no checkpoint, but one was saved in it, the "
-      f"last of step {last}: so says {self._record}. Nothing was changed. Bring "
-      "back a copy of one, or start over in another --workdir."
+      f"last of step {last}: so says {self._record}. Nothing was changed. "
+      "Bring back a copy of one, or start over in another --workdir."
     )
 
   def _not_now(self, what: str, reason: Exception) -> Exception:

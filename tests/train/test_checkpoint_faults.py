@@ -241,7 +241,7 @@ def test_an_unsound_step_is_saved_again_and_does_not_count(copy):
 def test_an_emptied_folder_is_not_a_new_one(tmp_path, text, last):
   assert restore(tmp_path / "checkpoints") is None
   (tmp_path / "checkpoints.json").write_text(text)
-  with pytest.raises(errors.CheckpointError, match=f"last of step {last}, "):
+  with pytest.raises(errors.CheckpointError, match=f"last of step {last}:"):
     restore(tmp_path / "checkpoints")
 
 

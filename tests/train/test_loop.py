@@ -391,7 +391,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_over(done, gone):
   for path in done.glob(gone):
     shutil.rmtree(path)
   for _ in range(2):
-    with pytest.raises(errors.CheckpointError, match="the last of step 7"):
+    with pytest.raises(errors.CheckpointError, match="last of step 7:"):
       _train(TINY, done)
   assert (done / "metrics.jsonl").read_bytes() == measured
   assert _steps_on_disk(done) == []
