@@ -2,11 +2,17 @@
 
 import importlib
 import logging
+import os
+import select
 import sys
+from typing import TextIO
 
 import flowjax
 from flowjax import commands, errors, schema
 from flowjax.commands import flags, quiet
+
+# The exit code where nobody reads on: that of a process ended by SIGPIPE.
+UNREAD = 141
 
 
 def main(words: list[str] | None = None) -> int:
@@ -17,10 +23,31 @@ def main(words: list[str] | None = None) -> int:
   for name in ("absl", "orbax", "jax", "grain"):
     logging.getLogger(name).setLevel(logging.WARNING)
   try:
-    return _run(words)
+    code = _run(words)
+    sys.stdout.flush()
+    return code
   except errors.KNOWN as error:
     print(f"flowjax: {error}", file=sys.stderr)
     return error.exit_code
+  except BrokenPipeError:
+    if not _is_unread(sys.stdout):
+      raise
+    return UNREAD
+
+
+def _is_unread(stream: TextIO) -> bool:
+  """Tells whether nobody reads what is printed, as after `| head`.
+
+  Then what is left of it is dropped.
+  """
+  poll = select.poll()
+  poll.register(stream, select.POLLERR)
+  if not poll.poll(0):
+    return False
+  nowhere = os.open(os.devnull, os.O_WRONLY)
+  os.dup2(nowhere, stream.fileno())
+  os.close(nowhere)
+  return True
 
 
 def _run(words: list[str]) -> int:

@@ -54,6 +54,15 @@ def build(cls: type[T], values: collections.abc.Mapping, where: str) -> T:
     raise errors.UserError(f"{where}: {error}") from error
 
 
+def require_among(
+  config: Any, **words: collections.abc.Collection[str]
+) -> None:
+  """Raises ValueError for a word that is not among those of its field."""
+  for field, known in words.items():
+    if (word := getattr(config, field)) not in known:
+      raise ValueError(f"{field}={word!r} is not known. {closest(word, known)}")
+
+
 def require_patterns(name: str, patterns: collections.abc.Iterable[str]):
   """Raises ValueError for a regex that is none, in the field `name`."""
   for pattern in patterns:

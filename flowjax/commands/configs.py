@@ -72,10 +72,22 @@ def adjusted(
   return overridden(start, overrides, f"config.{group}")
 
 
+def _beside(path: pathlib.Path) -> str:
+  """Returns a hint at what there is in the place of a missing config."""
+  folder = path.parent
+  found = [p.name for p in (*folder.glob("*.py"), *folder.glob("*.json"))]
+  if found:
+    return f"In {folder}: {schema.closest(path.name, found)}"
+  here = pathlib.Path.cwd()
+  return f"There is none in {folder} at all, seen from {here}."
+
+
 def _from_file(file: str) -> Define:
   path = pathlib.Path(file.partition(":")[0])
   if not path.is_file():
-    raise errors.UserError(f"There is no config file {file!r}.")
+    raise errors.UserError(
+      f"There is no config file {str(path)!r}. {_beside(path)}"
+    )
   if path.suffix == ".json":
     config = workdir.read_config(path.parent)
     return _from_dict(experiment.to_config_dict(config))

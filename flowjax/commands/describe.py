@@ -11,7 +11,6 @@ example:
 
 import dataclasses
 import math
-import shutil
 from typing import Any
 
 import jax
@@ -24,7 +23,8 @@ from flowjax.parallel import host, rules
 from flowjax.parallel import mesh as meshes
 from flowjax.train import aspects, loop, parts
 
-WIDTH = 120
+# Wider than any table: nothing is cut, also in a pipe or a narrow terminal.
+WIDTH = 1000
 # Pixels for a latent, in the autoencoders of Stable Diffusion and FLUX.
 LATENT = 8
 
@@ -49,9 +49,7 @@ def run(args) -> None:
   config = configs.load(args.config, args.overrides)
   built = parts.build(aspects.largest(config))
   places = rules.places(built.rules, built.abstract.params, built.mesh)
-  # Names are never cut, also in a pipe or a narrow terminal.
-  width = max(WIDTH, shutil.get_terminal_size().columns)
-  rich.console.Console(width=width).print(_parameters(places, built.mesh))
+  rich.console.Console(width=WIDTH).print(_parameters(places, built.mesh))
   for name, value in _summary(built, places).items():
     print(f"{name:<34} {value}")
   if args.compile:

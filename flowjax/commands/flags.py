@@ -13,7 +13,8 @@ EXIT_CODES = """exit codes:
   0 done    1 a defect of FlowJAX    2 a mistake in a flag or config
   3 data    4 no sound checkpoint    5 numbers that are not finite
   6 another process was lost, or a step hangs: start all of them again
-  42 stopped by a signal and saved: run the same command again"""
+  42 stopped by a signal and saved: run the same command again
+  141 nobody reads what is printed, as after `| head`"""
 
 
 def overview(commands: collections.abc.Mapping[str, str]) -> str:
@@ -164,5 +165,15 @@ class Parser(argparse.ArgumentParser):
 
   def error(self, message: str) -> NoReturn:
     """Raises UserError instead of printing the usage and leaving."""
+    # The choices are in quotes, or from Python 3.12 on without.
+    found = re.match(
+      r"(.*invalid choice: '(.*)') \(choose from (.*)\)", message
+    )
+    hint = ""
+    if found:
+      message, word, rest = found.groups()
+      hint = " " + schema.closest(word, re.findall(r"[^\s,']+", rest))
     text = message[0].upper() + message[1:]
-    raise errors.UserError(f"{text}. `{self.prog} --help` shows the flags.")
+    raise errors.UserError(
+      f"{text}.{hint} `{self.prog} --help` shows the flags."
+    )

@@ -114,7 +114,8 @@ def read(
     if dtype is None:
       raise errors.CheckpointError(
         f"{path}: {key} is of type {header[key]['dtype']}; weights are "
-        f"{', '.join(_BY_CODE)}."
+        f"{', '.join(_BY_CODE)}. Quantized weights are not read: save them "
+        "in one of these."
       )
     tensors[key] = data[first:last].view(dtype).reshape(header[key]["shape"])
   return tensors
@@ -254,8 +255,10 @@ def _read_all(path: pathlib.Path) -> tuple[dict, int]:
       if len(prefix) < 8:
         raise ValueError(f"it ends after {len(prefix)} bytes")
       (length,) = struct.unpack("<Q", prefix)
-      if length > path.stat().st_size:
-        raise ValueError("its header is longer than the file")
+      if length > (size := path.stat().st_size):
+        raise ValueError(
+          f"its header would have {length:,} bytes, and it has {size:,}"
+        )
       header = json.loads(file.read(length))
       if not isinstance(header, dict):
         raise ValueError("its header is not one of names")
@@ -263,7 +266,8 @@ def _read_all(path: pathlib.Path) -> tuple[dict, int]:
     raise
   except (ValueError, RecursionError) as error:
     raise errors.CheckpointError(
-      f"{path} is not a safetensors file: {error}."
+      f"{path} is not a safetensors file, or not all of it: {error}. Copy or "
+      "download it again."
     ) from None
   except OSError as error:
     raise errors.CheckpointError(f"{path} cannot be read: {error}.") from error

@@ -20,12 +20,7 @@ _CHOICES = {
 
 def choices(config: Any, **words: collections.abc.Collection[str]) -> None:
   """Raises ValueError for a word that is not among those of its field."""
-  for field, known in {**_CHOICES, **words}.items():
-    word = getattr(config, field)
-    if word not in known:
-      raise ValueError(
-        f"{field}={word!r} is not known. {schema.closest(word, known)}"
-      )
+  schema.require_among(config, **{**_CHOICES, **words})
 
 
 def positive(config: Any, fields: str) -> None:

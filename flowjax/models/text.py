@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flowjax import schema
 from flowjax.models import blocks, layers, sequences
 from flowjax.ops import attention, axes, products
 
@@ -64,15 +65,9 @@ def check_sizes(config: Any, *counts: str, least_depth: int = 1) -> None:
     raise ValueError(
       f"heads = {config.heads} does not divide width = {config.width}."
     )
-  if config.attention not in attention.BODIES:
-    raise ValueError(
-      f"attention = {config.attention!r} is none of "
-      f"{', '.join(attention.BODIES)}."
-    )
-  if config.dtype not in blocks.DTYPES:
-    raise ValueError(
-      f"dtype = {config.dtype!r} is none of {', '.join(blocks.DTYPES)}."
-    )
+  schema.require_among(
+    config, attention=attention.BODIES, dtype=tuple(blocks.DTYPES)
+  )
 
 
 class Block(nn.Module):

@@ -54,17 +54,9 @@ class OptimConfig:
 
   def __post_init__(self):
     schema.require_patterns("freeze", self.freeze)
-    if self.name not in NAMES:
-      raise ValueError(f"name = {self.name!r} is none of {', '.join(NAMES)}.")
-    if self.schedule not in SCHEDULES:
-      raise ValueError(
-        f"schedule = {self.schedule!r} is none of {', '.join(SCHEDULES)}."
-      )
-    if self.reduce_dtype not in sums.DTYPES:
-      raise ValueError(
-        f"reduce_dtype = {self.reduce_dtype!r} is none of "
-        f"{', '.join(sums.DTYPES)}."
-      )
+    schema.require_among(
+      self, name=NAMES, schedule=SCHEDULES, reduce_dtype=sums.DTYPES
+    )
     positive = ("learning_rate", "epsilon", "muon_rms", "accumulate")
     positive += ("max_skipped",)
     for name in positive:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flowjax import models
+from flowjax import models, schema
 from flowjax.flow import losses, objective
 from flowjax.models import adversary, perceptual, vq
 from flowjax.train import running
@@ -88,10 +88,7 @@ class ReconstructionConfig:
 
   def __post_init__(self):
     _not_below_zero(self, "divergence", "codebook", "commitment")
-    if self.distance not in DISTANCES:
-      raise ValueError(
-        f"distance = {self.distance!r} is none of {', '.join(DISTANCES)}."
-      )
+    schema.require_among(self, distance=DISTANCES)
     decay = self.codebook_decay
     if decay is not None and not 0.0 <= decay < 1.0:
       raise ValueError(f"codebook_decay = {decay} must be in [0, 1); 0.99.")

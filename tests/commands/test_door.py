@@ -48,6 +48,24 @@ def test_help_comes_at_once():
   assert imported.isdisjoint({"jax", "numpy", "flax"})
 
 
+def test_who_reads_no_more_is_shown_no_traceback():
+  text = (
+    "from flowjax import __main__ as door\n"
+    "door._run = lambda words: [print(n) for n in range(10**6)] and 0\n"
+    "door.entry()"
+  )
+  with subprocess.Popen(
+    [sys.executable, "-c", text],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  ) as process:
+    assert process.stdout.readline() == "0\n"
+    process.stdout.close()
+    assert process.stderr.read() == ""
+  assert process.returncode == 141
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("words", "text"),
@@ -56,6 +74,18 @@ def test_help_comes_at_once():
     (["train", "--confg=x", "--workdir=y"], "'--config'"),
     (["sample", "--workdir=x", "--guidence=2"], "'--guidance'"),
     (["train", "--config=nowhere.py", "--workdir=x"], "nowhere.py"),
+    (
+      ["train", f"--config={CONFIGS}/digit_dit.py", "--workdir=x"],
+      "'digits_dit.py'",
+    ),
+    (
+      ["export", "--workdir=x", "--out=y", "--format=difusers"],
+      "invalid choice: 'difusers'. Did you mean 'diffusers'?",
+    ),
+    (
+      ["describe", f"--config={DIGITS}", "--config.optim.schedule=cosin"],
+      "schedule='cosin' is not known. Did you mean 'cosine'?",
+    ),
     (["sample", "--workdir=/nowhere"], "no workdir"),
     (["export", "--workdir=/nowhere", "--config.steps=3"], "no flag"),
     (["sample", "--workdir=x", "--num=0"], "--num: '0' must be"),
