@@ -278,8 +278,6 @@ class _Writer:
 
     Of what was set aside from `step` itself, the last stays.
     """
-    if jax.process_index() != 0:
-      return
     aside = []
     for path in self._directory.glob(f"*{ASIDE}*"):
       number, _, turn = path.name.partition(ASIDE)
@@ -304,10 +302,10 @@ class _Writer:
           self._defect = error
       else:
         self._failures = 0
-        with contextlib.suppress(OSError):
-          if jax.process_index() == 0:
-            self._reader.record(step)
-          self._remove_outlived(step)
+        if jax.process_index() == 0:
+          for work in self._remove_outlived, self._reader.record:
+            with contextlib.suppress(OSError):
+              work(step)
 
   def _say_failure(self, step: int, error: Exception) -> None:
     # Orbax gives up at the first error, with other files still being written:

@@ -58,7 +58,9 @@ def let_go() -> None:
 
 
 def _is_no_echo(record: logging.LogRecord) -> bool:
-  return not (record.exc_info and _is_its_file(record.pathname))
+  # The path may be absl's own: only the error says where it comes from.
+  error = record.exc_info[1] if record.exc_info else None
+  return error is None or not _is_orbax(error)
 
 
 def _is_no_straggler(record: logging.LogRecord) -> bool:

@@ -130,8 +130,11 @@ class Reader:
   def record(self, step: int) -> None:
     """Writes beside the folder that a step was saved in it."""
     partial = self._record.with_name(f"{self._record.name}.partial")
-    partial.write_text(json.dumps({"last_saved": step}) + "\n")
-    os.replace(partial, self._record)
+    try:
+      partial.write_text(json.dumps({"last_saved": step}) + "\n")
+      os.replace(partial, self._record)
+    finally:  # Of a full disk.
+      partial.unlink(missing_ok=True)
 
   def _require_new(self) -> None:
     """Refuses an empty folder in which a step was saved once."""

@@ -553,6 +553,9 @@ def test_a_full_disk_loses_nothing_and_is_recovered_from(tmp_path, caplog):
     store.close()
     assert failed >= 6
     assert caplog.text.count("WAS NOT SAVED (failure 1 in a row)") == failed
+    assert not [record for record in caplog.records if record.exc_info]
+    beside = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    assert beside <= {"checkpoints.json", lock.NAME}
 
 
 KILLED = """
