@@ -181,22 +181,25 @@ class _Writer:
     if jax.process_index() == 0:
       lock.require_no_other(self._directory)
     self._wait_for_previous()
-    try:
-      if step in self._reader.steps() and step not in self._reader.unsound:
-        return True
-      with quiet.orbax():
+    with contextlib.ExitStack() as stack:
+      # Until its end: what runs behind may fail before it is waited for.
+      stack.enter_context(quiet.orbax())
+      try:
+        if step in self._reader.steps() and step not in self._reader.unsound:
+          return True
         self._begin(step, state, json.loads(json.dumps(extra)))
-    except Exception as error:
-      self._failures += 1
-      self._failed.add(step)
-      if not disk.cannot_write(error):
-        raise
-      self._say_failure(step, error)
-      return False
-    self._watch = threading.Thread(
-      target=self._see_through, args=(step,), name="checkpoint_watch"
-    )
-    self._watch.start()
+      except Exception as error:
+        self._note_failure(step)
+        if not disk.cannot_write(error):
+          raise
+        self._say_failure(step, error)
+        return False
+      self._watch = threading.Thread(
+        target=self._see_through,
+        args=(step, stack.pop_all()),
+        name="checkpoint_watch",
+      )
+      self._watch.start()
     return True
 
   def wait(self) -> bool:
@@ -288,14 +291,13 @@ class _Writer:
     for _, _, path in older + same[:-1]:
       shutil.rmtree(path, ignore_errors=True)
 
-  def _see_through(self, step: int) -> None:
+  def _see_through(self, step: int, hushed: contextlib.ExitStack) -> None:
     """Follows a save behind the training, and says at once if it failed."""
-    with quiet.orbax():
+    with hushed:
       try:
         self._orbax.wait_until_finished()
       except Exception as error:
-        self._failures += 1
-        self._failed.add(step)
+        self._note_failure(step)
         if disk.cannot_write(error):
           self._say_failure(step, error)
         else:
@@ -306,6 +308,11 @@ class _Writer:
           for work in self._remove_outlived, self._reader.record:
             with contextlib.suppress(OSError):
               work(step)
+
+  def _note_failure(self, step: int) -> None:
+    quiet.stay()
+    self._failures += 1
+    self._failed.add(step)
 
   def _say_failure(self, step: int, error: Exception) -> None:
     # Orbax gives up at the first error, with other files still being written:
