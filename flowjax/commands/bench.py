@@ -17,7 +17,7 @@ import numpy as np
 
 from flowjax import __version__, errors
 from flowjax.commands import configs, flags
-from flowjax.parallel import chips, compiler_flags, distributed, placing
+from flowjax.parallel import chips, compiler_flags, distributed, placing, room
 from flowjax.train import aspects, loop, parts, workdir
 
 
@@ -60,6 +60,7 @@ def measure(built: parts.Parts, seconds: float) -> dict:
   started = time.monotonic()
   step = loop.lower_step(built).compile()
   compile_seconds = time.monotonic() - started
+  room.require(step)
   state, batch = built.initial_state(), random_batch(built)
   times: list[float] = []
   distributed.meet()
