@@ -39,7 +39,7 @@ Evaluator = sessions.Evaluator
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """How a run ended: its state, and the seconds it has trained in all.
+  """How a run ended: its state, and the seconds of training that were saved.
 
   `corrupt` counts how often a corrupt record was passed over, in all sittings,
   and `truncated` how often a caption was cut.

@@ -72,7 +72,9 @@ class Session:
     self.run, self.saved, self.writer = run, saved, writer
     self.config = run.experiment
     self.source, self.evaluators = source, evaluators
-    self.seconds_before = before["train_seconds"]
+    # As the last checkpoint has it, over all sittings.
+    self.seconds = self.seconds_before = before["train_seconds"]
+    self._timed = first
     self.started = time.monotonic()
     self.behind = metrics.Behind()
     self.first, self.bar = first, self._progress(first)
@@ -81,11 +83,6 @@ class Session:
     self.skipped_in_row = 0
     self.watchdog = watchdog.Watchdog(run.experiment.log.hung_after)
     self._sum = jax.jit(jnp.sum, out_shardings=meshes.replicated(run.mesh))
-
-  @property
-  def seconds(self) -> float:
-    """Seconds trained, over all sittings."""
-    return self.seconds_before + time.monotonic() - self.started
 
   def go(
     self,
@@ -234,6 +231,9 @@ class Session:
   def _save(self, number: int, state: states.TrainState) -> bool:
     # A kill after this save must not lose what was measured before it.
     self._catch_up()
+    if number != self._timed:  # A step is saved again where that failed.
+      self._timed = number
+      self.seconds = self.seconds_before + time.monotonic() - self.started
     extra: dict[str, Any] = {
       "config": schema.to_dict(self.config),
       "data": loader.state(self.config.data, number, self.source),

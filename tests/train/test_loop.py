@@ -385,6 +385,21 @@ def test_a_data_set_of_other_sizes_is_refused_before_any_work(tmp_path):
   assert not (tmp_path / "run").exists()
 
 
+def test_the_seconds_of_training_are_those_that_were_saved(tmp_path):
+  first = loop.train(TINY, tmp_path, evaluators=lambda run: [])
+  extra = _saved_extra(tmp_path)
+  assert first.seconds == extra["train_seconds"] > 0.0
+  again = loop.train(TINY, tmp_path, evaluators=lambda run: [])
+  assert again.seconds == first.seconds
+
+
+def _saved_extra(directory):
+  saved = checkpoint.Checkpoints(directory / "checkpoints", read_only=True)
+  restored = saved.restore_subtree({"step": jax.ShapeDtypeStruct((), np.int32)})
+  saved.close()
+  return restored.extra
+
+
 @pytest.mark.parametrize("gone", ["checkpoints", "checkpoints/*"])
 def test_a_run_whose_checkpoints_are_gone_does_not_start_over(done, gone):
   measured = (done / "metrics.jsonl").read_bytes()
