@@ -10,10 +10,6 @@ import json
 import pathlib
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 import flowjax
 from flowjax import errors, schema
 from flowjax.interop import (
@@ -93,16 +89,15 @@ def _write_weights(
     path.parent,
     path.name,
     table.keys,
-    table.to_theirs(_fetched_one_by_one(params if labels is None else rest)),
+    table.to_theirs(params if labels is None else rest),
     dtype=dtype,
     max_bytes=max_bytes,
   )
   if labels is not None:
-    own = _fetched_one_by_one({formats.LABELS: params[formats.LABELS]})
     safetensors.write(
       path.with_name(formats.LABELS_FILE),
       labels.keys,
-      labels.to_theirs(own),
+      labels.to_theirs({formats.LABELS: params[formats.LABELS]}),
       dtype=dtype,
     )
 
@@ -121,26 +116,6 @@ def _write_marker(folder: pathlib.Path, format: str, about: dict) -> None:
 def name(format: str) -> str:
   """Returns what the marker of a folder calls its format."""
   return f"flowjax-{format}"
-
-
-class _Fetched:
-  """An array on devices, of which the host keeps no copy once it is used."""
-
-  def __init__(self, leaf: jax.Array):
-    self.leaf, self.shape = leaf, leaf.shape
-
-  def __array__(self, dtype=None, copy=None) -> np.ndarray:
-    # A jax.Array remembers the copy that numpy asked for; this one is let go.
-    return np.asarray(jnp.copy(self.leaf), dtype)
-
-
-def _fetched_one_by_one(params: dict) -> dict:
-  return tables.unflatten(
-    {
-      path: _Fetched(leaf) if isinstance(leaf, jax.Array) else leaf
-      for path, leaf in tables.flatten(params).items()
-    }
-  )
 
 
 def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:

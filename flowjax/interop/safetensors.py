@@ -62,15 +62,19 @@ def write(
   text += b" " * (-len(text) % 8)
   with open(path, "wb") as file:
     file.write(struct.pack("<Q", len(text)) + text)
-    for (key, tensor), expected in zip(tensors, shapes, strict=True):
-      assert key == expected and tensor.shape == shapes[key]
-      file.write(_cast(key, tensor, numpy_dtype).tobytes())
+    expected = iter(shapes)
+    for key, tensor in tensors:
+      assert key == next(expected) and tensor.shape == shapes[key]
+      whole = np.ascontiguousarray(_cast(key, tensor, numpy_dtype))
+      file.write(whole.reshape(-1).view(np.uint8).data)
+      del tensor, whole  # Not to be held while the next is fetched.
+    assert next(expected, None) is None
 
 
 def _cast(key: str, tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
   try:
     with np.errstate(over="raise"):
-      return tensor.astype(dtype)
+      return tensor.astype(dtype, copy=False)
   except FloatingPointError:
     raise errors.UserError(
       f"{key} holds {np.abs(tensor).max():.3g}, beyond the range of {dtype}. "

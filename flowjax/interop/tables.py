@@ -15,6 +15,8 @@ import re
 from typing import Any
 
 import einops
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -139,8 +141,8 @@ class Table:
   ) -> collections.abc.Iterator[tuple[str, np.ndarray]]:
     """Yields (key, tensor) in the order of `keys`.
 
-    The leaves of one key at a time are fetched to the host, so that the memory
-    in use is that of the largest.
+    The leaves of one key at a time are fetched to the host, and let go with the
+    last tensor of that key, which is not to be kept.
     """
     leaves = flatten(params)
     _require(leaves, self.paths, "parameters")
@@ -148,10 +150,11 @@ class Table:
       yield key, np.asarray(constant)
     for rules in self._groups:
       parts = [
-        self._turned(rule, np.asarray(leaves[rule.ours])) for rule in rules
+        self._turned(rule, _fetched(leaves[rule.ours])) for rule in rules
       ]
       for key, index in self._keys_of(rules[0]).items():
         yield key, _joined([part[index] for part in parts], rules[0].along)
+      del parts
 
   def to_ours(self, tensors: Tensors) -> dict:
     """Returns our nested tree of the tensors that bear their keys."""
@@ -268,6 +271,12 @@ def unflatten(leaves: dict[str, Any]) -> dict:
       node = node.setdefault(parent, {})
     node[name] = value
   return tree
+
+
+def _fetched(leaf: Any) -> np.ndarray:
+  """Returns a leaf on the host, where nothing else will remember it."""
+  # A jax.Array would remember its copy: that of its own copy goes with it.
+  return np.asarray(jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf)
 
 
 def _flipped(leaf: np.ndarray, axes: str, flip: str) -> np.ndarray:

@@ -369,9 +369,8 @@ def test_gpu_script_runs_and_writes_what_it_promises(tmp_path, monkeypatch):
       assert row[key] > 0, key
     assert row["settings"]["batch"] == 2
     assert row["versions"] and row["device"]
-    # Of other steps than those of the trial.
     assert np.isfinite(row["loss"])
-    assert row["loss"] != result[side]["trials"][0]["loss"]
+    assert row["seconds"] >= 0.2
     assert row["kernels"][0]["name"] == "all"
     images = row["steps"] * 2 / row["seconds"]
     assert row["images_per_second"] == pytest.approx(images)

@@ -61,7 +61,7 @@ def _workdir(tmp_path_factory):
     (["--format=original", "--verify"], "there is none"),
     (["--format=original"], "frequency_shift = 1.0, there 0.0"),
     (["--format=diffusers", "--max-shard-size=5"], "such as 5GB"),
-    (["--format=pickle"], "'diffusers'"),
+    (["--format=pickle"], "There are: diffusers, lora"),
   ],
 )
 def test_what_cannot_be_is_refused_and_nothing_written(

@@ -1,6 +1,7 @@
 """What lies in a folder or a file is found, for every kind of network."""
 
 import dataclasses
+import weakref
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from flowjax.interop import (
   folder_export,
   formats,
   tables,
+  torch_export,
   weights,
 )
 from flowjax.models import dit, flux, mmdit
@@ -160,13 +162,33 @@ def test_no_format_holds_it(draw, tmp_path):
     weights.open(file).leaves(config)
 
 
-def test_leaves_of_an_export_on_devices_leave_no_copy_on_the_host(draw):
+@pytest.mark.parametrize("format", ["torch", "diffusers", "original"])
+def test_an_export_holds_one_parameter_at_a_time(
+  draw, tmp_path, monkeypatch, format
+):
   mesh = jax.make_mesh((2,), ("fsdp",))
-  split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
-  leaf = jax.device_put(np.arange(8.0, dtype=np.float32), split)
-  fetched = folder_export._fetched_one_by_one({"a": {"b": leaf}})["a"]["b"]
-  np.testing.assert_array_equal(np.asarray(fetched), np.arange(8.0))
-  assert leaf._npy_value is None
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  config = dataclasses.replace(
+    DIT, frequency_shift=float(format == "diffusers")
+  )
+  params = jax.device_put(draw(config), whole)
+  real, held = tables._fetched, []
+
+  def fetched(leaf):
+    assert not [array for array in held if array() is not None]
+    array = np.array(real(leaf))
+    held.append(weakref.ref(array))
+    return array
+
+  monkeypatch.setattr(tables, "_fetched", fetched)
+  out = tmp_path / "out"
+  if format == "torch":
+    torch_export.export(params, config, out)
+  else:
+    folder_export.export(params, config, out, format=format, max_bytes=9000)
+  leaves = jax.tree.leaves(params)
+  assert len(held) == len(leaves)
+  assert all(leaf._npy_value is None for leaf in leaves)
 
 
 def test_whoever_imports_says_what_the_tensors_do_not(draw, tmp_path):
