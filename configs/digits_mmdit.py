@@ -7,16 +7,23 @@
 97.8%), and unguided ones at a Fréchet distance of at most twice that of real
 digits (3.61 beside 2.97).
 
-The argument "sd3.5" adds QK-norm and dual attention.
+The argument "sd3.5" adds QK-norm and dual attention, as SD3.5-medium has them,
+and "sd3.5_large" QK-norm alone.
 """
 
 from flowjax.train import experiment
 
+VARIANTS = {
+  "sd3": {},
+  "sd3.5": {"qk_norm": True, "dual_layers": 2},
+  "sd3.5_large": {"qk_norm": True},
+}
+
 
 def get_config(variant: str = "sd3"):
-  """Returns the config of "sd3" or "sd3.5"."""
-  if variant not in ("sd3", "sd3.5"):
-    raise ValueError(f"variant {variant!r} must be 'sd3' or 'sd3.5'.")
+  """Returns the config of one of the `VARIANTS`."""
+  if variant not in VARIANTS:
+    raise ValueError(f"variant {variant!r} is none of {', '.join(VARIANTS)}.")
   config = experiment.defaults("mmdit")
   config.steps = 1000
   config.model.update(
@@ -31,9 +38,8 @@ def get_config(variant: str = "sd3"):
     position_table=8,
     num_classes=10,
     label_tokens=4,
+    **VARIANTS[variant],
   )
-  if variant == "sd3.5":
-    config.model.update(qk_norm=True, dual_layers=2)
   config.data.update(source="digits", batch_size=128)
   config.optim.update(
     learning_rate=2e-3, schedule="cosine", warmup_steps=100, clip_norm=1.0

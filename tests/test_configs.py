@@ -22,8 +22,8 @@ VARIANTS = {
   "imagenet_autoencoder.py": [
     f":{kind}_f{2**level}" for kind in ("kl", "vq") for level in range(6)
   ],
-  "digits_mmdit.py": ["", ":sd3.5"],
-  "digits_flux.py": [""],
+  "digits_mmdit.py": ["", ":sd3.5", ":sd3.5_large"],
+  "digits_flux.py": ["", ":dev"],
   "digits_inpainting.py": [""],
   "scenes_mmdit.py": ["", ":flux"],
   "scenes_layout.py": [""],

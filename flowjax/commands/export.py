@@ -110,6 +110,9 @@ def run(args) -> None:
     )
   if args.format == "diffusers" and not args.pipeline and not told:
     args.pipeline = pipeline.folder(args.workdir, found.config)
+  if args.pipeline:
+    flow = schema.to_dict(found.config.flow)
+    pipelines.require_steps(args.pipeline, flow)
   if args.verify and args.format == "diffusers":
     content = diffusers_configs.write(found.config.model)
     diffusers_check.require(content["_class_name"])

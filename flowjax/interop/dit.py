@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from flowjax import errors
-from flowjax.interop import lazy, tables
+from flowjax.interop import held, lazy, tables
 from flowjax.models import dit, layers, positions
 
 # L layers; D width and E the same where both sides have it; N heads, H head
@@ -102,9 +101,11 @@ def diffusers_layout(config: dit.DiTConfig) -> tables.Table:
 
 
 def original_layout(config: dit.DiTConfig) -> tables.Table:
-  """Returns the table to the state dict of the code of the DiT and SiT papers.
+  """Returns the table to the state dict of the code of the DiT paper.
 
-  arXiv:2212.09748, arXiv:2401.08740. The fixed table of positions is in it.
+  arXiv:2212.09748. The fixed table of positions is in it. SiT's code
+  (arXiv:2401.08740) has the same keys, but its time runs from noise to data,
+  and is not scaled.
   """
   _require(config, "original")
   block, label = "blocks.{L}.", "y_embedder.embedding_table.weight"
@@ -154,27 +155,12 @@ def _copies(ours: str, theirs: str, inputs: str) -> tuple[tables.Rule, ...]:
 
 
 def _require(config: dit.DiTConfig, format: str):
-  """Refuses a config that a format would compute something else of."""
-  faults = _faults(config, format)
-  if faults:
-    can = [name for name in HELD if not _faults(config, name)] + ["torch"]
-    raise errors.UserError(
-      f"The {format} DiT is another network, whose numbers would differ:\n  "
-      + "\n  ".join(faults)
-      + f"\nWhat holds this one: --format={' or --format='.join(can)}."
-    )
-
-
-def _faults(config: dit.DiTConfig, format: str) -> list[str]:
-  faults = [
-    f"{name} = {getattr(config, name)!r}, there {value!r}"
-    for name, value in HELD[format].items()
-    if getattr(config, name) != value
-  ]
+  found = {name: held.faults(config, HELD[name]) for name in HELD}
   height, width = config.image_size
   if height != width:
-    faults.append(f"images of {height}x{width}, there square")
-  return faults
+    for faults in found.values():
+      faults.append(f"images of {height}x{width}, there square")
+  held.require(format, "DiT", found)
 
 
 def _sizes(config: dit.DiTConfig) -> dict[str, int]:

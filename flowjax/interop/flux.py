@@ -1,9 +1,6 @@
 """Where the weights of a FLUX live in other people's files."""
 
-from typing import Any
-
-from flowjax import errors
-from flowjax.interop import tables
+from flowjax.interop import held, tables
 from flowjax.models import flux, layers
 
 # L double layers, M single layers; D width and E the same where both sides
@@ -20,7 +17,10 @@ _QKV = ("q", "k", "v")
 # What is theirs to choose in our config, and fixed in the code that will read
 # the weights.
 _FIXED = {"num_classes": 0, "timestep_scale": 1000.0}
-_FIXED_IN_DIFFUSERS = {"mlp_ratio": 4.0, "rope_theta": 10000.0}
+_HELD = {
+  "diffusers": _FIXED | {"mlp_ratio": 4.0, "rope_theta": 10000.0},
+  "original": _FIXED,
+}
 
 
 def torch_layout(config: flux.FluxConfig) -> tables.Table:
@@ -70,7 +70,7 @@ def diffusers_layout(config: flux.FluxConfig) -> tables.Table:
 
   Its last modulation is (scale, shift), and ours (shift, scale).
   """
-  _require_fixed(config, _FIXED | _FIXED_IN_DIFFUSERS, "diffusers' FLUX")
+  _require(config, "diffusers")
   time = "time_text_embed.{}_embedder.linear_"
   rules = [
     *_embeddings(config, time, ("timestep", "text", "guidance"), ("1", "2")),
@@ -128,7 +128,7 @@ def original_layout(config: flux.FluxConfig) -> tables.Table:
   Queries, keys and values are one map there, and in single blocks one with the
   first map of the MLP.
   """
-  _require_fixed(config, _FIXED, "the original FLUX")
+  _require(config, "original")
   embeddings = ("time", "vector", "guidance")
   rules = [
     *_embeddings(config, "{}_in.", embeddings, ("in_layer", "out_layer")),
@@ -221,17 +221,9 @@ def _joined_out(theirs: str) -> tuple[tables.Rule, ...]:
   )
 
 
-def _require_fixed(
-  config: flux.FluxConfig, fixed: dict[str, Any], target: str
-) -> None:
-  """Raises UserError for what the weights alone cannot tell the target."""
-  for field, value in fixed.items():
-    if getattr(config, field) != value:
-      raise errors.UserError(
-        f"{field}={getattr(config, field)!r}: {target} has {value!r}, and no "
-        "place for another. Such a network can be exported with "
-        "--format=torch."
-      )
+def _require(config: flux.FluxConfig, format: str) -> None:
+  found = {name: held.faults(config, _HELD[name]) for name in _HELD}
+  held.require(format, "FLUX", found)
 
 
 def _sizes(config: flux.FluxConfig) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import pathlib
 import re
 from typing import Any
@@ -22,6 +23,8 @@ from flowjax.models import lora
 
 FORMAT = "lora"
 FILE = formats.ADAPTERS_FILE
+# How keys begin in a pipeline's adapters that are not the transformer's.
+_OTHERS = "text_encoder"
 # The entry of a header that `load_lora_weights` heeds.
 _METADATA = "lora_adapter_metadata"
 
@@ -134,9 +137,17 @@ def _tensors(path: pathlib.Path) -> layouts.Leaves:
   """Returns the tensors of a file in float32, all keys with their prefix."""
   if not path.is_file():
     raise errors.UserError(f"--lora={path}: there is no such file.")
+  held = safetensors.read(path)
+  others = {key for key in held if key.startswith(_OTHERS)}
+  if others:
+    logging.warning(
+      "%s: %d tensors are of text encoders, such as %s, and are left.",
+      path, len(others), min(others),
+    )  # fmt: skip
   tensors = {
     layouts.PREFIX + key.removeprefix(layouts.PREFIX): tensor.astype(np.float32)
-    for key, tensor in safetensors.read(path).items()
+    for key, tensor in held.items()
+    if key not in others
   }
   if not layouts.modules(tensors):
     raise errors.CheckpointError(

@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from flowjax import errors
-from flowjax.interop import lazy, tables
+from flowjax.interop import held, lazy, tables
 from flowjax.models import layers, mmdit, positions
 
 # M dual layers, L like ones after them; D width and E the same where both
@@ -30,6 +29,7 @@ _FIXED = {
   "mlp_ratio": 4.0,
   "timestep_scale": 1000.0,
 }
+_HELD = {"diffusers": _FIXED, "original": _FIXED | {"context_channels": 0}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ def diffusers_layout(config: mmdit.MMDiTConfig) -> tables.Table:
   Where there is no gate, in the last modulation of each stream, it is (scale,
   shift), and ours (shift, scale).
   """
-  _require_fixed(config, "diffusers' SD3")
+  _require(config, "diffusers")
   embed = "time_text_embed.{}_embedder.linear_{}"
   rules = [
     *_patch_embed("pos_embed.proj"),
@@ -142,8 +142,7 @@ def original_layout(config: mmdit.MMDiTConfig) -> tables.Table:
   Their code reads the number of layers, and of heads of size 64, off the
   width: both are width / 64.
   """
-  _require_fixed(config, "the reference of SD3", context_channels=0)
-  _require_shape(config)
+  _require(config, "original")
   rules = [
     *_patch_embed("x_embedder.proj"),
     *tables.linear("text_embed", "context_embedder", "J -> D"),
@@ -179,7 +178,7 @@ def original_layout(config: mmdit.MMDiTConfig) -> tables.Table:
 
 def diffusers_config(config: mmdit.MMDiTConfig) -> dict[str, Any]:
   """Returns the arguments of the `SD3Transformer2DModel` of that config."""
-  _require_fixed(config, "diffusers' SD3")
+  _require(config, "diffusers")
   return {
     "sample_size": max(config.image_size),
     "patch_size": config.patch_size,
@@ -327,29 +326,15 @@ def _position_table(config: mmdit.MMDiTConfig) -> lazy.Array:
   return lazy.Array((1, side * side, config.width), make)
 
 
-def _require_fixed(
-  config: mmdit.MMDiTConfig, target: str, **others: Any
-) -> None:
-  """Raises UserError for what the weights alone cannot tell the target."""
-  for field, value in (_FIXED | others).items():
-    if getattr(config, field) != value:
-      raise errors.UserError(
-        f"{field}={getattr(config, field)!r}: {target} has {value!r}, and no "
-        "place for another. Such a network can be exported with "
-        "--format=torch."
-      )
-
-
-def _require_shape(config: mmdit.MMDiTConfig) -> None:
-  """Raises UserError for a shape that the width does not tell."""
-  if config.head_size != 64 or config.depth != config.heads:
-    raise errors.UserError(
-      f"depth={config.depth}, heads={config.heads} of head_size="
-      f"{config.head_size}: the reference of SD3 takes width / 64 = "
-      f"{config.width / 64:g} for both numbers, and would build another "
-      "network. Such a one can be exported with --format=diffusers or "
-      "--format=torch."
+def _require(config: mmdit.MMDiTConfig, format: str) -> None:
+  found = {name: held.faults(config, _HELD[name]) for name in _HELD}
+  shape = config.head_size, config.depth
+  if shape != (64, config.heads):
+    found["original"].append(
+      f"depth = {config.depth}, heads = {config.heads} of head_size = "
+      f"{config.head_size}, there width / 64 = {config.width / 64:g} is both"
     )
+  held.require(format, "SD3", found)
 
 
 def _sizes(config: mmdit.MMDiTConfig) -> dict[str, int]:

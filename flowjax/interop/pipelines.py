@@ -33,6 +33,15 @@ _OPTIONAL = ("text_encoder_3",)
 _VAE_CLASS = "AutoencoderKL"
 _EULER = "FlowMatchEulerDiscreteScheduler"
 _SCHEDULER_FILE = "scheduler_config.json"
+# What schedulers take a network's output for, in their words and in ours; those
+# that match flows know the velocity of the straight path alone.
+_FLOW_MATCH = "FlowMatch"
+_OUTPUTS = {
+  "epsilon": "noise",
+  "sample": "data",
+  "v_prediction": "v",
+  "flow_prediction": "velocity",
+}
 # The rule by which FLUX shifts, exp(mu) with mu linear in the tokens.
 _BY_TOKENS = {
   "base_shift": 0.5,
@@ -192,6 +201,35 @@ def read(source: pathlib.Path, config: Any) -> dict[str, Any]:
         f"draws {config.channels}: this is not its VAE."
       )
   return index
+
+
+def require_steps(source: pathlib.Path, flow: dict[str, Any]) -> None:
+  """Refuses a run whose output the scheduler of a pipeline takes for another.
+
+  One that says nothing of it is not judged.
+  """
+  path = source / SCHEDULER / _SCHEDULER_FILE
+  content = read_json(path) if path.exists() else {}
+  name = str(content.get("_class_name"))
+  told = content.get("prediction_type")
+  if name.startswith(_FLOW_MATCH):
+    told = "flow_prediction"
+  if told not in _OUTPUTS:
+    return
+  straight = flow["path"]["name"] == "straight"
+  if flow["prediction"] == _OUTPUTS[told] and straight == (
+    told == "flow_prediction"
+  ):
+    return
+  kind = "the straight path" if told == "flow_prediction" else "another path"
+  raise errors.UserError(
+    f"{path}: {name} takes the output of a network for {_OUTPUTS[told]!r} on "
+    f"{kind}, and this run has config.flow.prediction = "
+    f"{flow['prediction']!r} on the path {flow['path']['name']!r}: the "
+    "pipeline would draw something else without a word. Name a pipeline with "
+    "another scheduler, or export with --format=torch, whose config.json says "
+    "both."
+  )
 
 
 def same_scheduler(source: pathlib.Path, scheduler: dict[str, Any]) -> bool:

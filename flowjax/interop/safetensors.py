@@ -118,8 +118,7 @@ def read(
     if dtype is None:
       raise errors.CheckpointError(
         f"{path}: {key} is of type {header[key]['dtype']}; weights are "
-        f"{', '.join(_BY_CODE)}. Quantized weights are not read: save them "
-        "in one of these."
+        f"{', '.join(_BY_CODE)}. Save them in one of these."
       )
     tensors[key] = data[first:last].view(dtype).reshape(header[key]["shape"])
   return tensors

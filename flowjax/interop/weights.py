@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
@@ -87,8 +88,9 @@ class Weights:
       paths, leaves = list(table.paths), table.leaves_of_ours(self.tensors)
       if labels is None or not self.labels:
         return paths, leaves
+    with errors.naming(str(self.path / formats.LABELS_FILE)):
       both = labels.leaves_of_ours(self.labels)
-      return [*paths, *labels.paths], itertools.chain(leaves, both)
+    return [*paths, *labels.paths], itertools.chain(leaves, both)
 
   def _require_as_deep(self, config: Any) -> None:
     """Refuses a depth that would be a table without end.
@@ -183,6 +185,11 @@ def _open_diffusers(file: pathlib.Path) -> Weights:
 
 def _open_file(path: pathlib.Path) -> Weights:
   """Opens one file, or the index of several, of which nothing else is known."""
+  if shard := re.fullmatch(r"(.+)-\d+-of-(\d+)\.safetensors", path.name):
+    raise errors.UserError(
+      f"--from={path} is one of {int(shard.group(2))} files: name their index, "
+      f"{shard.group(1)}{shards.INDEX}, or the folder."
+    )
   if path.name.startswith(folder_export.STEMS["diffusers"]) and (
     path.with_name("config.json").exists()
   ):

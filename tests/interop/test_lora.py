@@ -223,6 +223,20 @@ def test_what_diffusers_has_no_adapter_for_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_adapters_of_text_encoders_are_left(tmp_path, caplog):
+  config, _, params = written(tmp_path / "out")
+  name = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_{}."
+
+  def more(tensors):
+    ones = {f"{name.format(x)}weight": np.ones((2, 2), "f4") for x in "AB"}
+    return {**tensors, **ones}
+
+  found = adapters.read(rewrite(tmp_path / "out", more), config)
+  wanted = tables.flatten({"lora": params["lora"]})
+  assert found.leaves.keys() == wanted.keys()
+  assert "2 tensors are of text encoders" in caplog.text
+
+
 def test_what_does_not_fit_is_refused_by_name(tmp_path):
   config, _, _ = written(tmp_path / "out")
   key = "transformer.transformer_blocks.0.attn.to_q.lora_A.weight"

@@ -117,6 +117,37 @@ def test_a_pipeline_has_our_transformer_and_the_other_parts(
   ]
 
 
+FLOW = schema.to_dict(flows.FlowConfig())
+
+
+@pytest.mark.parametrize(
+  "scheduler, prediction, path, fits",
+  [
+    (SCHEDULER, "velocity", "straight", True),
+    (SCHEDULER, "data", "straight", False),
+    (SCHEDULER, "velocity", "cosine", False),
+    ({"prediction_type": "flow_prediction"}, "velocity", "straight", True),
+    ({"prediction_type": "epsilon"}, "noise", "ddpm", True),
+    ({"prediction_type": "epsilon"}, "velocity", "straight", False),
+    ({"prediction_type": "epsilon"}, "noise", "straight", False),
+    ({"prediction_type": "v_prediction"}, "v", "ddpm", True),
+    ({"prediction_type": "v_prediction"}, "noise", "ddpm", False),
+    ({}, "data", "cosine", True),  # It says nothing.
+  ],
+)
+def test_a_scheduler_is_not_given_what_it_would_misread(
+  source, scheduler, prediction, path, fits
+):
+  name = "scheduler/scheduler_config.json"
+  _change(source, name, **{"_class_name": "SomeScheduler", **scheduler})
+  flow = FLOW | {"prediction": prediction, "path": {"name": path}}
+  if fits:
+    pipelines.require_steps(source, flow)
+  else:
+    with pytest.raises(errors.UserError, match=f"'{prediction}' on the path"):
+      pipelines.require_steps(source, flow)
+
+
 def _change(source, name, **changes):
   content = json.loads((source / name).read_text()) | changes
   (source / name).unlink()

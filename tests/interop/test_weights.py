@@ -16,7 +16,7 @@ from flowjax.interop import (
   torch_export,
   weights,
 )
-from flowjax.models import dit, flux, mmdit
+from flowjax.models import autoencoder, dit, flux, mmdit
 
 TEXT = dict(
   image_size=(8, 8),
@@ -41,6 +41,7 @@ MMDIT = mmdit.MMDiTConfig(
 FLUX = flux.FluxConfig(
   **TEXT, width=16, double_depth=1, single_depth=2, rope_axes=(2, 2, 4)
 )
+AUTOENCODER = autoencoder.AutoencoderConfig(image_size=(16, 16))
 LABELS = dict(num_classes=2, label_tokens=4)
 CASES = [
   (dataclasses.replace(DIT, frequency_shift=1.0), "diffusers"),
@@ -113,6 +114,32 @@ def test_a_file_in_a_folder_of_diffusers_is_of_that_folder(draw, tmp_path):
   )
   for path in (tmp_path, tmp_path / f"{stem}.fp16.safetensors"):
     assert weights.open(path).config() == config
+
+
+def test_one_of_several_files_is_not_taken_for_all(draw, tmp_path):
+  params = draw(MMDIT)
+  folder_export.export(
+    params, MMDIT, tmp_path, format="diffusers", max_bytes=90_000
+  )
+  for path in tmp_path.glob("*-of-*.safetensors"):
+    with pytest.raises(errors.UserError, match="of .* files: name their index"):
+      weights.open(path)
+  index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+  assert_same(params, weights.open(index).leaves(MMDIT)[1])
+
+
+@pytest.mark.parametrize("size", [[8, 8], [8], [8, 8, 8], []])
+def test_only_an_autoencoder_has_images_of_two_sizes(size):
+  for config in (dataclasses.replace(DIT, frequency_shift=1.0), MMDIT):
+    content = diffusers_configs.write(config) | {"sample_size": size}
+    with pytest.raises(errors.UserError, match="must be a whole number, such"):
+      diffusers_configs.read(content)
+  content = diffusers_configs.write(AUTOENCODER) | {"sample_size": size}
+  if size == [8, 8]:
+    assert diffusers_configs.read(content).image_size == (8, 8)
+    return
+  with pytest.raises(errors.UserError, match="a whole number, or two"):
+    diffusers_configs.read(content)
 
 
 @pytest.mark.parametrize("config", [MMDIT, FLUX], ids=["mmdit", "flux"])

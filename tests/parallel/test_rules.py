@@ -37,6 +37,7 @@ FILES = [
   for variant in {
     "digits_nf.py": ("", ":additive"),
     "digits_mmdit.py": ("", ":sd3.5"),
+    "digits_flux.py": ("", ":dev"),
     "sd3.py": (":medium", ":3.5_medium", ":3.5_large"),
     "imagenet_dit.py": (":s_8", ":xl_2"),
     "imagenet_autoencoder.py": (":kl_f16", ":vq_f4"),
