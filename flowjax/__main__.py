@@ -1,53 +1,25 @@
 """The door: `flowjax COMMAND ...`, also `python -m flowjax COMMAND ...`."""
 
 import importlib
-import logging
-import os
-import select
 import sys
-from typing import TextIO
 
 import flowjax
 from flowjax import commands, errors, schema
-from flowjax.commands import flags, quiet
-
-# The exit code where nobody reads on: that of a process ended by SIGPIPE.
-UNREAD = 141
+from flowjax.commands import flags, output, quiet
 
 
 def main(words: list[str] | None = None) -> int:
   """Runs one command and returns its exit code."""
   words = sys.argv[1:] if words is None else words
+  quiet.libraries()
   quiet.without_tpu()
-  logging.basicConfig(level=logging.INFO, format="%(message)s")
-  for name in ("absl", "orbax", "jax", "grain"):
-    logging.getLogger(name).setLevel(logging.WARNING)
   try:
-    code = _run(words)
-    sys.stdout.flush()
-    return code
+    return output.written(_run(words))
   except errors.KNOWN as error:
     print(f"flowjax: {error}", file=sys.stderr)
     return error.exit_code
-  except BrokenPipeError:
-    if not _is_unread(sys.stdout):
-      raise
-    return UNREAD
-
-
-def _is_unread(stream: TextIO) -> bool:
-  """Tells whether nobody reads what is printed, as after `| head`.
-
-  Then what is left of it is dropped.
-  """
-  poll = select.poll()
-  poll.register(stream, select.POLLERR)
-  if not poll.poll(0):
-    return False
-  nowhere = os.open(os.devnull, os.O_WRONLY)
-  os.dup2(nowhere, stream.fileno())
-  os.close(nowhere)
-  return True
+  except OSError as error:
+    return output.failed(error)
 
 
 def _run(words: list[str]) -> int:

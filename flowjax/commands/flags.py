@@ -158,9 +158,12 @@ class Parser(argparse.ArgumentParser):
     # Before argparse looks, which would first miss the flag that is mistyped.
     for name in (word.split("=")[0] for word in others):
       if name.startswith("--") and name not in self._flags:
-        raise errors.UserError(
-          f"{self.prog} has no flag {name}. {schema.closest(name, self._flags)}"
-        )
+        # Of a key of the config its group is the flag.
+        flag, _, key = name.partition(".")
+        hint = schema.closest(flag, self._flags)
+        if key:
+          hint = hint.replace("'?", f".{key}'?")
+        raise errors.UserError(f"{self.prog} has no flag {name}. {hint}")
     return self.parse_args(others, argparse.Namespace(overrides=overrides))
 
   def error(self, message: str) -> NoReturn:

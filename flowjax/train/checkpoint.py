@@ -325,8 +325,8 @@ class _Writer:
         break
       time.sleep(0.05)
     logging.error(
-      "CHECKPOINT %d WAS NOT SAVED (failure %d in a row): %s. %s. Training "
-      "goes on, and the next save tries again.",
+      "CHECKPOINT %d WAS NOT SAVED (failure %d in a row): %s. %s. The "
+      "next save, if there is one, tries again.",
       step, self._failures, reading.brief(error), self._what_stands(),
     )  # fmt: skip
 

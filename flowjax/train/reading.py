@@ -116,6 +116,8 @@ class Reader:
       except _Unreadable as reason:
         raise self._not_now(f"Checkpoint {number}", reason) from reason
       else:
+        if step is None:
+          self._say_gone(numbers)
         return number, found, passed_over
     if not passed_over:
       self._require_new()
@@ -136,17 +138,37 @@ class Reader:
     finally:  # Of a full disk.
       partial.unlink(missing_ok=True)
 
-  def _require_new(self) -> None:
-    """Refuses an empty folder in which a step was saved once."""
+  def _last_saved(self) -> int | None:
+    """Returns the step that was saved last, None if none was.
+
+    It is -1 where that cannot be told.
+    """
     try:
       last = json.loads(self._record.read_text())["last_saved"]
     except FileNotFoundError:
+      return None
+    except (OSError, ValueError, KeyError, TypeError):
+      return -1  # Damaged: but only a save can have made it.
+    return last if isinstance(last, int) else -1
+
+  def _say_gone(self, numbers: list[int]) -> None:
+    """Warns where the step that was saved last is not there any more."""
+    last = self._last_saved()
+    if last is not None and last > numbers[-1]:
+      logging.warning(
+        "Checkpoint %d, which was saved last, is no longer in %s.",
+        last, self.directory,
+      )  # fmt: skip
+
+  def _require_new(self) -> None:
+    """Refuses an empty folder in which a step was saved once."""
+    last = self._last_saved()
+    if last is None:
       return
-    except (ValueError, KeyError, TypeError):
-      last = "unknown"  # Damaged: but only a save can have made it.
+    step = "unknown" if last < 0 else last
     raise errors.CheckpointError(
       f"{self.directory} holds no checkpoint, but one was saved in it, the "
-      f"last of step {last}: so says {self._record}. Nothing was changed. "
+      f"last of step {step}: so says {self._record}. Nothing was changed. "
       "Bring back a copy of one, or start over in another --workdir."
     )
 

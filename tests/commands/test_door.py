@@ -66,6 +66,23 @@ def test_who_reads_no_more_is_shown_no_traceback():
   assert process.returncode == 141
 
 
+def test_what_is_printed_may_have_no_place():
+  words = [sys.executable, "-m", "flowjax", "--help"]
+  for unbuffered in ("", "1"):
+    with open("/dev/full", "w") as full:
+      done = subprocess.run(
+        words,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        stdout=full,
+        stderr=subprocess.PIPE,
+        text=True,
+      )
+    assert done.returncode == 2
+    assert done.stderr.startswith("flowjax: What is printed cannot be written")
+  closed = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *words], text=True)
+  assert closed.returncode == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("words", "text"),
@@ -73,6 +90,10 @@ def test_who_reads_no_more_is_shown_no_traceback():
     (["trian"], "'train'"),
     (["train", "--confg=x", "--workdir=y"], "'--config'"),
     (["sample", "--workdir=x", "--guidence=2"], "'--guidance'"),
+    (
+      ["train", "--configs.optim.clip_norm=1", "--workdir=y"],
+      "'--config.optim.clip_norm'",
+    ),
     (["train", "--config=nowhere.py", "--workdir=x"], "nowhere.py"),
     (
       ["train", f"--config={CONFIGS}/digit_dit.py", "--workdir=x"],

@@ -236,13 +236,28 @@ def test_an_unsound_step_is_saved_again_and_does_not_count(copy):
 
 
 @pytest.mark.parametrize(
-  "text, last", [('{"last_saved": 3}', "3"), ("[]", "unknown"), ("", "unknown")]
+  "text, last", [('{"last_saved": 0}', "0"), ("[]", "unknown"), ("", "unknown")]
 )
 def test_an_emptied_folder_is_not_a_new_one(tmp_path, text, last):
   assert restore(tmp_path / "checkpoints") is None
   (tmp_path / "checkpoints.json").write_text(text)
   with pytest.raises(errors.CheckpointError, match=f"last of step {last}:"):
     restore(tmp_path / "checkpoints")
+
+
+def test_a_step_that_is_gone_is_named(copy, caplog):
+  record = copy.with_name("checkpoints.json")
+  record.write_text('{"last_saved": 3}')
+  assert restore(copy).step == 3 and not caplog.text
+  shutil.rmtree(copy / "3")
+  assert restore(copy).step == 2
+  assert "Checkpoint 3, which was saved last, is no longer in" in caplog.text
+  record.unlink()
+  record.mkdir()
+  assert restore(copy).step == 2
+  shutil.rmtree(copy)
+  with pytest.raises(errors.CheckpointError, match="last of step unknown:"):
+    restore(copy)
 
 
 def test_the_record_is_of_saves_that_are_on_disk(copy, monkeypatch):
