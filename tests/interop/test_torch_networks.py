@@ -300,3 +300,23 @@ def test_what_two_sources_call_the_same_is_the_same():
   assert len(common) >= 20
   for name in common:
     assert first[name] == second[name], name
+
+
+def _defined(source) -> dict[str, str]:
+  """Returns what a file that is exported defines, by name."""
+  tree = ast.parse(inspect.getsource(source))
+  kinds = (ast.FunctionDef, ast.ClassDef)
+  return {x.name: ast.dump(x) for x in tree.body if isinstance(x, kinds)}
+
+
+def test_files_that_stand_alone_agree_in_what_they_share():
+  """Each is whole in itself, so that what they share is there several times."""
+  sources = {"dit": importlib.import_module("flowjax.interop.torch.dit")}
+  found = {n: _defined(x) for n, x in (sources | SOURCES).items()}
+  sd3, other = found["mmdit"], found["flux"]
+  own = {"Attention", "Config", "Stream", "load"}
+  shared = sd3.keys() & other.keys() - own
+  assert len(shared) == 21
+  assert not [name for name in shared if sd3[name] != other[name]]
+  for name in ("RMSNorm", "patchify", "unpatchify", "write_png"):
+    assert found["dit"][name] == sd3[name], name
