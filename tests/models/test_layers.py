@@ -69,6 +69,40 @@ def test_norms_of_bfloat16_are_computed_in_float32():
   np.testing.assert_array_equal(y, exact.astype(jnp.bfloat16))
 
 
+def assert_rounded_once(y, exact):
+  """Holds a bfloat16 to half its last digit, at values near 0 to 1e-6."""
+  assert y.dtype == jnp.bfloat16
+  _, exponent = np.frexp(exact)
+  bound = np.maximum(1.01 * np.ldexp(1.0, exponent - 9), 1e-6)
+  np.testing.assert_array_less(np.abs(np.float64(y) - exact), bound)
+
+
+# Op by op: where XLA fuses, it keeps digits that the code would drop.
+def test_an_rms_norm_of_bfloat16_is_rounded_once():
+  x, scale = jnp.asarray(3 * draw(4, 8, 64), jnp.bfloat16), 1 + draw(64)
+  y = layers.RMSNorm().apply({"params": {"scale": scale}}, x)
+  x64 = np.float64(x)
+  mean_square = np.mean(x64**2, axis=-1, keepdims=True)
+  assert_rounded_once(y, scale * x64 / np.sqrt(mean_square + 1e-6))
+
+
+@pytest.mark.parametrize("kind", layers.NORMS)
+def test_a_modulated_norm_of_bfloat16_is_rounded_once(kind):
+  x, shift, scale = (
+    jnp.asarray(v, jnp.bfloat16) for v in (3 * draw(4, 8, 64), *draw(2, 4, 64))
+  )
+  params, weight, x64 = {}, 1.0, np.float64(x)
+  if kind == "rmsnorm":
+    params["scale"] = weight = 1 + draw(64)
+  else:
+    x64 = x64 - x64.mean(axis=-1, keepdims=True)
+  y = layers.ModulatedNorm(kind).apply({"params": params}, x, shift, scale)
+  mean_square = np.mean(x64**2, axis=-1, keepdims=True)
+  normed = weight * x64 / np.sqrt(mean_square + 1e-6)
+  shift64, scale64 = (np.float64(v)[:, None] for v in (shift, scale))
+  assert_rounded_once(y, normed * (1 + scale64) + shift64)
+
+
 def test_rms_norm_has_unit_mean_square_times_scale():
   x = draw(2, 5, 3, 8) * 7
   scale = draw(8)
@@ -140,3 +174,23 @@ def test_the_last_frequency_is_where_the_shift_puts_it():
   for shift, exponent in ((0.0, 127 / 128), (1.0, 1.0)):
     waves = layers.sinusoid(jnp.ones(1), 256, shift)
     np.testing.assert_allclose(waves[0, -1], 1e4**-exponent, rtol=1e-5)
+
+
+def test_a_time_is_embedded_in_float32():
+  # Between 996 and 1000 there is no bfloat16.
+  t_B, width = np.asarray([3.7, 998.3], np.float32), 16
+  rng = np.random.default_rng(0)
+  params = {
+    name: {
+      "kernel": rng.standard_normal((inputs, width), np.float32) / inputs**0.5,
+      "bias": rng.standard_normal(width, np.float32),
+    }
+    for name, inputs in (("in", 256), ("out", width))
+  }
+  y_BD = jax.jit(layers.TimeEmbed(width).apply)({"params": params}, t_B)
+  angle_BF = np.outer(np.float64(t_B), 1e4 ** (-np.arange(128) / 128))
+  y = np.concatenate([np.cos(angle_BF), np.sin(angle_BF)], axis=1)
+  y = y @ params["in"]["kernel"] + params["in"]["bias"]
+  y = y / (1 + np.exp(-y)) @ params["out"]["kernel"] + params["out"]["bias"]
+  assert y_BD.dtype == jnp.float32
+  np.testing.assert_allclose(y_BD, y, rtol=0, atol=5e-5)
