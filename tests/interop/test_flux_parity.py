@@ -223,9 +223,10 @@ def test_hidden_text_is_hidden_as_in_theirs():
   assert np.abs(run_ours(config)(params, *inputs) - shown).max() > 1e-2
 
 
-@pytest.mark.slow
-def test_gradients_are_theirs():
-  config, length = VARIANTS["dev"]
+@pytest.mark.slow(2)
+@pytest.mark.parametrize("name", ["dev", "wide_schnell"])
+def test_gradients_are_theirs(name):
+  config, length = VARIANTS[name]
   theirs, table = build_theirs(config), layouts.diffusers_layout(config)
   params = table.to_ours(state_of(theirs))
   inputs = draw_inputs(config, length)

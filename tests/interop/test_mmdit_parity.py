@@ -132,9 +132,12 @@ def test_layers_are_skipped_as_they_do(layers):
     models.without_layers(models.build(config), (4,))
 
 
-@pytest.mark.slow
-def test_gradients_are_theirs():
-  config = dataclasses.replace(config_of("dual"), qk_norm=True)
+@pytest.mark.slow(2)
+@pytest.mark.parametrize(
+  "changes", [dict(qk_norm=True), dict(depth=2)], ids=str
+)
+def test_gradients_are_theirs(changes):
+  config = dataclasses.replace(config_of("dual"), **changes)
   table, (x_BHWC, t_B, cond) = (
     mmdit.diffusers_layout(config),
     inputs_of(config, 7),
@@ -159,8 +162,17 @@ def test_gradients_are_theirs():
     table.to_ours(state_of(theirs)), {"image": x_BHWC, **cond}
   )
   ours = dict(table.to_theirs(of_params))
-  for name, parameter in theirs.named_parameters():
-    assert_close(name, ours[name], parameter.grad.numpy())
+  wanted = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
+  for name, gradient in wanted.items():
+    if name.endswith("attn2.to_k.bias") and not config.qk_norm:
+      # It adds as much to all scores of a query, which attention does not see:
+      # its gradient is 0, and that of both is rounding.
+      size = np.abs(wanted[name.replace("to_k", "to_q")]).max()
+      for found in (ours[name], gradient):
+        print("ZERO", name, np.abs(found).max(), size)
+        assert np.abs(found).max() <= 1e-5 * size, name
+      continue
+    assert_close(name, ours[name], gradient)
   for name, leaf in leaves.items():
     assert_close(name, of_inputs[name], leaf.grad.numpy())
 
