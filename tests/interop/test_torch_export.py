@@ -215,8 +215,23 @@ def test_a_stranger_draws_a_picture(tiny, draw, tmp_path):
     cwd=tmp_path,
   )
   picture = np.asarray(Image.open(tmp_path / "grid.png"))
-  assert picture.shape == (4, 18)
+  assert picture.shape == (32 * 4, 32 * 18)  # Large enough to be seen.
   assert picture.std() > 0
+
+
+@pytest.mark.parametrize(
+  "labels, text", [("0,7", "0 to 6"), ("-1", "0 to 6"), ("a", "value: 'a'")]
+)
+def test_a_stranger_mistypes_a_label(
+  tiny, draw, tmp_path, monkeypatch, capsys, labels, text
+):
+  pytest.importorskip("torch")
+  config = tiny(channels=1, num_classes=7)
+  torch_export.export(draw(config), config, tmp_path)
+  monkeypatch.setattr(sys, "argv", ["model.py", f"--labels={labels}"])
+  with pytest.raises(SystemExit) as done:
+    torch_export.load_module(tmp_path).main()
+  assert done.value.code == 2 and text in capsys.readouterr().err
 
 
 def test_config_json_holds_the_whole_model(tiny, draw, tmp_path):

@@ -316,7 +316,7 @@ def test_files_that_stand_alone_agree_in_what_they_share():
   sd3, other = found["mmdit"], found["flux"]
   own = {"Attention", "Config", "Stream", "load"}
   shared = sd3.keys() & other.keys() - own
-  assert len(shared) == 21
+  assert len(shared) == 22
   assert not [name for name in shared if sd3[name] != other[name]]
   for name in ("RMSNorm", "patchify", "unpatchify", "write_png"):
     assert found["dit"][name] == sd3[name], name

@@ -498,30 +498,40 @@ def write_png(path: str, image_CHW: torch.Tensor):
       file.write(struct.pack(">I", check))
 
 
+def numbers(text: str) -> list[int]:
+  return [int(word) for word in text.split(",")]
+
+
 def main():
   parser = argparse.ArgumentParser(description="Draw samples, side by side.")
-  parser.add_argument("--labels", default="0,1,2,3")
+  parser.add_argument("--labels", type=numbers, default="0,1,2,3")
   parser.add_argument("--out", default="samples.png")
   parser.add_argument("--steps", type=int, default=50)
   parser.add_argument("--guidance", type=float, default=1.5)
   parser.add_argument("--seed", type=int, default=0)
   flags = parser.parse_args()
   model = load(pathlib.Path(__file__).parent)
-  if not model.config.num_classes:
+  classes = model.config.num_classes
+  if not classes:
     parser.error("this network reads texts: encode some and call sample()")
   if model.config.context_channels:
     parser.error("this network is shown an image beside: call sample()")
   if model.config.channels not in (1, 3):
     parser.error("these samples are latents: call sample() and decode them")
-  labels = torch.tensor([int(label) for label in flags.labels.split(",")])
+  if min(flags.labels) < 0 or max(flags.labels) >= classes:
+    parser.error(f"argument --labels: classes are 0 to {classes - 1}")
   x_BCHW = sample(
     model,
-    {"label": labels},
+    {"label": torch.tensor(flags.labels)},
     steps=flags.steps,
     guidance=flags.guidance,
     seed=flags.seed,
   )
-  write_png(flags.out, torch.cat(list(x_BCHW), dim=-1))
+  row_CHW = torch.cat(list(x_BCHW), dim=-1)
+  size = max(1, 128 // row_CHW.shape[-2])  # Of a small pixel on the screen.
+  for dim in (-2, -1):
+    row_CHW = row_CHW.repeat_interleave(size, dim)
+  write_png(flags.out, row_CHW)
 
 
 if __name__ == "__main__":
