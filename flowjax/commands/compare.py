@@ -20,7 +20,7 @@ import numpy as np
 from flowjax import errors
 from flowjax.commands import drawing, flags, restored, train
 from flowjax.data import sources
-from flowjax.evaluate import comparison, digits
+from flowjax.evaluate import comparison, digits, pictures
 from flowjax.flow import losses, prediction
 from flowjax.parallel import distributed
 from flowjax.parallel import mesh as meshes
@@ -59,6 +59,7 @@ def run(args) -> None:
   if args.num < 2:
     raise errors.UserError(f"--num={args.num} samples have no distance; 1000.")
   workdir.require_writable(args.out, "--out")
+  pictures.require_own(args.out, "--out")
   runs = [restored.open(directory) for directory in args.workdirs]
   for found in runs:
     restored.require_field(found, "compare")

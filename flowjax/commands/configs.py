@@ -178,7 +178,7 @@ def _parse(
   # The file is the user's code, and whatever it raises is the answer. What is
   # raised in it comes wrapped with its traceback, of which the end says it.
   except Exception as error:
-    reason = str(error).strip().splitlines()[-1]
+    reason = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
     raise errors.UserError(f"{where}: {reason}") from error
   config = values["config"].value
   if not isinstance(config, ml_collections.ConfigDict):

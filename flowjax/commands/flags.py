@@ -160,9 +160,15 @@ class Parser(argparse.ArgumentParser):
       if name.startswith("--") and name not in self._flags:
         # Of a key of the config its group is the flag.
         flag, _, key = name.partition(".")
-        hint = schema.closest(flag, self._flags)
+        known = [known for known in self._flags if "help" not in known]
+        hint = schema.closest(flag, known)
         if key:
           hint = hint.replace("'?", f".{key}'?")
+        elif "--config" in known:
+          hint += (
+            f" A key of a config is changed by --config.{name[2:]}=VALUE; the "
+            "config of a run is --config=WORKDIR/config.json."
+          )
         raise errors.UserError(f"{self.prog} has no flag {name}. {hint}")
     return self.parse_args(others, argparse.Namespace(overrides=overrides))
 

@@ -113,7 +113,7 @@ def run(args) -> None:
   if args.invert and args.start:
     raise errors.UserError("--invert finds the start; leave out --start.")
   edits.check(args)
-  workdir.require_writable(args.out, "--out")
+  _check_out(args)
   captions = given.captions(args)
   _check_texts(args, captions)
   # Before the network needs the memory, the encoders have it.
@@ -184,6 +184,21 @@ def run(args) -> None:
     named = captions if originals is None else []
     _write(images, originals, args.out, named, shows, beside)
   print(f"{count} samples of step {found.step}: {args.out}")
+
+
+def _check_out(args) -> None:
+  """Refuses an --out that cannot be written, or is what a user gave or made."""
+  workdir.require_writable(args.out, "--out")
+  for flag in ("init_image", "mask", "start", "embeddings", "boxes", "image"):
+    value = getattr(args, flag, None)
+    for path in value if isinstance(value, list) else [value]:
+      if path and args.out.exists() and args.out.samefile(path):
+        raise errors.UserError(
+          f"--out={args.out} is what --{flag.replace('_', '-')} is read from, "
+          "and would be lost. Name another file."
+        )
+  if args.out.suffix.lower() == ".png":
+    pictures.require_own(args.out, "--out")
 
 
 def _check_texts(args, captions: list[str]) -> None:

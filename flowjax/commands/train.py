@@ -61,7 +61,8 @@ def run(args) -> None:
   print(f"Step {step}, after {result.seconds:.0f} s of training in all.")
   if result.corrupt:
     print(
-      f"{result.corrupt} times a corrupt record was passed over; each is named."
+      f"{result.corrupt} times a corrupt record was passed over; each is named "
+      "above, once."
     )
   if result.truncated:
     print(

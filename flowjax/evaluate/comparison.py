@@ -64,7 +64,9 @@ def draw(
     _errors(figure.add_subplot(cells[:, 1]), runs)
     _frechet(figure.add_subplot(cells[:, 2]), runs, frechet_real)
     temporary = out_png.with_name(f".{out_png.name}.{os.getpid()}.tmp")
-    figure.savefig(temporary, dpi=140, format="png")
+    figure.savefig(
+      temporary, dpi=140, format="png", metadata=dict([pictures.MADE])
+    )
   os.replace(temporary, out_png)
 
 

@@ -9,10 +9,14 @@ import textwrap
 
 import numpy as np
 
+from flowjax import errors
+
 PAPER, INK, OUTLINE = 255, 40, (128, 128, 128)
 GAP = 2
 TEXT_HEIGHT, LETTER_WIDTH = 14, 7
 CAPTION_WIDTH = 160
+# What a PNG says of who made it.
+MADE = ("Software", "FlowJAX")
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -155,15 +159,39 @@ def pairs(
 
 def save_png(image_HWC: np.ndarray, path: pathlib.Path | str) -> None:
   """Writes a picture; whoever looks sees the old file or the whole new one."""
-  from PIL import Image
+  from PIL import Image, PngImagePlugin
 
   path = pathlib.Path(path)
+  about = PngImagePlugin.PngInfo()
+  about.add_text(*MADE)
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   image_HWC = to_uint8(image_HWC)
   if image_HWC.shape[-1] == 1:
     image_HWC = image_HWC[..., 0]
-  Image.fromarray(image_HWC).save(temporary, format="PNG")
+  Image.fromarray(image_HWC).save(temporary, format="PNG", pnginfo=about)
   os.replace(temporary, path)
+
+
+def require_own(path: pathlib.Path, flag: str) -> None:
+  """Raises UserError where a file that `save_png` did not make would be lost.
+
+  `flag` is what asks for the place.
+  """
+  from PIL import Image
+
+  if not path.exists():
+    return
+  key, value = MADE
+  try:
+    with Image.open(path) as image:
+      own = image.info.get(key) == value
+  except OSError:  # It is no picture at all.
+    own = False
+  if not own:
+    raise errors.UserError(
+      f"{flag}={path} is there already, and is not of FlowJAX's making. Name "
+      "another file, or move that one away."
+    )
 
 
 def _rgb(images_NHWC: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import collections.abc
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -38,9 +39,11 @@ def export_folder(
   except BaseException as error:
     shutil.rmtree(directory if is_new else staging, ignore_errors=True)
     if isinstance(error, OSError):
+      full = error.errno == errno.ENOSPC
+      remedy = "Make room, or choose" if full else "Choose"
       raise errors.UserError(
-        f"Cannot write the export {directory}: {error}. Free some space or "
-        "choose another folder."
+        f"The export {directory} cannot be written: {error}. {remedy} "
+        "another folder."
       ) from error
     raise
   _publish(staging, directory, marker)

@@ -15,6 +15,7 @@ def require_new(directory: pathlib.Path) -> None:
   """Refuses a workdir in which there is a run already, and one that is none."""
   if directory.exists() and not directory.is_dir():
     raise errors.UserError(f"--workdir={directory} is a file; name a folder.")
+  workdir.require_no_other(directory)
   saved = checkpoint.Checkpoints(directory / "checkpoints", read_only=True)
   try:
     steps = saved.steps()

@@ -81,6 +81,7 @@ def train(
   )
   aspects.check_sizes(config.model, source)
   config.require_context()
+  workdir.require_no_other(directory)
   run = parts.build(config)
   looks = evaluators(run)
   _warn_of_whole_parameters(run)

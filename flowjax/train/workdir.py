@@ -66,6 +66,26 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   return values
 
 
+def require_no_other(workdir: pathlib.Path) -> None:
+  """Refuses a folder whose config.json is of something else than a run.
+
+  One that FlowJAX sealed is its own, whatever has become of its keys.
+  """
+  path = workdir / "config.json"
+  if not path.exists():
+    return
+  values = read_json(path)
+  if SEAL in values:
+    return
+  try:
+    experiment.build(values)
+  except errors.UserError as error:
+    raise errors.UserError(
+      f"--workdir={workdir} is the folder of something else: its config.json "
+      f"is not that of a run ({error}). Choose another --workdir."
+    ) from error
+
+
 def changes(workdir: pathlib.Path, config: experiment.Experiment) -> list[str]:
   """Lists in what `config` differs from that which the workdir is for."""
   path = workdir / "config.json"
@@ -106,9 +126,14 @@ def claim(workdir: pathlib.Path, config: experiment.Experiment) -> None:
   """Makes the workdir that of `config`; another config is kept beside it."""
   path, rows = workdir / "config.json", changes(workdir, config)
   if rows:
-    logging.warning("Going on with another config: %s", "; ".join(rows))
     number = len(list(workdir.glob("config.*.json")))
     os.replace(path, workdir / f"config.{number}.json")
+    more = f"; and {len(rows) - 10} more" if len(rows) > 10 else ""
+    logging.warning(
+      "Going on with another config: %s%s. The earlier one is now "
+      "config.%d.json.",
+      "; ".join(rows[:10]), more, number,
+    )  # fmt: skip
   values = schema.to_dict(config)
   seal = {"version": flowjax.__version__, "checksum": _checksum(values)}
   write_json(path, {SEAL: seal, **values})

@@ -6,11 +6,14 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from flowjax import __main__ as door
 from flowjax import commands, errors
 from flowjax.commands import configs, restored
+from flowjax.evaluate import pictures
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 DIGITS = str(CONFIGS / "digits_dit.py")
@@ -227,6 +230,25 @@ def test_an_impossible_out_is_refused_before_anything_is_drawn(
   code, text = _run(capsys, "sample", f"--workdir={tmp_path}", f"--out={out}")
   assert code == 2
   assert "--out=" in text.err
+
+
+def test_a_picture_that_a_user_made_is_not_drawn_over(tmp_path, capsys):
+  photo, own = tmp_path / "photo.png", tmp_path / "own.png"
+  Image.new("L", (8, 8)).save(photo)
+  before = photo.read_bytes()
+  for command in ("sample", "compare"):
+    words = [command, f"--out={photo}"]
+    words += ["--workdirs", "x"] if command == "compare" else ["--workdir=x"]
+    code, text = _run(capsys, *words)
+    assert code == 2 and "not of FlowJAX's making" in text.err
+  pictures.save_png(np.zeros((4, 4, 1), np.uint8), own)
+  pictures.require_own(own, "--out")
+  for word in (f"--init-image={own}", f"--mask={own}"):
+    words = ["sample", "--workdir=x", f"--out={own}", word]
+    words += [f"--init-image={photo}"] * ("mask" in word)
+    code, text = _run(capsys, *words)
+    assert code == 2 and "would be lost" in text.err
+  assert photo.read_bytes() == before
 
 
 @pytest.mark.parametrize(

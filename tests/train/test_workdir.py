@@ -69,6 +69,25 @@ def test_a_seal_that_is_none_is_broken(tmp_path, seal):
     workdir.read_config(tmp_path)
 
 
+def test_the_folder_of_something_else_is_no_workdir(tmp_path):
+  workdir.require_no_other(tmp_path)
+  workdir.claim(tmp_path, CONFIG)
+  path = tmp_path / "config.json"
+  values = json.loads(path.read_text())
+  workdir.require_no_other(tmp_path)
+  # Before there was a seal; and sealed, with a key that is of no config.
+  for change in (lambda v: v.pop("flowjax"), lambda v: v.update(a=1)):
+    changed = dict(values)
+    change(changed)
+    path.write_text(json.dumps(changed))
+    workdir.require_no_other(tmp_path)
+  for text in ('{"a": 1}', '{"_class_name": "DiTTransformer2DModel"}'):
+    path.write_text(text)
+    with pytest.raises(errors.UserError, match="of something else"):
+      workdir.require_no_other(tmp_path)
+    assert path.read_text() == text
+
+
 def test_a_value_may_be_edited(tmp_path):
   write(tmp_path, lambda values: values["sample"].update(steps=7))
   assert workdir.read_config(tmp_path).sample.steps == 7
