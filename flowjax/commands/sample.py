@@ -192,7 +192,7 @@ def _check_out(args) -> None:
   for flag in ("init_image", "mask", "start", "embeddings", "boxes", "image"):
     value = getattr(args, flag, None)
     for path in value if isinstance(value, list) else [value]:
-      if path and args.out.exists() and args.out.samefile(path):
+      if path and path.resolve() == args.out.resolve():
         raise errors.UserError(
           f"--out={args.out} is what --{flag.replace('_', '-')} is read from, "
           "and would be lost. Name another file."

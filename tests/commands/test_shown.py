@@ -108,7 +108,7 @@ def test_a_run_on_layouts_is_drawn_and_scored(tmp_path, capsys):
   command("sample", into, f"--boxes={path}", "--num=4", f"--out={out}")
   # Four pictures, large enough for what is said below each.
   assert np.asarray(Image.open(out)).shape[1] == 4 * (160 + 4)
-  assert door.main(["sample", into, f"--image={out}", f"--out={out}"]) == 2
+  assert door.main(["sample", into, f"--image={out}", f"--out={path}.png"]) == 2
   assert "reads no images" in capsys.readouterr().err
   assert door.main(["sample", into, "--labels=3", f"--out={out}"]) == 2
   assert "told layouts, and nothing in words" in capsys.readouterr().err
