@@ -4,6 +4,7 @@ import collections.abc
 import copy
 import pathlib
 import re
+import traceback
 from typing import Any
 
 import ml_collections
@@ -146,6 +147,25 @@ def _values(
   return config
 
 
+def _reason(error: Exception) -> str:
+  """Returns what a config raised and, if it did not mean to, in which line.
+
+  With an argument it comes wrapped in an error whose text is its traceback.
+  """
+  text = str(error).strip() or type(error).__name__
+  what, wrapped = text.splitlines()[-1], "Traceback (most recent" in text
+  if isinstance(error, ValueError) and not wrapped:
+    return f": {what}"
+  if what.startswith("ValueError: "):
+    return f": {what.removeprefix('ValueError: ')}"
+  trace = traceback.format_tb(error.__traceback__)
+  found = re.findall(
+    r"line (\d+), in (?:get_config|<module>)",
+    text if wrapped else "".join(trace),
+  )
+  return f", line {found[-1]}: {what}" if found else f": {what}"
+
+
 def _forget_options(
   before: ml_collections.ConfigDict,
   config: ml_collections.ConfigDict,
@@ -175,11 +195,9 @@ def _parse(
   argv = define(values, words)
   try:
     rest = values(argv)
-  # The file is the user's code, and whatever it raises is the answer. What is
-  # raised in it comes wrapped with its traceback, of which the end says it.
+  # The file is the user's code, and whatever it raises is the answer.
   except Exception as error:
-    reason = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
-    raise errors.UserError(f"{where}: {reason}") from error
+    raise errors.UserError(f"{where}{_reason(error)}") from error
   config = values["config"].value
   if not isinstance(config, ml_collections.ConfigDict):
     raise errors.UserError(

@@ -186,6 +186,22 @@ def test_a_mistake_exits_with_2_and_names_the_remedy(words, text, capsys):
   assert "Traceback" not in out.err
 
 
+@pytest.mark.parametrize(
+  ("body", "found"),
+  [
+    ("def get_config():\n  a = 1\n  return b\n", ", line 3: name 'b'"),
+    ("import nowhere_at_all\n", ", line 1: No module named"),
+    ("def get_config():\n  raise ValueError('meant')\n", ": meant"),
+    ("def get_config(\n", "was never closed (config.py, line 1)"),
+  ],
+)
+def test_what_a_config_raises_is_said_with_its_line(tmp_path, body, found):
+  (tmp_path / "config.py").write_text(body)
+  with pytest.raises(errors.UserError) as caught:
+    configs.load(str(tmp_path / "config.py"), [])
+  assert found in str(caught.value)
+
+
 def test_overrides_reach_the_experiment():
   config = configs.load(
     DIGITS,
