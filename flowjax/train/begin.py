@@ -18,12 +18,13 @@ def require_new(directory: pathlib.Path) -> None:
   workdir.require_no_other(directory)
   saved = checkpoint.Checkpoints(directory / "checkpoints", read_only=True)
   try:
-    steps = saved.steps()
+    last = saved.last_saved()  # Its metrics may be there without it.
+    last = max(saved.steps(), default=last)
   finally:
     saved.close()
-  if steps:
+  if last is not None:
     raise errors.UserError(
-      f"{directory} holds a run already, at step {steps[-1]}. Choose another "
+      f"{directory} is that of a run already, at step {last}. Choose another "
       "--workdir for the imported one."
     )
 

@@ -82,6 +82,13 @@ class Checkpoints:
     """Returns the committed steps on disk, sound or not, oldest first."""
     return self._reader.steps()
 
+  def last_saved(self) -> int | None:
+    """Returns the step that was saved last, there or not, None if none was.
+
+    It is -1 where that cannot be told.
+    """
+    return self._reader.last_saved()
+
   def save(self, step: int, state: Any, extra: Any) -> bool:
     """Begins to save a state; when this returns its buffers may be donated.
 

@@ -138,7 +138,7 @@ class Reader:
     finally:  # Of a full disk.
       partial.unlink(missing_ok=True)
 
-  def _last_saved(self) -> int | None:
+  def last_saved(self) -> int | None:
     """Returns the step that was saved last, None if none was.
 
     It is -1 where that cannot be told.
@@ -153,7 +153,7 @@ class Reader:
 
   def _say_gone(self, numbers: list[int]) -> None:
     """Warns where the step that was saved last is not there any more."""
-    last = self._last_saved()
+    last = self.last_saved()
     if last is not None and last > numbers[-1]:
       logging.warning(
         "Checkpoint %d, which was saved last, is no longer in %s.",
@@ -162,7 +162,7 @@ class Reader:
 
   def _require_new(self) -> None:
     """Refuses an empty folder in which a step was saved once."""
-    last = self._last_saved()
+    last = self.last_saved()
     if last is None:
       return
     step = "unknown" if last < 0 else last

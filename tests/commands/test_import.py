@@ -165,7 +165,12 @@ def test_an_imported_run_samples_and_trains_on(tmp_path, capsys):
   assert "44 tensors" in out
   assert out.endswith(" --config.data.source=SOURCE --allow_config_change\n")
   assert flowjax("import", *given) == 2
-  assert "holds a run already, at step 0" in capsys.readouterr().err
+  assert "is that of a run already, at step 0" in capsys.readouterr().err
+  away = workdir / "checkpoints" / "0"
+  away.rename(tmp_path / "0")  # It is all the same, where that is gone.
+  assert flowjax("import", *given) == 2
+  assert "is that of a run already, at step 0" in capsys.readouterr().err
+  (tmp_path / "0").rename(away)
 
   out = tmp_path / "grid.png"
   assert flowjax("sample", f"--workdir={workdir}", f"--out={out}") == 0
