@@ -160,7 +160,7 @@ class Parser(argparse.ArgumentParser):
       if name.startswith("--") and name not in self._flags:
         # Of a key of the config its group is the flag.
         flag, _, key = name.partition(".")
-        known = [known for known in self._flags if "help" not in known]
+        known = [other for other in self._flags if "help" not in other]
         hint = schema.closest(flag, known)
         if key:
           hint = hint.replace("'?", f".{key}'?")

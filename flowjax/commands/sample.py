@@ -58,7 +58,8 @@ def add_flags(parser) -> None:
     "--out",
     type=flags.path,
     default="grid.png",
-    help="the PNG, or .npy for float32 [N, H, W, C]",
+    help="the PNG, or .npy for float32 [N, H, W, C]; of the pictures that are "
+    "there, only one of FlowJAX's making is replaced",
   )
   parser.add_argument(
     "--num",

@@ -172,18 +172,19 @@ def _require_types(kind: str, fields: dict[str, Any]) -> None:
     if (kind, name) in _OPTIONAL and value is None:
       continue
     item_kind = str if name in _WORDS else int
+    # Of an autoencoder it may be height and width.
+    sizes = name == "sample_size" and kind in autoencoder.FIELDS
     fits = type(value) is wanted
     if wanted is float:
       fits = type(value) in (int, float)
     elif wanted is tuple:
       fits = isinstance(value, (tuple, list))
       fits = fits and all(type(item) is item_kind for item in value)
-    elif name == "sample_size" and kind in autoencoder.FIELDS and not fits:
-      # Height and width, where they are not one.
-      fits = isinstance(value, list) and list(map(type, value)) == [int, int]
+    elif sizes and isinstance(value, list):
+      fits = list(map(type, value)) == [int, int]
     if not fits:
       what = {tuple: "a list of whole numbers", int: "a whole number"}
-      if name == "sample_size" and kind in autoencoder.FIELDS:
+      if sizes:
         what[int] = "a whole number, or two"
       if name in _WORDS:
         what[tuple] = "a list of names"
